@@ -1,0 +1,1 @@
+"""Studies over composites: configuration, drivers, executors and the command line."""

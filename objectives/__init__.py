@@ -1,0 +1,1 @@
+"""From a composite to a sparsity-accuracy curve: models, data, attribution, pruning."""

@@ -1,0 +1,1 @@
+"""Composites that can be searched: rules, spaces, heuristics and documents, without torch."""
