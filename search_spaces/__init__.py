@@ -1,1 +1,55 @@
 """Composites that can be searched: rules, spaces, heuristics and documents, without torch."""
+
+from search_spaces.composites import ATTENTION_RULES, CompositeSpec
+from search_spaces.errors import (
+    CompositeError,
+    DocumentError,
+    DocumentVersionError,
+    DocumentWriteError,
+    OutsideSpaceError,
+    PruningHPOError,
+    SearchSpaceError,
+    SpaceError,
+    SpaceImportError,
+    SpaceNotFiniteError,
+    UnknownHeuristicError,
+    UnknownRuleError,
+    UnknownSpaceError,
+)
+from search_spaces.heuristics import HEURISTICS, heuristic
+from search_spaces.imports import import_object, is_import_path
+from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
+from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchSpace, load_space, register
+from search_spaces.suggestions import did_you_mean
+
+__all__ = [
+    "ATTENTION_RULES",
+    "GROUPS",
+    "HEURISTICS",
+    "RULE_DEFAULTS",
+    "SPACES",
+    "CompositeError",
+    "CompositeSpec",
+    "ContinuousSpace",
+    "DiscreteSpace",
+    "DocumentError",
+    "DocumentVersionError",
+    "DocumentWriteError",
+    "OutsideSpaceError",
+    "PruningHPOError",
+    "RuleSpec",
+    "SearchSpace",
+    "SearchSpaceError",
+    "SpaceError",
+    "SpaceImportError",
+    "SpaceNotFiniteError",
+    "UnknownHeuristicError",
+    "UnknownRuleError",
+    "UnknownSpaceError",
+    "did_you_mean",
+    "heuristic",
+    "import_object",
+    "is_import_path",
+    "load_space",
+    "register",
+]

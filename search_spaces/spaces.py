@@ -1,0 +1,438 @@
+"""Search spaces: which composites a study may try, and the registry of those that have a name."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+from search_spaces.composites import CompositeSpec
+from search_spaces.errors import (
+    CompositeError,
+    OutsideSpaceError,
+    SpaceError,
+    SpaceImportError,
+    SpaceNotFiniteError,
+    UnknownSpaceError,
+)
+from search_spaces.imports import import_object
+from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
+from search_spaces.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import BaseTrial
+
+__all__ = ["SPACES", "ContinuousSpace", "DiscreteSpace", "SearchSpace", "load_space", "register"]
+
+
+@runtime_checkable
+class SearchSpace(Protocol):
+    """A set of composites and their Optuna parameters.
+
+    Every trial has the same parameters, also those that its rules do not use: samplers that model parameters jointly
+    need a static space. Points that differ in an unused parameter are one composite. Implementations are frozen, so
+    they can be shared by threads, and they import Optuna when called, not when loaded.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name for people; the content decides what the space is."""
+        ...
+
+    @property
+    def layer_groups(self) -> Mapping[str, tuple[str, ...]] | None:
+        """Name patterns (`fnmatch`) of the layers of each group; None groups layers by depth."""
+        ...
+
+    def suggest(self, trial: "BaseTrial") -> CompositeSpec:
+        """The composite of the parameters that `trial` suggests."""
+        ...
+
+    def distributions(self) -> "dict[str, BaseDistribution]":
+        """The distribution of each parameter, as `suggest` asks for them."""
+        ...
+
+    def parameters(self, composite: CompositeSpec) -> dict[str, bool | float | str]:
+        """Inverse of `suggest`; parameters that the composite does not use have their first or usual value.
+
+        Raises:
+            OutsideSpaceError: The composite is no point of the space.
+        """
+        ...
+
+    def grid(self) -> tuple[CompositeSpec, ...]:
+        """The distinct points in tree order.
+
+        Points that share rules from the output down stand together (FCL varies slowest, LLR fastest), and the two
+        values of `abs`, which share an attribution, are neighbours.
+
+        Raises:
+            SpaceNotFiniteError: The space is continuous.
+        """
+        ...
+
+    def size(self) -> int | None:
+        """Number of distinct points; None if continuous."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole content: part of a study's identity."""
+        ...
+
+
+_Factory = TypeVar("_Factory", bound=Callable[[], SearchSpace])
+
+SPACES: dict[str, Callable[[], SearchSpace]] = {}
+"""Makers of the registered spaces by name; the first line of a maker's docstring describes its space."""
+
+
+def register(name: str) -> Callable[[_Factory], _Factory]:
+    """Decorator that registers the maker of a search space under a name."""
+
+    def decorate(factory: _Factory) -> _Factory:
+        SPACES[name] = factory
+        return factory
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class DiscreteSpace:
+    """A list of values for each parameter.
+
+    Attributes:
+        name: Name for people.
+        rules: For each group the rules to try, as `RuleSpec.parse` reads them; `Epsilon` always bare.
+        abs: Values of `abs`.
+        epsilon: Values of the one epsilon that all `Epsilon` rules of a composite share.
+        layer_groups: Name patterns of the layers of each group; None groups layers by depth.
+
+    Raises:
+        SpaceError: A list is empty, repeats a value or has one that is out of range.
+        UnknownRuleError: No rule has this name.
+    """
+
+    name: str
+    rules: Mapping[str, tuple[str, ...]]
+    abs: tuple[bool, ...] = (False, True)
+    epsilon: tuple[float, ...] = (RULE_DEFAULTS["Epsilon"]["epsilon"],)
+    layer_groups: Mapping[str, tuple[str, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        _require_known("parameter", self.rules, GROUPS)
+        for group in GROUPS:
+            if group not in self.rules:
+                raise SpaceError(f"Parameter {group} is missing; list the rules to try, as {group} = ['Epsilon'].")
+        for parameter, values in {**self.rules, "abs": self.abs, "epsilon": self.epsilon}.items():
+            if not values:
+                raise SpaceError(f"Parameter {parameter} has no values; list at least one or leave the key out.")
+        for value in self.abs:
+            if not isinstance(value, bool):
+                raise SpaceError(f"Parameter abs takes true and false, but got {value!r}.")
+        try:
+            epsilons = tuple(RuleSpec("Epsilon", epsilon=epsilon) for epsilon in self.epsilon)
+        except CompositeError as error:
+            raise SpaceError(f"Parameter epsilon has a value out of range: {error}") from error
+        object.__setattr__(self, "epsilon", tuple(rule.parameters["epsilon"] for rule in epsilons))
+        _require_distinct("abs", self.abs)
+        _require_distinct("epsilon", self.epsilon)
+        for group in GROUPS:
+            rules = tuple(RuleSpec.parse(choice, group=group) for choice in self.rules[group])
+            _require_distinct(group, tuple(map(str, rules)))
+            for choice, rule in zip(self.rules[group], rules, strict=True):
+                if rule.name == "Epsilon" and choice != "Epsilon":
+                    raise SpaceError(f"Parameter {group} has {choice!r}; write 'Epsilon' and list values in epsilon.")
+        if self.layer_groups is not None:
+            _require_patterns(self.layer_groups)
+
+    def suggest(self, trial: "BaseTrial") -> CompositeSpec:
+        """See `SearchSpace.suggest`."""
+        return CompositeSpec.from_parameters(
+            {name: trial.suggest_categorical(name, choices) for name, choices in self._choices().items()}
+        )
+
+    def distributions(self) -> "dict[str, BaseDistribution]":
+        """See `SearchSpace.distributions`."""
+        from optuna.distributions import CategoricalDistribution
+
+        return {name: CategoricalDistribution(choices) for name, choices in self._choices().items()}
+
+    def parameters(self, composite: CompositeSpec) -> dict[str, bool | float | str]:
+        """See `SearchSpace.parameters`; an unused epsilon has its first value."""
+        epsilon = composite.epsilon if composite.epsilon in self.epsilon else self.epsilon[0]
+        parameters: dict[str, bool | float | str] = {}
+        for group, rule in composite.rules.items():
+            for choice in self.rules[group]:
+                if RuleSpec.parse(choice, group=group, epsilon=epsilon) == rule:
+                    parameters[group] = choice
+                    break
+            else:
+                raise OutsideSpaceError(f"Space {self.name!r} has no {rule} in {group}; composite: {composite}.")
+        if composite.abs not in self.abs or composite.attention is not None:
+            raise OutsideSpaceError(f"Space {self.name!r} does not contain composite {composite}.")
+        return {**parameters, "abs": composite.abs, "epsilon": epsilon}
+
+    def grid(self) -> tuple[CompositeSpec, ...]:
+        """See `SearchSpace.grid`."""
+        from_the_output = (
+            [
+                RuleSpec.parse(choice, group=group, epsilon=epsilon)
+                for choice in self.rules[group]
+                for epsilon in (self.epsilon if choice == "Epsilon" else (None,))
+            ]
+            for group in reversed(GROUPS)
+        )
+        return tuple(
+            CompositeSpec(*reversed(rules), abs=abs)
+            for rules in itertools.product(*from_the_output)
+            # All Epsilon rules of a composite share one epsilon.
+            if len({rule.epsilon for rule in rules} - {None}) <= 1
+            for abs in self.abs
+        )
+
+    def size(self) -> int:
+        """See `SearchSpace.size`."""
+        return len(self.grid())
+
+    def to_json(self) -> dict[str, Any]:
+        """See `SearchSpace.to_json`."""
+        return {
+            "name": self.name,
+            "parameters": {name: list(choices) for name, choices in self._choices().items()},
+            "groups": _groups_to_json(self.layer_groups),
+        }
+
+    def _choices(self) -> dict[str, tuple[bool | float | str, ...]]:
+        return {**{group: self.rules[group] for group in GROUPS}, "abs": self.abs, "epsilon": self.epsilon}
+
+
+@dataclass(frozen=True, slots=True)
+class ContinuousSpace:
+    """All rules in every group, a gamma for each group and one epsilon from log-uniform ranges.
+
+    Attributes:
+        name: Name for people.
+        gamma: Lowest and highest gamma; the parameters are `LLR_gamma` to `FCL_gamma`.
+        epsilon: Lowest and highest epsilon.
+        layer_groups: Name patterns of the layers of each group; None groups layers by depth.
+
+    Raises:
+        SpaceError: A range does not increase from above 0, or a pattern is wrong.
+    """
+
+    name: str
+    gamma: tuple[float, float] = (0.01, 10.0)
+    epsilon: tuple[float, float] = (1e-6, 1.0)
+    layer_groups: Mapping[str, tuple[str, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        for parameter, (low, high) in {"gamma": self.gamma, "epsilon": self.epsilon}.items():
+            if not 0 < low < high < float("inf"):
+                raise SpaceError(f"The range of {parameter} must increase from above 0, but got {low!r} to {high!r}.")
+        if self.layer_groups is not None:
+            _require_patterns(self.layer_groups)
+
+    def suggest(self, trial: "BaseTrial") -> CompositeSpec:
+        """See `SearchSpace.suggest`."""
+        parameters: dict[str, object] = {
+            **{group: trial.suggest_categorical(group, tuple(RULE_DEFAULTS)) for group in GROUPS},
+            "abs": trial.suggest_categorical("abs", (False, True)),
+            "epsilon": trial.suggest_float("epsilon", *self.epsilon, log=True),
+            **{f"{group}_gamma": trial.suggest_float(f"{group}_gamma", *self.gamma, log=True) for group in GROUPS},
+        }
+        return CompositeSpec.from_parameters(parameters)
+
+    def distributions(self) -> "dict[str, BaseDistribution]":
+        """See `SearchSpace.distributions`."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+        return {
+            **{group: CategoricalDistribution(tuple(RULE_DEFAULTS)) for group in GROUPS},
+            "abs": CategoricalDistribution((False, True)),
+            "epsilon": FloatDistribution(*self.epsilon, log=True),
+            **{f"{group}_gamma": FloatDistribution(*self.gamma, log=True) for group in GROUPS},
+        }
+
+    def parameters(self, composite: CompositeSpec) -> dict[str, bool | float | str]:
+        """See `SearchSpace.parameters`; unused ones have the value nearest to the rule's default."""
+        default = RULE_DEFAULTS["Epsilon"]["epsilon"]
+        epsilon = _nearest(default if composite.epsilon is None else composite.epsilon, self.epsilon)
+        gammas = {
+            f"{group}_gamma": _nearest(RuleSpec.parse("Gamma", group=group).parameters["gamma"], self.gamma)
+            if rule.gamma is None
+            else _nearest(rule.gamma, self.gamma)
+            for group, rule in composite.rules.items()
+        }
+        parameters: dict[str, bool | float | str] = {
+            **{group: rule.name for group, rule in composite.rules.items()},
+            "abs": composite.abs,
+            "epsilon": epsilon,
+            **gammas,
+        }
+        if CompositeSpec.from_parameters(parameters) != composite:
+            raise OutsideSpaceError(f"Space {self.name!r} does not contain composite {composite}.")
+        return parameters
+
+    def grid(self) -> tuple[CompositeSpec, ...]:
+        """See `SearchSpace.grid`; always raises."""
+        raise SpaceNotFiniteError(f"Space {self.name!r} is continuous and has no grid; use `--sampler tpe` or random.")
+
+    def size(self) -> None:
+        """See `SearchSpace.size`; None."""
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """See `SearchSpace.to_json`."""
+        return {
+            "name": self.name,
+            "parameters": {
+                **{group: list(RULE_DEFAULTS) for group in GROUPS},
+                "abs": [False, True],
+                "epsilon": {"low": self.epsilon[0], "high": self.epsilon[1], "log": True},
+                **{f"{group}_gamma": {"low": self.gamma[0], "high": self.gamma[1], "log": True} for group in GROUPS},
+            },
+            "groups": _groups_to_json(self.layer_groups),
+        }
+
+
+@register("cnn")
+def _cnn() -> SearchSpace:
+    """The four rules of Hatefi et al. 2024 in four layer groups, signed or absolute, three epsilons."""
+    return DiscreteSpace("cnn", dict.fromkeys(GROUPS, tuple(RULE_DEFAULTS)), epsilon=(1e-6, 1e-2, 1e-1))
+
+
+@register("cnn-continuous")
+def _cnn_continuous() -> SearchSpace:
+    """The rules of `cnn` with a gamma for each layer group and epsilon from continuous ranges."""
+    return ContinuousSpace("cnn-continuous")
+
+
+def load_space(spec: str, *, allow_imports: bool = True) -> SearchSpace:
+    """The search space that the user names.
+
+        >>> load_space("cnn").size()
+        1212
+
+    Args:
+        spec: A registered name, the path of a TOML file (ends in `.toml`), or `package.module:object`.
+        allow_imports: False refuses import paths; pass it for names that come from a document or a store.
+
+    Raises:
+        UnknownSpaceError: No space has this name.
+        SpaceError: The file does not describe a space.
+        SpaceImportError: The import path leads to no space, or imports are not allowed.
+    """
+    if spec in SPACES:
+        return SPACES[spec]()
+    if spec.endswith(".toml"):
+        return _read_toml(Path(spec))
+    if ":" in spec:
+        return _import_space(spec, allowed=allow_imports)
+    raise UnknownSpaceError(
+        f"Unknown search space {spec!r}.{did_you_mean(spec, SPACES)} "
+        "A TOML file's name ends in .toml; an import path is package.module:object."
+    )
+
+
+def _import_space(path: str, *, allowed: bool) -> SearchSpace:
+    if not allowed:
+        raise SpaceImportError(f"Search space {path!r} is not imported from here; pass `--space` on the command line.")
+    try:
+        space = import_object(path)
+    except ImportError as error:
+        raise SpaceImportError(f"Search space {path!r} cannot be loaded: {error}.") from error
+    if isinstance(space, type):
+        raise SpaceImportError(f"Search space {path!r} is a class; name an instance of it.")
+    if not isinstance(space, SearchSpace):
+        members = ("name", "layer_groups", "suggest", "distributions", "parameters", "grid", "size", "to_json")
+        missing = [member for member in members if not hasattr(space, member)]
+        raise SpaceImportError(
+            f"Search space {path!r} is a {type(space).__name__}, not a SearchSpace: it lacks {', '.join(missing)}."
+        )
+    return space
+
+
+def _read_toml(path: Path) -> DiscreteSpace:
+    import tomllib
+
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpaceError(f"Search space file {str(path)!r} cannot be read: {error.strerror}.") from error
+    except ValueError as error:  # tomllib.TOMLDecodeError, UnicodeDecodeError
+        reason = " ".join(str(error).split())
+        raise SpaceError(f"Search space file {str(path)!r} is not valid TOML: {reason}.") from error
+    try:
+        return _space_of_toml(path.stem, content)
+    except (CompositeError, SpaceError) as error:
+        raise type(error)(f"Search space file {str(path)!r}: {error}") from error
+
+
+def _space_of_toml(stem: str, content: Mapping[str, Any]) -> DiscreteSpace:
+    _require_known("key", content, ("name", "parameters", "groups"))
+    name = content.get("name", stem)
+    if not isinstance(name, str) or not name:
+        raise SpaceError(f"Key name must be a text, but got {name!r}.")
+    parameters = _table(content, "parameters")
+    if parameters is None:
+        raise SpaceError("Table [parameters] is missing; list the rules of LLR, MLL, HLL and FCL in it.")
+    _require_known("parameter", parameters, (*GROUPS, "abs", "epsilon"))
+    lists = {parameter: _list(parameter, values) for parameter, values in parameters.items()}
+    groups = _table(content, "groups")
+    others = {parameter: values for parameter, values in lists.items() if parameter not in GROUPS}
+    return DiscreteSpace(
+        name=name,
+        rules={group: values for group, values in lists.items() if group in GROUPS},
+        layer_groups=None if groups is None else {group: _list(group, values) for group, values in groups.items()},
+        **others,
+    )
+
+
+def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    table = content.get(key)
+    if table is not None and not isinstance(table, Mapping):
+        raise SpaceError(f"[{key}] must be a table, but got {table!r}.")
+    return table
+
+
+def _list(key: str, values: object) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise SpaceError(f"{key} must be a list, as {key} = [...], but got {values!r}.")
+    return tuple(values)
+
+
+def _require_known(what: str, given: Mapping[str, object], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            raise SpaceError(f"Unknown {what} {name!r}.{did_you_mean(name, known)}")
+
+
+def _require_distinct(parameter: str, values: tuple[object, ...]) -> None:
+    for position, value in enumerate(values):
+        if value in values[:position]:
+            raise SpaceError(f"Parameter {parameter} has {value} twice; list each value once.")
+
+
+def _require_patterns(layer_groups: Mapping[str, tuple[str, ...]]) -> None:
+    _require_known("layer group", layer_groups, GROUPS)
+    if not layer_groups:
+        raise SpaceError("Table [groups] is empty; give name patterns for each group, or leave the table out.")
+    seen: dict[str, str] = {}
+    for group, patterns in layer_groups.items():
+        if not patterns:
+            raise SpaceError(f"Layer group {group} has no patterns; list at least one or leave the group out.")
+        for pattern in patterns:
+            if not isinstance(pattern, str) or not pattern:
+                raise SpaceError(f"Layer group {group} has {pattern!r}; a pattern is a text such as 'layer1.*'.")
+            if pattern in seen:
+                raise SpaceError(f"Pattern {pattern!r} stands in {seen[pattern]} and in {group}; list it once.")
+            seen[pattern] = group
+
+
+def _groups_to_json(layer_groups: Mapping[str, tuple[str, ...]] | None) -> dict[str, list[str]] | None:
+    return None if layer_groups is None else {group: list(patterns) for group, patterns in layer_groups.items()}
+
+
+def _nearest(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])
