@@ -184,10 +184,10 @@ class DiscreteSpace:
             for group in reversed(GROUPS)
         )
         return tuple(
-            CompositeSpec(*reversed(rules), abs=abs)
-            for rules in itertools.product(*from_the_output)
+            CompositeSpec(llr, mll, hll, fcl, abs=abs)
+            for fcl, hll, mll, llr in itertools.product(*from_the_output)
             # All Epsilon rules of a composite share one epsilon.
-            if len({rule.epsilon for rule in rules} - {None}) <= 1
+            if len({llr.epsilon, mll.epsilon, hll.epsilon, fcl.epsilon} - {None}) <= 1
             for abs in self.abs
         )
 
