@@ -1,0 +1,139 @@
+"""Operations of a canonical network whose backward pass propagates relevance instead of gradients.
+
+Between hooked convolutions and dense layers, zennit's "gradient" is the relevance (design of zennit: Anders et al. 2021).
+The operations here give every other step of a convolutional network its rule by an autograd function of its own, so
+that no hook is needed and every version of zennit behaves alike:
+
+=====================  ============================================================================
+activation             relevance passes unchanged (the `Pass` rule)
+average pooling        in proportion to the contributions (the `Norm` rule)
+residual sum           in proportion to the summands (the `Norm` rule)
+constant gate          all relevance goes to the gated features, none to the gate
+=====================  ============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import stabilize
+
+__all__ = ["STABILIZER", "Activation", "AveragePool", "ConstantGate", "Operation", "ResidualSum"]
+
+STABILIZER = 1e-6
+"""Added to every denominator with its sign, as zennit's rules do by default."""
+
+
+class Operation(nn.Module):
+    """One ATen operator applied to its tensor inputs with fixed further arguments.
+
+    Args:
+        operator: the ATen overload.
+        arguments: positional arguments after the tensor inputs.
+        keywords: keyword arguments.
+    """
+
+    def __init__(
+        self, operator: Callable[..., Tensor], arguments: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.operator = operator
+        self.arguments = tuple(arguments)
+        self.keywords = dict(keywords or {})
+
+    def apply_operator(self, *inputs: Tensor) -> Tensor:
+        """The plain operation, without any relevance rule."""
+        return self.operator(*inputs, *self.arguments, **self.keywords)
+
+    def extra_repr(self) -> str:
+        """Shows the operator in `print(network)`."""
+        return ", ".join([str(self.operator), *map(str, self.arguments)])
+
+
+class Activation(Operation):
+    """An elementwise nonlinearity; relevance passes through it unchanged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` and the result are of any equal shape."""
+        output: Tensor = _PassFunction.apply(x, self)
+        return output
+
+
+class AveragePool(Operation):
+    """An average over space; relevance is shared in proportion to the averaged values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` is (N, C, H, W)."""
+        output: Tensor = _NormFunction.apply(x, self)
+        return output
+
+
+class ResidualSum(Operation):
+    """The sum of two branches; relevance is shared in proportion to the summands."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Both summands are of one shape."""
+        output: Tensor = _SumFunction.apply(left, right)
+        return output
+
+
+class ConstantGate(Operation):
+    """Features multiplied by a gate that counts as a constant (squeeze-and-excite)."""
+
+    def forward(self, features: Tensor, gate: Tensor) -> Tensor:
+        """`features` is (N, C, H, W), `gate` broadcasts to it."""
+        output: Tensor = _GateFunction.apply(features, gate)
+        return output
+
+
+class _PassFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operation: Operation) -> Tensor:
+        return operation.apply_operator(x)
+
+    @staticmethod
+    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor, None]:
+        return relevances[0], None
+
+
+class _NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operation: Operation) -> Tensor:
+        ctx.operation = operation
+        ctx.save_for_backward(x)
+        return operation.apply_operator(x)
+
+    @staticmethod
+    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            output = ctx.operation.apply_operator(x)
+            (gradient,) = torch.autograd.grad(output, x, relevances[0] / stabilize(output.detach(), STABILIZER))
+        return x.detach() * gradient, None
+
+
+class _SumFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left + right
+
+    @staticmethod
+    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        share = relevances[0] / stabilize(left + right, STABILIZER)
+        return left * share, right * share
+
+
+class _GateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, gate: Tensor) -> Tensor:
+        return features * gate
+
+    @staticmethod
+    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor, None]:
+        return relevances[0], None
