@@ -1,0 +1,120 @@
+"""Errors of `storage`.
+
+    PruningHPOError
+    └── StorageError
+        ├── StoreUrlError            (ValueError)         a storage URL that cannot be read
+        ├── StoreUnreachableError    (ConnectionError)    no driver, no server, no access
+        ├── StoreNotFoundError       (FileNotFoundError)  nothing has been stored there yet
+        ├── StoreFormatError         (ValueError)         not a study store, or one of another Optuna
+        ├── StoreFullError           (OSError)            no space left
+        ├── StoreBusyError           (TimeoutError)       another process holds the SQLite file
+        ├── StoreReadOnlyError       (PermissionError)    a write to a store that may only be read
+        ├── StudyNameError           (ValueError)         a name that no study can have
+        ├── StudyNotFoundError       (KeyError)
+        ├── StudyIdentityError       (ValueError)         the same name, another search
+        ├── StudyInUseError          (RuntimeError)       another process drives the study
+        ├── TrialResultError         (ValueError)         a result that cannot be stored
+        ├── TrialNotRunningError     (RuntimeError)
+        │   └── TrialAlreadyFinishedError
+        └── DashboardAddressError    (OSError)            an address that cannot be served
+
+No message, and no text of an exception that one is raised from, holds a password.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from search_spaces.errors import PruningHPOError
+
+if TYPE_CHECKING:
+    from storage.identity import Difference
+
+__all__ = [
+    "DashboardAddressError",
+    "StorageError",
+    "StoreBusyError",
+    "StoreFormatError",
+    "StoreFullError",
+    "StoreNotFoundError",
+    "StoreReadOnlyError",
+    "StoreUnreachableError",
+    "StoreUrlError",
+    "StudyIdentityError",
+    "StudyInUseError",
+    "StudyNameError",
+    "StudyNotFoundError",
+    "TrialAlreadyFinishedError",
+    "TrialNotRunningError",
+    "TrialResultError",
+]
+
+
+class StorageError(PruningHPOError):
+    """Base of the errors of `storage`."""
+
+
+class StoreUrlError(StorageError, ValueError):
+    """A storage URL that cannot be read."""
+
+
+class StoreUnreachableError(StorageError, ConnectionError):
+    """A store that cannot be reached: its driver, its server or its access rights are missing."""
+
+
+class StoreNotFoundError(StorageError, FileNotFoundError):
+    """A store that is to be read, where nothing has been stored yet."""
+
+
+class StoreFormatError(StorageError, ValueError):
+    """A database that is not a study store, or that another version of Optuna has written."""
+
+
+class StoreFullError(StorageError, OSError):
+    """No space left for the database or for an artifact; what was finished before is intact."""
+
+
+class StoreBusyError(StorageError, TimeoutError):
+    """Another process has held the SQLite file for longer than its timeout."""
+
+
+class StoreReadOnlyError(StorageError, PermissionError):
+    """A write to a store that may only be read."""
+
+
+class StudyNameError(StorageError, ValueError):
+    """A name that no study can have."""
+
+
+class StudyNotFoundError(StorageError, KeyError):
+    """A study that the store does not hold; the message suggests those that it does."""
+
+    __str__ = Exception.__str__  # KeyError would put the message in quotes
+
+
+class StudyIdentityError(StorageError, ValueError):
+    """A stored study that another search has made; after its first line the message has one line per difference."""
+
+    def __init__(self, message: str, differences: tuple[Difference, ...] = ()) -> None:
+        super().__init__("\n".join([message, *(f"  {difference}" for difference in differences)]))
+        self.differences = differences
+
+
+class StudyInUseError(StorageError, RuntimeError):
+    """A study that another process drives; the message says which."""
+
+
+class TrialResultError(StorageError, ValueError):
+    """A result that cannot be stored, because a number is not finite or a value is not JSON."""
+
+
+class TrialNotRunningError(StorageError, RuntimeError):
+    """A trial whose state does not allow to finish, fail or release it."""
+
+
+class TrialAlreadyFinishedError(TrialNotRunningError):
+    """A trial that has been finished before; its stored result is left as it is."""
+
+
+class DashboardAddressError(StorageError, OSError):
+    """An address that the dashboard cannot be served on."""

@@ -1,0 +1,147 @@
+"""Results of trials, and how they enter the tables of Optuna's RDB storage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+from sqlalchemy import delete, insert, select, update
+
+from storage.artifacts import ArtifactRecord, attach
+from storage.errors import TrialAlreadyFinishedError, TrialNotRunningError, TrialResultError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+__all__ = ["FAILURE", "TrialResult", "fail", "finish", "release"]
+
+FAILURE = "failure"
+"""The user attribute that says why a trial has failed."""
+
+_VALUE = models.TrialValueModel
+_CURVE = models.TrialIntermediateValueModel
+_ATTRIBUTE = models.TrialUserAttributeModel
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """What a completed trial has found.
+
+    Attributes:
+        value: The study's metric, finite.
+        curve: Accuracy by pruning rate in percent; the dashboard draws these intermediate values.
+        attributes: User attributes by name, as JSON values with finite numbers.
+        artifacts: Records of files that have been written.
+
+    Raises:
+        TrialResultError: A number is not finite, a step is not an integer, or a value is not JSON.
+    """
+
+    value: float
+    curve: Mapping[int, float]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: tuple[ArtifactRecord, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_finite("value", self.value)
+        for step, accuracy in self.curve.items():
+            if not isinstance(step, int) or isinstance(step, bool):
+                raise TrialResultError(f"A step of `curve` must be an integer, a rate in percent, but got {step!r}.")
+            _check_finite(f"curve[{step}]", accuracy)
+        for name, value in self.attributes.items():
+            to_json(f"attributes[{name!r}]", value)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise TrialResultError(f"`{name}` must be finite, but got {value}; look for what makes the trial diverge.")
+
+
+def to_json(name: str, value: Any) -> str:
+    """A value as JSON text that every parser reads.
+
+    Raises:
+        TrialResultError: It is not JSON, or a number in it is not finite; the message starts with the name.
+    """
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TrialResultError(f"`{name}` must be JSON with finite numbers, but got {value!r:.80}: {error}.") from error
+
+
+def finish(connection: Connection, trial_id: int, result: TrialResult) -> None:
+    """Write a running trial's result and make it COMPLETE.
+
+    Equal in content to Optuna's `report`, `set_user_attr`, `upload_artifact` and `tell`, which are a transaction per
+    value. What an earlier attempt at this trial has reported is replaced.
+
+    Raises:
+        TrialNotRunningError: It is not running.
+    """
+    _move(connection, trial_id, TrialState.COMPLETE)
+    connection.execute(delete(_VALUE).where(_VALUE.trial_id == trial_id))
+    connection.execute(delete(_CURVE).where(_CURVE.trial_id == trial_id))
+    value, value_type = _VALUE.value_to_stored_repr(float(result.value))
+    connection.execute(insert(_VALUE).values(trial_id=trial_id, objective=0, value=value, value_type=value_type))
+    if result.curve:
+        connection.execute(insert(_CURVE), [_curve_row(trial_id, *point) for point in sorted(result.curve.items())])
+    _set_attributes(connection, trial_id, result.attributes)
+    attach(connection, {"trial_id": trial_id}, result.artifacts)
+
+
+def fail(connection: Connection, trial_id: int, reason: str) -> None:
+    """Make a running trial FAIL for a reason.
+
+    Raises:
+        TrialNotRunningError: It is not running.
+    """
+    _move(connection, trial_id, TrialState.FAIL)
+    _set_attributes(connection, trial_id, {FAILURE: reason})
+
+
+def release(connection: Connection, trial_id: int) -> None:
+    """Make a running trial WAITING: its number, parameters and attributes are kept for the next ask.
+
+    Raises:
+        TrialNotRunningError: It is not running.
+    """
+    _move(connection, trial_id, TrialState.WAITING)
+
+
+def _move(connection: Connection, trial_id: int, state: TrialState) -> None:
+    """Leave RUNNING, unless another has done so: checked in the statement that writes, which takes the row's lock."""
+    trial = models.TrialModel
+    changes: dict[Any, Any] = {trial.state: state}
+    if state.is_finished():
+        # Optuna's tables hold UTC without a zone.
+        changes[trial._datetime_complete_utc] = datetime.now(UTC).replace(tzinfo=None)
+    running = (trial.trial_id == trial_id) & (trial.state == TrialState.RUNNING)
+    if connection.execute(update(trial).where(running).values(changes)).rowcount == 1:
+        return
+    found = connection.execute(select(trial.number, trial.state).where(trial.trial_id == trial_id)).one_or_none()
+    if found is None:
+        raise TrialNotRunningError(f"The trial with id {trial_id} is gone; its study has been deleted meanwhile.")
+    if found.state.is_finished():
+        raise TrialAlreadyFinishedError(
+            f"Trial {found.number} is {found.state.name} already and stays as it is; ask for another one."
+        )
+    raise TrialNotRunningError(f"Trial {found.number} is {found.state.name}, not RUNNING; ask for it first.")
+
+
+def _curve_row(trial_id: int, step: int, accuracy: float) -> dict[str, Any]:
+    value, value_type = _CURVE.intermediate_value_to_stored_repr(float(accuracy))
+    return {"trial_id": trial_id, "step": step, "intermediate_value": value, "intermediate_value_type": value_type}
+
+
+def _set_attributes(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    if not attributes:
+        return
+    connection.execute(delete(_ATTRIBUTE).where(_ATTRIBUTE.trial_id == trial_id, _ATTRIBUTE.key.in_(attributes)))
+    rows = [{"trial_id": trial_id, "key": key, "value_json": to_json(key, value)} for key, value in attributes.items()]
+    connection.execute(insert(_ATTRIBUTE), rows)

@@ -1,0 +1,160 @@
+"""Storage URLs: any that Optuna takes, such as `sqlite:///studies.db` or `postgresql+psycopg://user@host/studies`.
+
+A URL that appears in a message goes through `mask_password`, one that is saved through `without_user_information`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from search_spaces.suggestions import did_you_mean
+from storage.errors import StoreUnreachableError, StoreUrlError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+__all__ = [
+    "artifact_directory",
+    "data_directory",
+    "default_storage_url",
+    "fingerprint",
+    "is_sqlite",
+    "lock_directory",
+    "mask_password",
+    "parse_url",
+    "secrets",
+    "sqlite_path",
+    "without_user_information",
+]
+
+_APPLICATION = "pruning-hpo"
+_DIALECTS = ("mariadb", "mssql", "mysql", "oracle", "postgresql", "sqlite")
+_SQLITE_FILE = re.compile(r"sqlite(\+\w+)?:///")
+# User information ends at the last `@`, wherever it is: what was not percent-encoded must not show through.
+_USER_INFORMATION = re.compile(r"^([^:/?#]+://).*@", re.DOTALL)
+_PASSWORD = re.compile(r"^([^:/?#]+://[^:]*:).*@", re.DOTALL)
+_SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
+_SECRET_OPTION_NAME = re.compile(r"pass|secret|token", re.IGNORECASE)
+_PRIVATE_OPTION = re.compile(r"^user$|pass|secret|token", re.IGNORECASE)
+
+
+def default_storage_url() -> str:
+    """The URL in `HPO_STORAGE`, or a SQLite file in the user's data directory."""
+    return os.environ.get("HPO_STORAGE") or f"sqlite:///{data_directory() / 'studies.db'}"
+
+
+def data_directory() -> Path:
+    """The user's data directory of this product; it need not exist."""
+    return Path(platformdirs.user_data_dir(_APPLICATION, appauthor=False))
+
+
+def parse_url(url: str) -> URL:
+    """The parsed URL.
+
+    Raises:
+        StoreUrlError: It is a plain path, an in-memory database or malformed.
+        StoreUnreachableError: SQLAlchemy knows no such database.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    shown = mask_password(url)
+    if "://" not in url:
+        raise StoreUrlError(f"{shown!r} is not a storage URL; for a SQLite file write 'sqlite:///{shown}'.")
+    if not _SQLITE_FILE.match(url) and re.search(r"[@/?#]", url.partition("://")[2].rpartition("@")[0]):
+        raise StoreUrlError(
+            f"The storage URL '{shown}' is ambiguous; write '@', '/', '?' and '#' inside a user name, a password "
+            "or an option as %40, %2F, %3F and %23."
+        )
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except NoSuchModuleError:
+        dialect = url.partition("://")[0]
+        known = did_you_mean(dialect.partition("+")[0], _DIALECTS)
+        raise StoreUnreachableError(f"No database {dialect!r} is known for the storage URL '{shown}'.{known}") from None
+    except (ArgumentError, ValueError):
+        raise StoreUrlError(
+            f"The storage URL '{shown}' is malformed; write 'sqlite:///PATH' or 'DIALECT+DRIVER://USER@HOST:PORT/NAME'."
+        ) from None
+    if parsed.get_backend_name() == "sqlite":
+        _check_sqlite(parsed, shown)
+    return parsed
+
+
+def _check_sqlite(parsed: URL, shown: str) -> None:
+    if parsed.drivername not in {"sqlite", "sqlite+pysqlite"} or parsed.query or parsed.host:
+        raise StoreUrlError(
+            f"The storage URL '{shown}' has more than a path; for a SQLite file write 'sqlite:///PATH'."
+        )
+    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
+        raise StoreUrlError(f"The storage URL '{shown}' names no file to keep studies in; write 'sqlite:///PATH'.")
+
+
+def is_sqlite(url: str) -> bool:
+    """Whether the store is a SQLite file."""
+    return parse_url(url).get_backend_name() == "sqlite"
+
+
+def sqlite_path(url: str) -> Path:
+    """The absolute path of a SQLite store's file, the same for every way to write it.
+
+    Raises:
+        StoreUrlError: The store is no SQLite file.
+    """
+    parsed = parse_url(url)
+    if parsed.get_backend_name() != "sqlite" or parsed.database is None:
+        raise StoreUrlError(f"The storage URL '{mask_password(url)}' is not a SQLite file; write 'sqlite:///PATH'.")
+    return Path(parsed.database).expanduser().resolve()
+
+
+def mask_password(url: str) -> str:
+    """The URL with every password in it as `***`, fit for messages; it need not be well-formed."""
+    if _SQLITE_FILE.match(url):
+        return url
+    return _SECRET_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1***@", url))
+
+
+def without_user_information(url: str) -> str:
+    """The URL without user name, password and secret options, fit to be saved; it need not be well-formed."""
+    if _SQLITE_FILE.match(url):
+        return url
+    address, _, query = _USER_INFORMATION.sub(r"\1", url).partition("?")
+    options = [option for option in query.split("&") if not _PRIVATE_OPTION.search(option.partition("=")[0])]
+    return "?".join(filter(None, [address, "&".join(options)]))
+
+
+def secrets(parsed: URL) -> frozenset[str]:
+    """Every password in the URL, to be kept out of what a driver says."""
+    options = [str(value) for name, value in parsed.query.items() if _SECRET_OPTION_NAME.search(name)]
+    return frozenset(secret for secret in (parsed.password, *options) if secret)
+
+
+def fingerprint(text: str) -> str:
+    """A file name for a text of any length: the first 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def artifact_directory(url: str) -> Path:
+    """Where a store's artifacts are: `HPO_ARTIFACTS`, `NAME.artifacts` beside a SQLite file, or the data directory."""
+    if chosen := os.environ.get("HPO_ARTIFACTS"):
+        return Path(chosen).expanduser().resolve()
+    return _beside(url, "artifacts")
+
+
+def lock_directory(url: str) -> Path:
+    """Where a store's lock files are: `NAME.locks` beside a SQLite file, or the data directory."""
+    return _beside(url, "locks")
+
+
+def _beside(url: str, kind: str) -> Path:
+    if is_sqlite(url):
+        path = sqlite_path(url)
+        return path.with_name(f"{path.name}.{kind}")
+    return data_directory() / kind / fingerprint(without_user_information(url))
