@@ -1,6 +1,7 @@
 """Composites that can be searched: rules, spaces, heuristics and documents, without torch."""
 
 from search_spaces.composites import ATTENTION_RULES, CompositeSpec
+from search_spaces.documents import CompositeDocument, document_schema, load_document, write_document
 from search_spaces.errors import (
     CompositeError,
     DocumentError,
@@ -28,6 +29,7 @@ __all__ = [
     "HEURISTICS",
     "RULE_DEFAULTS",
     "SPACES",
+    "CompositeDocument",
     "CompositeError",
     "CompositeSpec",
     "ContinuousSpace",
@@ -47,9 +49,12 @@ __all__ = [
     "UnknownRuleError",
     "UnknownSpaceError",
     "did_you_mean",
+    "document_schema",
     "heuristic",
     "import_object",
     "is_import_path",
+    "load_document",
     "load_space",
     "register",
+    "write_document",
 ]

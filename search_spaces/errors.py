@@ -12,9 +12,9 @@ Every message is one line that names the offending value and the remedy; the com
         │   ├── SpaceImportError     (ImportError)   an import path that leads to no search space
         │   ├── SpaceNotFiniteError                  the grid of a continuous space
         │   └── OutsideSpaceError                    a composite that is no point of the space
-        └── DocumentError            (ValueError)    a document that cannot be read
-            ├── DocumentVersionError                 a document of another version
-            └── DocumentWriteError   (OSError)       a document that cannot be written
+        ├── DocumentError            (ValueError)    a document that cannot be read
+        │   └── DocumentVersionError                 a document of another version
+        └── DocumentWriteError       (OSError)       a document that cannot be written
 """
 
 __all__ = [
@@ -86,5 +86,5 @@ class DocumentVersionError(DocumentError):
     """A document of a version that this release does not know."""
 
 
-class DocumentWriteError(DocumentError, OSError):
+class DocumentWriteError(SearchSpaceError, OSError):
     """A document that cannot be written: no such directory, no permission, no space."""
