@@ -1,0 +1,146 @@
+"""From a `CompositeSpec` to zennit: which rule serves which layer.
+
+==============  ==========================================================================
+rule            zennit's hook
+==============  ==========================================================================
+Epsilon         `zennit.rules.Epsilon(epsilon)`
+ZPlus           `zennit.rules.ZPlus()`
+AlphaBeta       `zennit.rules.AlphaBeta(alpha, beta)`
+Gamma           `zennit.rules.Gamma(gamma)`
+==============  ==========================================================================
+
+All other steps of the canonical network carry their rule themselves (`objectives.attribution.operations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from zennit.canonizers import Canonizer
+from zennit.core import Composite, Hook
+from zennit.rules import AlphaBeta, Epsilon, Gamma, ZPlus
+
+from objectives.errors import UnsupportedNetworkError
+from objectives.layer_groups import group_layers
+from objectives.network import CanonicalNetwork, canonize
+from search_spaces.composites import CompositeSpec
+from search_spaces.documents import CompositeDocument
+from search_spaces.rules import RuleSpec
+
+__all__ = ["hook_of", "load_composite", "zennit_composite"]
+
+
+def hook_of(rule: RuleSpec) -> Hook:
+    """zennit's hook for a rule."""
+    match rule.name:
+        case "Epsilon":
+            return Epsilon(epsilon=rule.epsilon)
+        case "ZPlus":
+            return ZPlus()
+        case "AlphaBeta":
+            return AlphaBeta(alpha=rule.alpha, beta=rule.beta)
+        case "Gamma":
+            return Gamma(gamma=rule.gamma)
+        case _:
+            raise ValueError(f"`rule` must be one that zennit serves here, but got {rule=}.")
+
+
+def zennit_composite(
+    composite: CompositeSpec, layer_groups: Mapping[str, str], canonizers: list[Canonizer] | None = None
+) -> Composite:
+    """The zennit composite of a specification.
+
+    Args:
+        composite: rules by group.
+        layer_groups: group of every layer, by its name in a canonical network.
+        canonizers: applied before the hooks.
+
+    Returns:
+        A composite for `CanonicalNetwork.module`, or with a `CanonicalForm` for the network it was made from.
+    """
+    hooks = {group: hook_of(rule) for group, rule in composite.rules.items()}
+
+    def module_map(context: dict[str, object], name: str, module: nn.Module) -> Hook | None:
+        group = layer_groups.get(name.removeprefix(f"{CanonicalForm.CHILD}."))
+        return None if group is None or not _is_canonical(name, canonizers) else hooks[group]
+
+    return Composite(module_map=module_map, canonizers=canonizers)
+
+
+def _is_canonical(name: str, canonizers: list[Canonizer] | None) -> bool:
+    return not canonizers or name.startswith(f"{CanonicalForm.CHILD}.")
+
+
+class CanonicalForm(Canonizer):
+    """A zennit canonizer that lets a network run in canonical form while it is registered.
+
+    The canonical copy becomes a child of the network, whose `forward` it takes over; removal leaves the network bit for
+    bit as it was.
+    """
+
+    CHILD = "canonical_form"
+
+    def __init__(self, canonical: CanonicalNetwork) -> None:
+        self.canonical = canonical
+        self.network: nn.Module | None = None
+
+    def apply(self, root_module: nn.Module) -> list[Canonizer]:
+        """Registers a copy of this canonizer on `root_module`."""
+        applied = self.copy()
+        applied.network = root_module
+        applied.register()
+        return [applied]
+
+    def register(self) -> None:
+        """Puts the canonical form in place."""
+        assert self.network is not None
+        self.network.add_module(self.CHILD, self.canonical.module)
+        self.network.forward = self.canonical.module.forward
+
+    def remove(self) -> None:
+        """Takes the canonical form out again."""
+        if self.network is not None:
+            delattr(self.network, self.CHILD)
+            del self.network.forward
+            self.network = None
+
+    def copy(self) -> CanonicalForm:
+        """A canonizer of the same canonical form, not yet registered."""
+        return CanonicalForm(self.canonical)
+
+
+def load_composite(document: CompositeDocument, model: nn.Module) -> Composite:
+    """The composite of an export document, for use with zennit in code of your own.
+
+    >>> composite = load_composite(load_document("best.json"), model)
+    >>> with composite.context(model) as modified, torch.enable_grad():
+    ...     output = modified(images.requires_grad_())
+    ...     (relevance,) = torch.autograd.grad(output, images, torch.eye(1000)[labels])
+
+    Args:
+        document: written by `hpo export`.
+        model: the network that the document was made for, in evaluation mode; all its outputs are kept.
+
+    Raises:
+        UnsupportedNetworkError: the network isn't the document's.
+    """
+    height, width = document.preprocessing["size"]
+    channels = len(document.preprocessing["mean"])
+    canonical = canonize(model, (channels, height, width))
+    widths: Mapping[str, int] = document.model["components"]
+    if canonical.components != dict(widths):
+        raise UnsupportedNetworkError(describe_mismatch(canonical, widths))
+    patterns_free = group_layers(canonical) if not document.layer_groups else document.layer_groups
+    return zennit_composite(document.composite, patterns_free, [CanonicalForm(canonical)])
+
+
+def describe_mismatch(network: CanonicalNetwork, widths: Mapping[str, int]) -> str:
+    """One line that names the first layer in which a network differs from a document's."""
+    for name, width in widths.items():
+        if network.components.get(name) != width:
+            found = network.components.get(name)
+            has = f"has {found}" if found is not None else "has no such layer"
+            return f"The document was made for a network whose layer {name!r} has {width} components; this one {has}."
+    extra = next(name for name in network.components if name not in widths)
+    return f"The document was made for a network without the layer {extra!r}; pass the `--model` it names."

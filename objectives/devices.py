@@ -1,0 +1,31 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import torch
+
+from objectives.errors import ObjectiveError
+
+__all__ = ["DeviceError", "resolve_device"]
+
+
+class DeviceError(ObjectiveError, ValueError):
+    """A device that doesn't exist on this machine."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        DeviceError: there is no such device; the message lists those there are.
+    """
+    n_gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda:0" if n_gpus else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and (index or "0").isdecimal() and int(index or 0) < n_gpus:
+        return torch.device("cuda", int(index or 0))
+    there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(n_gpus))])
+    raise DeviceError(f"There is no device {name!r} on this machine; it has {there}.")

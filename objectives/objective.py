@@ -1,0 +1,295 @@
+"""The objective: a composite becomes an evaluation.
+
+    composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> accuracy -> curve
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from objectives.attribution.engine import OutputRelevance, ZennitAttribution
+from objectives.attribution.relevance import AbsScope, Relevance
+from objectives.datasets import LabelledImages, Task
+from objectives.devices import resolve_device
+from objectives.errors import DataError, ObjectiveError, UnsupportedNetworkError
+from objectives.layer_groups import group_layers
+from objectives.models import LoadedModel
+from objectives.network import CanonicalNetwork, canonize
+from objectives.procedures import PROCEDURES
+from objectives.pruning.curve import Curve, area
+from objectives.pruning.evaluation import Evaluator, Measurement, correct_predictions
+from objectives.pruning.rates import check_rates
+from search_spaces.composites import CompositeSpec
+from search_spaces.suggestions import did_you_mean
+
+__all__ = ["Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
+
+ImageSet = Literal["search", "confirmation"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# A canonical copy in float32 differs from its network by rounding only.
+_LOGIT_TOLERANCE = 1e-3
+_RELEVANCES_KEPT = 8
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveOptions:
+    """What an objective measures and how.
+
+    Attributes:
+        rates: pruning rates, increasing from 0.
+        procedure: how pruning proceeds.
+        abs_scope: where `abs` is taken, see `objectives.attribution.relevance.AbsScope`.
+        output_relevance: relevance starts as `one` at the true class's logit, or as the `logit`.
+        dtype: of evaluation during the search; attribution and confirmation are in fp32.
+        batch_size: images a pass, in attribution and evaluation.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        layer_groups: a user's own name patterns by group.
+    """
+
+    rates: tuple[float, ...]
+    procedure: str = "one_shot"
+    abs_scope: AbsScope = "sum"
+    output_relevance: OutputRelevance = "one"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    batch_size: int = 100
+    device: str = "auto"
+    layer_groups: Mapping[str, Sequence[str]] | None = None
+
+    def __post_init__(self) -> None:
+        check_rates(self.rates)
+        if self.procedure not in PROCEDURES:
+            raise ObjectiveError(f"Unknown procedure {self.procedure!r}.{did_you_mean(self.procedure, PROCEDURES)}")
+        if self.dtype not in _DTYPES:
+            raise ObjectiveError(f"Unknown dtype {self.dtype!r}.{did_you_mean(self.dtype, _DTYPES)}")
+        if self.batch_size < 1:
+            raise ObjectiveError(f"`batch_size` must be at least 1, but got {self.batch_size}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A composite, evaluated.
+
+    Attributes:
+        curve: accuracy at every rate.
+        figures: by name, see `objectives.pruning.curve`.
+        image_auc: each image's own normalised area (its correctness over the rates); their mean is `auc`.
+        seconds: spent on `attribution` and `evaluation`.
+    """
+
+    curve: Curve
+    figures: dict[str, float]
+    image_auc: tuple[float, ...]
+    seconds: dict[str, float]
+
+
+class Objective:
+    """Evaluates composites for one model, task and set of options.
+
+    Not thread-safe; one objective a worker. The model's own network is never changed.
+
+    Args:
+        model: loaded.
+        task: reference samples and evaluation images.
+        options: what to measure.
+
+    Raises:
+        UnsupportedNetworkError: the network can't be attributed correctly.
+        DataError: a class has no evaluation image.
+        ObjectiveError: the device doesn't exist.
+    """
+
+    def __init__(self, model: LoadedModel, task: Task, options: ObjectiveOptions) -> None:
+        self.model = model
+        self.task = task
+        self.options = options
+        self.device = resolve_device(options.device)
+        self._check_classes()
+        restricted = task.classes if tuple(task.classes) != tuple(range(model.num_classes)) else None
+        original = model.network.to(self.device)
+        channels = task.references.images.shape[1]
+        self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), restricted)
+        self.layer_groups: dict[str, str] = group_layers(self.network, options.layer_groups)
+        references = task.references.to(self.device)
+        self._check_copy(original, references)
+        self.attribution = ZennitAttribution(
+            self.network,
+            self.layer_groups,
+            references,
+            options.batch_size,
+            options.abs_scope,
+            options.output_relevance,
+        )
+        self._evaluators: dict[ImageSet, Evaluator] = {}
+        self._relevances: OrderedDict[str, Relevance] = OrderedDict()
+        self.unpruned_accuracy: float = self._unpruned(original)
+
+    @property
+    def component_widths(self) -> dict[str, int]:
+        """Components of every layer, in forward order."""
+        return self.network.components
+
+    @property
+    def n_components(self) -> int:
+        """Components of the whole network."""
+        return sum(self.network.components.values())
+
+    def identity(self) -> dict[str, Any]:
+        """What two objectives must share for their values to be comparable."""
+        options = self.options
+        return {
+            "model": {
+                "name": self.model.name,
+                "options": dict(self.model.options),
+                "fingerprint": self.model.fingerprint,
+            },
+            "data": {"source": self.task.source, "fingerprint": self.task.fingerprint},
+            "classes": list(self.task.classes),
+            "preprocessing": self.task.preprocessing.to_json(),
+            "layer_groups": dict(self.layer_groups),
+            "components": dict(self.network.components),
+            "procedure": options.procedure,
+            "rates": list(options.rates),
+            "references": len(self.task.references),
+            "abs_scope": options.abs_scope,
+            "output_relevance": options.output_relevance,
+            "dtype": options.dtype,
+            "batch_size": options.batch_size,
+        }
+
+    def scores(self, composite: CompositeSpec) -> dict[str, Tensor]:
+        """Score of every component, layer -> (components,); both values of `abs` share one attribution."""
+        key = composite.attribution_key
+        if key not in self._relevances:
+            self._relevances[key] = self.attribution.attribute(composite)
+            if len(self._relevances) > _RELEVANCES_KEPT:
+                self._relevances.popitem(last=False)
+        self._relevances.move_to_end(key)
+        return self._relevances[key].scores(absolute=composite.abs)
+
+    def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
+        """Attributes, prunes and counts.
+
+        Args:
+            composite: to evaluate.
+            images: `search` in the options' dtype, or `confirmation` in float32.
+
+        Raises:
+            RelevanceError: the composite's relevance can't be used.
+        """
+        evaluator = self.evaluator(images)
+        seconds = {"attribution": 0.0}
+
+        def score() -> dict[str, Tensor]:
+            start = time.perf_counter()
+            scores = self.scores(composite)
+            seconds["attribution"] += time.perf_counter() - start
+            return scores
+
+        start = time.perf_counter()
+        procedure = PROCEDURES[self.options.procedure]
+        measurements = list(procedure(score, evaluator.measure, self.options.rates))
+        collapsed = evaluator.measure(
+            {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
+        )
+        seconds["evaluation"] = time.perf_counter() - start - seconds["attribution"]
+        return self._summary(measurements, collapsed, evaluator.images.labels.cpu(), seconds)
+
+    def evaluator(self, images: ImageSet) -> Evaluator:
+        """Measures masks on one set of images; made at first use and kept."""
+        if images not in self._evaluators:
+            labelled: LabelledImages = getattr(self.task, images)
+            if len(labelled) == 0:
+                raise DataError(f"There are no {images} images; change `--confirmation-share`.")
+            dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
+            resident = labelled.to(self.device, dtype)
+            self._evaluators[images] = Evaluator(self.network, resident, self.options.batch_size, dtype)
+        return self._evaluators[images]
+
+    def _summary(
+        self,
+        measurements: Sequence[Measurement],
+        collapsed: Measurement,
+        labels: Tensor,
+        seconds: dict[str, float],
+    ) -> Evaluation:
+        correct = torch.stack([measurement.correct for measurement in measurements]).double()
+        in_class = torch.nn.functional.one_hot(labels, len(self.task.classes)).double()
+        by_class = correct @ in_class / in_class.sum(dim=0)
+        rates = self.options.rates
+        curve = Curve(
+            rates=rates,
+            accuracies=tuple(correct.mean(dim=1).tolist()),
+            class_accuracies=tuple(map(tuple, by_class.tolist())),
+            parameters=tuple(measurement.cost.parameters for measurement in measurements),
+            flops=tuple(measurement.cost.flops for measurement in measurements),
+            collapsed_accuracy=float(collapsed.correct.double().mean()),
+        )
+        self._check_start(curve, labels)
+        weights = [area(rates, [float(i == j) for j in range(len(rates))]) for i in range(len(rates))]
+        image_auc = torch.tensor(weights, dtype=torch.float64) @ correct / (rates[-1] - rates[0])
+        return Evaluation(curve, curve.figures(), tuple(image_auc.tolist()), seconds)
+
+    # Ways to be wrong without noticing.
+
+    def _check_classes(self) -> None:
+        for name in ("search", "confirmation"):
+            labels = getattr(self.task, name).labels
+            counts = torch.bincount(labels, minlength=len(self.task.classes))
+            if len(labels) and int(counts.min()) == 0:
+                missing = self.task.class_names[int(counts.argmin())]
+                raise DataError(f"The {name} images hold none of class {missing!r}; use more `--evaluation-images`.")
+
+    def _check_copy(self, original: torch.nn.Module, references: LabelledImages) -> None:
+        batch = references.images[: self.options.batch_size]
+        with torch.inference_mode():
+            expected = original(batch)[:, list(self.task.classes)]
+            difference = float((self.network.module(batch) - expected).abs().max())
+            scale = float(expected.abs().max())
+        if not difference <= _LOGIT_TOLERANCE * max(scale, 1.0):
+            raise UnsupportedNetworkError(
+                f"The canonical copy's logits differ from the network's by {difference:.3g} (of {scale:.3g}); the network "
+                "computes something that its graph doesn't show."
+            )
+
+    def _unpruned(self, original: torch.nn.Module) -> float:
+        """Accuracy of the user's own network on the search images; warns where it looks broken."""
+        images = self.task.search.to(self.device)
+        columns = torch.as_tensor(list(self.task.classes), device=self.device)
+
+        class Restricted(torch.nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                logits: Tensor = original(x)
+                return logits[:, columns]
+
+        accuracy = float(correct_predictions(Restricted(), images, self.options.batch_size).double().mean())
+        chance = 1 / len(self.task.classes)
+        if accuracy < 2 * chance and len(self.task.classes) > 2:
+            _log.warning(
+                "The unpruned network classifies only %.1f %% of the search images (chance is %.1f %%): check the "
+                "preprocessing (--mean, --std, --size), the order of the classes (--class-map) and the --checkpoint.",
+                100 * accuracy,
+                100 * chance,
+            )
+        return accuracy
+
+    def _check_start(self, curve: Curve, labels: Tensor) -> None:
+        """The curve begins at the user's network's accuracy, but for images on the border of two classes."""
+        if len(labels) != len(self.task.search):
+            return
+        tolerance = max(1.0, 0.005 * len(labels)) if self.options.dtype == "fp32" else max(2.0, 0.03 * len(labels))
+        if abs(curve.accuracies[0] - self.unpruned_accuracy) * len(labels) > tolerance:
+            raise UnsupportedNetworkError(
+                f"The curve starts at accuracy {curve.accuracies[0]:.4f}, but the unpruned network has "
+                f"{self.unpruned_accuracy:.4f}; try `--dtype fp32`."
+            )

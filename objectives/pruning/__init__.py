@@ -1,0 +1,1 @@
+"""From scores to smaller networks: rates, ranking, masking, slimming, curves."""

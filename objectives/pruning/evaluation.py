@@ -1,0 +1,69 @@
+"""Counting: which evaluation images a pruned network still classifies correctly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from objectives.datasets import LabelledImages
+from objectives.network import CanonicalNetwork
+from objectives.pruning.ranking import Masks
+from objectives.pruning.slimming import Cost, cost, slim
+
+__all__ = ["Evaluator", "Measurement", "correct_predictions"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measurement:
+    """One pruned network, measured.
+
+    Attributes:
+        correct: (N,) of bool, on the CPU: whether each evaluation image is classified correctly.
+        cost: size of the exact slim network.
+    """
+
+    correct: Tensor
+    cost: Cost
+
+
+def correct_predictions(network: nn.Module, images: LabelledImages, batch_size: int) -> Tensor:
+    """(N,) of bool, on the CPU: whether the largest logit is the label's."""
+    with torch.inference_mode():
+        parts = [
+            network(images.images[start : start + batch_size]).argmax(dim=1)
+            == images.labels[start : start + batch_size]
+            for start in range(0, len(images), batch_size)
+        ]
+        return torch.cat(parts).cpu()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluator:
+    """Measures masks of one network on fixed images, each distinct mask once.
+
+    Accuracy is counted on the exact slim network, which equals the masked one.
+
+    Attributes:
+        network: canonical.
+        images: on the network's device; kept in memory in the dtype of evaluation.
+        batch_size: images a forward pass.
+        dtype: of weights and images.
+    """
+
+    network: CanonicalNetwork
+    images: LabelledImages
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    _measured: dict[bytes, Measurement] = field(default_factory=dict)
+
+    def measure(self, masks: Masks) -> Measurement:
+        """Accuracy and size under masks."""
+        key = torch.cat([mask.cpu() for mask in masks.values()]).numpy().tobytes()
+        if key not in self._measured:
+            module = slim(self.network, masks)
+            size = cost(module)
+            module = module.to(dtype=self.dtype, memory_format=torch.channels_last)
+            self._measured[key] = Measurement(correct_predictions(module, self.images, self.batch_size), size)
+        return self._measured[key]

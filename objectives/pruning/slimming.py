@@ -1,0 +1,440 @@
+"""Slimming: the physically smaller network that computes exactly what the masked one computes.
+
+Each value in the canonical graph carries a layout: which of its channels are stored. Rows of pruned filters are gone,
+the residual stream holds alive channels only, branches are added by index, and a layer whose inputs are all pruned still
+emits its bias. No layers need to be coupled. Where a step's effect on channels isn't known (in a gate, say) the value is
+filled up with zeros first: slower, never wrong.
+
+Grouped convolutions keep their groups; only wholly dead groups go, other pruned rows stay as zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from objectives.attribution.operations import Activation, AveragePool, ConstantGate, Operation, ResidualSum
+from objectives.network import CanonicalNetwork, shape_of
+from objectives.pruning.ranking import Masks
+
+__all__ = ["Cost", "cost", "slim"]
+
+aten = torch.ops.aten
+
+_POOLS = {aten.max_pool2d.default, aten.adaptive_max_pool2d.default}
+_GATE_ACTIVATIONS = {aten.sigmoid.default, aten.hardsigmoid.default}
+_FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Size of a network.
+
+    Attributes:
+        parameters: weights and biases of convolutions and dense layers, batch norm folded.
+        flops: multiply-adds for one image.
+    """
+
+    parameters: int
+    flops: int
+
+
+def cost(module: fx.GraphModule) -> Cost:
+    """Parameters and multiply-adds of a canonical or slim network."""
+    parameters = flops = 0
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            parameters += layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
+            flops += layer.weight.numel() * math.prod(shape_of(node)[1:])
+        elif node.op == "get_attr" and node.meta.get("bias_only"):
+            parameters += math.prod(getattr(module, str(node.target)).shape)
+    return Cost(parameters, flops)
+
+
+def slim(network: CanonicalNetwork, masks: Masks) -> fx.GraphModule:
+    """The network without its pruned components.
+
+    Args:
+        network: canonical; it isn't changed.
+        masks: kept components of every layer that has any pruned.
+
+    Returns:
+        (N, C, H, W) -> logits (N, classes), equal to the masked network's up to rounding.
+    """
+    return _Slimmer(network, masks).build()
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A value in the slim graph.
+
+    Attributes:
+        node: computes it; `None` where no channel is stored, that is, where it is zero.
+        channels: (stored,) indices of the stored channels, ascending; the others are zero.
+        shape: of the full value, without the batch dimension.
+    """
+
+    node: fx.Node | None
+    channels: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.channels) == self.shape[0]
+
+
+class _Slimmer:
+    def __init__(self, network: CanonicalNetwork, masks: Masks) -> None:
+        self.network = network
+        self.masks = {name: mask.cpu() for name, mask in masks.items()}
+        self.source = network.module
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, _Value] = {}
+        self.other: dict[fx.Node, fx.Node] = {}
+        self.demanded: set[fx.Node] = set()
+        self.n_buffers = 0
+        self.images: fx.Node | None = None
+
+    def build(self) -> fx.GraphModule:
+        for node in self.source.graph.nodes:
+            if node.op == "placeholder":
+                self.images = self.graph.placeholder("images")
+                self._store(node, _Value(self.images, torch.arange(shape_of(node)[0]), shape_of(node)))
+            elif node.op == "output":
+                self.graph.output(self._full(node.args[0]))
+            elif node.op == "call_module":
+                self._module(node, self.source.get_submodule(str(node.target)))
+            else:
+                self._function(node)
+        module = fx.GraphModule(self.root, self.graph, "SlimNetwork")
+        module.graph.eliminate_dead_code()
+        module.delete_all_unused_submodules()
+        _delete_unused_buffers(module)
+        module.recompile()
+        return module.eval().requires_grad_(False)
+
+    # Values.
+
+    def _store(self, old: fx.Node, value: _Value) -> None:
+        if value.node is not None:
+            value.node.meta["shape"] = (len(value.channels), *value.shape[1:])
+        self.values[old] = value
+
+    def _emit(self, operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> fx.Node:
+        return self.graph.call_function(operator, arguments, keywords)
+
+    def _buffer(self, tensor: Tensor, *, bias_only: bool = False) -> fx.Node:
+        name = f"buffer_{self.n_buffers}"
+        self.n_buffers += 1
+        self.root.register_buffer(name, tensor.clone())
+        node = self.graph.get_attr(name)
+        node.meta["bias_only"] = bias_only
+        return node
+
+    def _index(self, indices: Tensor) -> fx.Node:
+        return self._buffer(indices.to(self._device()))
+
+    def _device(self) -> torch.device:
+        return self._reference().device
+
+    def _reference(self) -> Tensor:
+        weight = self.source.get_submodule(self.network.classifier).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _zeros(self, n_channels: int, shape: tuple[int, ...]) -> fx.Node:
+        batch = self._emit(aten.sym_size.int, self.images, 0)
+        return self._emit(aten.new_zeros.default, self.images, [batch, n_channels, *shape[1:]])
+
+    def _with_channels(self, value: _Value, channels: Tensor) -> fx.Node:
+        """The value with exactly these channels: others are dropped, missing ones are zeros."""
+        if value.node is not None and torch.equal(value.channels, channels):
+            return value.node
+        kept = torch.isin(value.channels, channels)
+        node = value.node
+        if node is None or not bool(kept.any()):
+            return self._zeros(len(channels), value.shape)
+        if not bool(kept.all()):
+            node = self._emit(aten.index_select.default, node, 1, self._index(kept.nonzero().flatten()))
+        if int(kept.sum()) == len(channels):
+            return node
+        places = torch.searchsorted(channels, value.channels[kept])
+        zeros = self._zeros(len(channels), value.shape)
+        return self._emit(aten.index_copy.default, zeros, 1, self._index(places), node)
+
+    def _full(self, old: fx.Node) -> fx.Node:
+        value = self.values[old]
+        return self._with_channels(value, torch.arange(value.shape[0]))
+
+    # Modules.
+
+    def _module(self, node: fx.Node, module: nn.Module) -> None:
+        inputs = [self.values[argument] for argument in node.all_input_nodes]
+        match module:
+            case nn.Conv2d() if module.groups > 1:
+                self._grouped_convolution(node, module, inputs[0])
+            case nn.Conv2d() | nn.Linear():
+                self._layer(node, module, inputs[0])
+            case ResidualSum():
+                self._sum(node, inputs[0], inputs[1])
+            case ConstantGate():
+                self._gate(node, inputs[0], inputs[1])
+            case AveragePool():
+                self._pool(node, module, inputs[0])
+            case Activation():
+                self._channelwise(node, module, inputs[0])
+            case _:
+                raise TypeError(f"A canonical network holds no {type(module).__name__}.")
+
+    def _kept(self, node: fx.Node) -> Tensor:
+        """Indices of the rows to keep: unmasked components, and of a gate only what its features still need."""
+        mask = self.masks.get(str(node.target))
+        if mask is not None:
+            return mask.nonzero().flatten()
+        features = self._gated_by(node)
+        if features is None:
+            return torch.arange(shape_of(node)[0])
+        self.demanded.add(node)
+        return self.values[features].channels
+
+    def _gated_by(self, node: fx.Node) -> fx.Node | None:
+        """The features that a layer's activated outputs gate, channel by channel, if nothing else reads them."""
+        activation = next(iter(node.users)) if len(node.users) == 1 else None
+        if activation is None or activation.target not in _GATE_ACTIVATIONS or len(activation.users) != 1:
+            return None
+        gate = next(iter(activation.users))
+        if gate.op != "call_module" or not isinstance(self.source.get_submodule(str(gate.target)), ConstantGate):
+            return None
+        features = gate.all_input_nodes[0]
+        same_width = features in self.values and shape_of(features)[0] == shape_of(node)[0]
+        return features if same_width and features is not activation else None
+
+    def _layer(self, node: fx.Node, layer: nn.Conv2d | nn.Linear, value: _Value) -> None:
+        name, shape = str(node.target), shape_of(node)
+        rows = self._kept(node)
+        if len(rows) == 0:
+            self._store(node, _Value(None, rows, shape))
+            return
+        bias = None if layer.bias is None else _select(layer.bias, 0, rows)
+        if value.node is None:
+            self._constant(node, rows, bias)
+            return
+        weight = _select(_select(layer.weight, 0, rows), 1, value.channels)
+        self._add_layer(name, _like(layer, weight, bias, groups=1))
+        new = self.graph.call_module(name, (value.node,))
+        self._store(node, _Value(new, rows, shape))
+
+    def _constant(self, node: fx.Node, rows: Tensor, bias: Tensor | None) -> None:
+        """A layer without inputs: its bias at every position, or zero."""
+        shape = shape_of(node)
+        if bias is None:
+            self._store(node, _Value(None, rows[:0], shape))
+            return
+        batch = self._emit(aten.sym_size.int, self.images, 0)
+        column = self._buffer(bias.detach().reshape(1, -1, *[1] * (len(shape) - 1)), bias_only=True)
+        new = self._emit(aten.expand.default, column, [batch, len(rows), *shape[1:]])
+        self._store(node, _Value(new, rows, shape))
+
+    def _grouped_convolution(self, node: fx.Node, layer: nn.Conv2d, value: _Value) -> None:
+        name, shape = str(node.target), shape_of(node)
+        rows = self._kept(node)
+        out_of_group = shape[0] // layer.groups
+        in_of_group = value.shape[0] // layer.groups
+        groups = (rows // out_of_group).unique()
+        outputs = (groups[:, None] * out_of_group + torch.arange(out_of_group)).flatten()
+        if len(groups) == 0:
+            self._store(node, _Value(None, rows, shape))
+            return
+        weight, bias = layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
+        dead = torch.ones(shape[0], dtype=torch.bool)
+        dead[rows] = False
+        weight[dead.to(weight.device)] = 0
+        if bias is not None:
+            bias[dead.to(bias.device)] = 0
+            bias = _select(bias, 0, outputs)
+        if value.node is None:
+            self._constant(node, outputs, bias)
+            return
+        inputs = (groups[:, None] * in_of_group + torch.arange(in_of_group)).flatten()
+        self._add_layer(name, _like(layer, _select(weight, 0, outputs), bias, groups=len(groups)))
+        new = self.graph.call_module(name, (self._with_channels(value, inputs),))
+        self._store(node, _Value(new, outputs, shape))
+
+    def _add_layer(self, name: str, layer: nn.Module) -> None:
+        *parents, last = name.split(".")
+        parent = self.root
+        for part in parents:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, layer)
+
+    def _sum(self, node: fx.Node, left: _Value, right: _Value) -> None:
+        shape = shape_of(node)
+        if left.node is None or right.node is None:
+            self._store(node, right if left.node is None else left)
+            return
+        if len(right.channels) > len(left.channels):
+            left, right = right, left
+        if not bool(torch.isin(right.channels, left.channels).all()):
+            union = torch.cat([left.channels, right.channels]).unique()
+            left = _Value(self._with_channels(left, union), union, shape)
+        if torch.equal(left.channels, right.channels):
+            new = self._emit(aten.add.Tensor, left.node, right.node)
+        else:
+            places = self._index(torch.searchsorted(left.channels, right.channels))
+            new = self._emit(aten.index_add.default, left.node, 1, places, right.node)
+        self._store(node, _Value(new, left.channels, shape))
+
+    def _gate(self, node: fx.Node, features: _Value, gate: _Value) -> None:
+        if features.node is None:
+            self._store(node, features)
+            return
+        channels = features.channels if gate.shape[0] == features.shape[0] else torch.arange(gate.shape[0])
+        factor = self._with_channels(gate, channels)
+        self._store(node, _Value(self._emit(aten.mul.Tensor, features.node, factor), features.channels, shape_of(node)))
+
+    def _pool(self, node: fx.Node, module: Operation, value: _Value) -> None:
+        if module.operator is aten.mean.dim and not _averages_space_only(module, len(value.shape)):
+            self._dense(node)
+            return
+        self._channelwise(node, module, value)
+
+    def _channelwise(self, node: fx.Node, module: Operation, value: _Value) -> None:
+        new = None
+        if value.node is not None:
+            new = self._emit(module.operator, value.node, *module.arguments, **module.keywords)
+        self._store(node, _Value(new, value.channels, shape_of(node)))
+
+    # Functions.
+
+    def _function(self, node: fx.Node) -> None:
+        source = node.args[0] if node.args else None
+        value = self.values.get(source) if isinstance(source, fx.Node) else None
+        if node.op == "call_function" and value is not None and "shape" in node.meta:
+            if node.target in _GATE_ACTIVATIONS and source in self.demanded:
+                self.demanded.add(node)
+                self._elsewhere(node, value, value.channels, node.args[1:])
+                return
+            if node.target in _POOLS or self._slices_space(node, value):
+                self._elsewhere(node, value, value.channels, node.args[1:])
+                return
+            if node.target in _FLATTENS and self._is_flatten(node, value):
+                self._flatten(node, value)
+                return
+            if node.target in (aten.constant_pad_nd.default, aten.pad.default) and len(value.shape) == 3:
+                self._pad(node, value)
+                return
+            if node.target in (aten.squeeze.dims, aten.squeeze.dim) and len(shape_of(node)) < len(value.shape):
+                if shape_of(node)[:1] == value.shape[:1]:
+                    self._elsewhere(node, value, value.channels, node.args[1:])
+                    return
+        if node.target is aten.cat.default and self._concatenates_channels(node):
+            self._concatenate(node)
+            return
+        self._dense(node)
+
+    def _elsewhere(self, node: fx.Node, value: _Value, channels: Tensor, arguments: Sequence[Any]) -> None:
+        new = None if value.node is None else self._emit(node.target, value.node, *arguments, **node.kwargs)  # type: ignore[arg-type]
+        self._store(node, _Value(new, channels, shape_of(node)))
+
+    def _slices_space(self, node: fx.Node, value: _Value) -> bool:
+        return node.target is aten.slice.Tensor and int(node.args[1]) >= 2  # type: ignore[arg-type]
+
+    def _is_flatten(self, node: fx.Node, value: _Value) -> bool:
+        return len(shape_of(node)) == 1 and math.prod(shape_of(node)) == math.prod(value.shape)
+
+    def _flatten(self, node: fx.Node, value: _Value) -> None:
+        area = math.prod(value.shape[1:])
+        channels = (value.channels[:, None] * area + torch.arange(area)).flatten()
+        new = None if value.node is None else self._emit(aten.flatten.using_ints, value.node, 1)
+        self._store(node, _Value(new, channels, shape_of(node)))
+
+    def _pad(self, node: fx.Node, value: _Value) -> None:
+        """Zero padding; added channels are zero, so they aren't stored."""
+        amounts = [int(amount) for amount in node.args[1]]  # type: ignore[union-attr]
+        before = amounts[4] if len(amounts) > 4 else 0
+        new = value.node
+        if new is not None and any(amounts[:4]):
+            new = self._emit(aten.constant_pad_nd.default, new, amounts[:4])
+        self._store(node, _Value(new, value.channels + before, shape_of(node)))
+
+    def _concatenates_channels(self, node: fx.Node) -> bool:
+        return len(node.args) > 1 and node.args[1] in (1, -len(shape_of(node)))
+
+    def _concatenate(self, node: fx.Node) -> None:
+        values = [self.values[part] for part in node.args[0]]  # type: ignore[union-attr]
+        starts = [0]
+        for value in values:
+            starts.append(starts[-1] + value.shape[0])
+        channels = torch.cat([value.channels + start for value, start in zip(values, starts, strict=False)])
+        parts = [value.node for value in values if value.node is not None]
+        new = self._emit(aten.cat.default, parts, 1) if parts else None
+        self._store(node, _Value(new, channels, shape_of(node)))
+
+    def _dense(self, node: fx.Node) -> None:
+        """Any other step, on values filled up with zeros."""
+
+        def convert(argument: fx.Node) -> fx.Node:
+            return self._full(argument) if argument in self.values else self.other[argument]
+
+        if node.op == "get_attr":
+            tensor = self.source.get_buffer(str(node.target))
+            self.root.register_buffer(str(node.target), tensor.clone())
+        if node.op == "call_module":
+            module = self.source.get_submodule(str(node.target))
+            assert isinstance(module, Operation)
+            inputs = [convert(argument) for argument in node.all_input_nodes]
+            new = self._emit(module.operator, *inputs, *module.arguments, **module.keywords)
+        else:
+            new = self.graph.node_copy(node, convert)
+        if "shape" in node.meta and len(shape_of(node)) > 0:
+            self._store(node, _Value(new, torch.arange(shape_of(node)[0]), shape_of(node)))
+        else:
+            self.other[node] = new
+
+
+def _averages_space_only(module: Operation, n_dimensions: int) -> bool:
+    dimensions = {int(d) % (n_dimensions + 1) for d in module.arguments[0]}
+    return 1 not in dimensions and 0 not in dimensions
+
+
+def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
+    """A layer with other rows and columns."""
+    new: nn.Conv2d | nn.Linear
+    if isinstance(layer, nn.Conv2d):
+        new = nn.Conv2d(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            groups,
+            device="meta",
+        )
+    else:
+        new = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    new.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    new.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return new
+
+
+def _select(tensor: Tensor, dimension: int, indices: Tensor) -> Tensor:
+    """Rows or columns of a tensor; the tensor itself, not a copy, where all are kept."""
+    if len(indices) == tensor.shape[dimension]:
+        return tensor.detach()
+    return tensor.detach().index_select(dimension, indices.to(tensor.device))
+
+
+def _delete_unused_buffers(module: fx.GraphModule) -> None:
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in module.named_buffers() if name not in used]:
+        delattr(module, name)
