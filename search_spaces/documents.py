@@ -25,6 +25,7 @@ __all__ = ["CompositeDocument", "document_schema", "load_document", "write_docum
 
 _VERSION = 1
 _SCHEMA = f"composite-v{_VERSION}.schema.json"
+_LONGEST = 120  # characters of a value in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +245,7 @@ def _describe(error: "ValidationError") -> str:
     rule = cast(Any, error.validator_value)
     if error.validator == "required":
         missing = next(key for key in rule if key not in instance)
-        return f"{path} is {_short(instance)} and lacks {missing!r}."
+        return f"{path} lacks {missing!r}."
     if error.validator == "additionalProperties":
         known = cast(Any, error.schema)["properties"]
         unknown = next(key for key in instance if key not in known)
@@ -267,5 +268,6 @@ def _child(path: str, key: object) -> str:
 def _short(value: object) -> str:
     """One line of bounded length."""
     printer = reprlib.Repr()
-    printer.maxstring = printer.maxother = printer.maxlong = 80
-    return printer.repr(value)
+    printer.maxstring = printer.maxother = printer.maxlong = _LONGEST
+    text = printer.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import BaseTrial
 
-__all__ = ["SPACES", "ContinuousSpace", "DiscreteSpace", "SearchSpace", "load_space", "register"]
+__all__ = ["ContinuousSpace", "DiscreteSpace", "SPACES", "SearchSpace", "load_space", "register"]
 
 
 @runtime_checkable
