@@ -1,0 +1,39 @@
+"""The user's own images: `--data package.module:factory`."""
+
+from __future__ import annotations
+
+from objectives.datasets.sources import SourcePair
+from objectives.errors import DataError
+from objectives.models import import_object, importable_working_directory
+
+__all__ = ["open_factory"]
+
+
+def open_factory(spec: str) -> SourcePair:
+    """Calls a factory without arguments; the working directory is importable meanwhile.
+
+    It returns a `SourcePair`, or two `ImageSource`s: of training and of evaluation images.
+
+    Raises:
+        DataError: It can't be imported, fails or returns something else.
+    """
+    with importable_working_directory():
+        factory = import_object(spec, DataError)
+        if not callable(factory):
+            raise DataError(f"{spec!r} is a {type(factory).__name__}; name a callable that returns two sources.")
+        try:
+            pair = factory()
+        except Exception as error:  # a user's factory may raise anything
+            raise DataError(f"{spec!r} failed ({type(error).__name__}: {error}); correct it.") from error
+    if isinstance(pair, SourcePair):
+        return pair
+    if (
+        not isinstance(pair, tuple)
+        or len(pair) != 2
+        or not all(hasattr(part, "labels") and callable(getattr(part, "image", None)) for part in pair)
+    ):
+        raise DataError(
+            f"{spec!r} returned a {type(pair).__name__}; it must return two sources (training, evaluation), "
+            "each with `labels` and `image(index)`."
+        )
+    return SourcePair(*pair)

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+
+# Read when huggingface_hub is imported; without it, a test of missing weights waits for a network's time-outs.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(request):
+    """Keeps the trained digits network between runs of the tests, apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_CACHE", str(request.config.cache.mkdir("pruning-hpo")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_pack() -> Path:
+    """Directory of real networks and images: the environment variable HPO_DATA_PACK, or shared/data beside the project."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    directory = Path(os.environ.get("HPO_DATA_PACK") or default)
+    if not (directory / "weights").is_dir():
+        pytest.skip(f"the data pack isn't at {directory}; set HPO_DATA_PACK to its directory")
+    return directory
