@@ -17,8 +17,8 @@ def _own_cache(request):
 
 @pytest.fixture(scope="session")
 def data_pack() -> Path:
-    """Directory of real networks and images: the environment variable HPO_DATA_PACK, or shared/data beside the project."""
-    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    """Directory of real networks and images: HPO_DATA_PACK, or shared/data beside the project."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
     directory = Path(os.environ.get("HPO_DATA_PACK") or default)
     if not (directory / "weights").is_dir():
         pytest.skip(f"the data pack isn't at {directory}; set HPO_DATA_PACK to its directory")
