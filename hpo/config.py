@@ -1,0 +1,557 @@
+"""The configuration of a study: every option of `hpo launch` with its reader, its help text and its default.
+
+A field of `LaunchConfiguration` is declared once; the command line, the keys of a TOML file and the copy saved with the
+study all follow from that declaration.
+"""
+
+import dataclasses
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hpo.errors import ConfigurationError
+from search_spaces.errors import PruningHPOError
+from search_spaces.imports import is_import_path as _has_import_form
+from search_spaces.suggestions import did_you_mean
+
+__all__ = ["OPTIONS", "LaunchConfiguration", "Option", "Section", "is_import_path", "resolve"]
+
+Section = Literal["study", "search", "model", "data", "objective"]
+AbsScope = Literal["sum", "element"]
+DType = Literal["fp32", "bf16"]
+OutputRelevance = Literal["one", "logit"]
+Sample = Literal["random", "first"]
+
+_DEFAULT_MODEL = "digits_cnn"
+_DEFAULT_DATA = "digits"
+_DEFAULT_RATES = "0:0.95:0.05"
+_DEFAULT_N_TRIALS = 100
+_DEFAULT_N_TRIALS_DIGITS = 60
+
+_EXECUTORS = ("local",)
+_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
+
+_SCHEMES = ("folder", "npz", "optunahub", "timm")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How one field of `LaunchConfiguration` is set.
+
+    Attributes:
+        name: Name of the option and of the TOML key: `n-trials` for `n_trials`.
+        field: Name of the field.
+        section: Which commands share it.
+        help: One line for `--help`.
+        metavar: What stands for the value in `--help`.
+        default: The default in words.
+        multiple: Given once per value on the command line.
+        read: Reads a string of the command line or a value of a TOML file; raises ValueError saying what it wants.
+    """
+
+    name: str
+    field: str
+    section: Section
+    help: str
+    metavar: str
+    default: str
+    multiple: bool
+    read: Callable[[Any], Any]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("must be text")
+    return value.strip()
+
+
+def _whole(minimum: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        wanted = f"must be a whole number of at least {minimum}"
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(wanted)
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError(wanted) from None
+        if number < minimum:
+            raise ValueError(wanted)
+        return number
+
+    return read
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("must be a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("must be a number") from None
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
+def _between(low: float, high: float, wanted: str) -> Callable[[Any], float]:
+    """Reader of a number in [low, high)."""
+
+    def read(value: Any) -> float:
+        number = _number(value)
+        if not low <= number < high:
+            raise ValueError(wanted)
+        return number
+
+    return read
+
+
+def _items(value: Any) -> list[Any]:
+    """Parts of `a,b,c` or of a TOML array."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    return tuple(_number(item) for item in _items(value))
+
+
+def _deviations(value: Any) -> tuple[float, ...]:
+    numbers = _numbers(value)
+    if min(numbers) <= 0:
+        raise ValueError("must hold numbers above 0")
+    return numbers
+
+
+def _size(value: Any) -> tuple[int, int]:
+    parts = re.split(r"[x,]", value) if isinstance(value, str) else _items(value)
+    try:
+        edges = [_whole(1)(part) for part in parts]
+    except ValueError:
+        edges = []
+    if len(edges) not in (1, 2):
+        raise ValueError("must be an edge in pixels such as 224, or HEIGHTxWIDTH such as 224x160")
+    return edges[0], edges[-1]
+
+
+def _classes(value: Any) -> tuple[int | str, ...]:
+    classes = [int(item) if isinstance(item, str) and item.isdecimal() else item for item in _items(value)]
+    if not all(
+        (isinstance(item, int) and not isinstance(item, bool)) or (isinstance(item, str) and item) for item in classes
+    ):
+        raise ValueError("must be class indices or class names separated by commas")
+    if len(set(classes)) != len(classes):
+        raise ValueError("must name each class once")
+    if len(classes) < 2:
+        raise ValueError("must name at least two classes")
+    return tuple(classes)
+
+
+def _choice(names: Sequence[str]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return str(value)
+
+    return read
+
+
+def _rates(value: Any) -> tuple[float, ...]:
+    # Whatever is wrong with rates is said by their own parser, in full.
+    from objectives.pruning.rates import parse_rates
+
+    text = value if isinstance(value, str) else ",".join(str(item) for item in _items(value))
+    return parse_rates(text)
+
+
+def _seconds(value: Any) -> float:
+    wanted = "must be a duration above 0, such as 90, 90s, 30m or 2h"
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value).strip())
+    if match is None or isinstance(value, bool) or float(match[1]) == 0:
+        raise ValueError(wanted)
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _device(value: Any) -> str:
+    if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _model_options(value: Any) -> tuple[tuple[str, Any], ...]:
+    """Sorted pairs of `KEY=VALUE` texts, whose values are read as TOML and else taken as text, or of a TOML table."""
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
+    pairs = {}
+    for text in [value] if isinstance(value, str) else value:
+        if isinstance(text, list | tuple):
+            key, item = text
+            pairs[str(key)] = item
+            continue
+        key, equals, item = str(text).partition("=")
+        if not equals or not key.strip():
+            raise ValueError("must be KEY=VALUE")
+        pairs[key.strip()] = _toml_value(item)
+    return tuple(sorted(pairs.items()))
+
+
+def _toml_value(text: str) -> Any:
+    """`8`, `0.5`, `true` or `[1, 2]` as what they are, all else as text."""
+    try:
+        return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _option(
+    section: Section,
+    help: str,
+    *,
+    read: Callable[[Any], Any],
+    metavar: str,
+    default: Any = None,
+    shown: str = "",
+    name: str | None = None,
+    multiple: bool = False,
+    private: bool = False,
+) -> Any:
+    """A dataclass field that carries its `Option`; `shown` words a default that depends on other options."""
+    metadata = {"section": section, "help": help, "read": read, "metavar": metavar, "name": name, "multiple": multiple}
+    metadata["default"] = shown or ("" if default is None else str(default))
+    return dataclasses.field(default=default, repr=not private, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfiguration:
+    """Everything that `hpo launch` was asked for, read and checked. Made by `resolve`.
+
+    Checked here is what needs neither network nor data nor database; those are checked where they are loaded.
+    """
+
+    study: str = _option("study", "Name of the study.", read=_text, metavar="NAME", default="", shown="MODEL-DATA")
+    storage: str = _option(
+        "study",
+        "Database of studies, any URL that Optuna takes.",
+        read=_text,
+        metavar="URL",
+        default="",
+        shown="$HPO_STORAGE, else a SQLite file in your data directory",
+        private=True,
+    )
+
+    space: str = _option(
+        "search",
+        "What may be searched: a registered space (see `hpo spaces`), a TOML file, or package.module:object.",
+        read=_text,
+        metavar="SPACE",
+        default="cnn",
+    )
+    sampler: str = _option(
+        "search",
+        "grid (every distinct point once), tpe, random, package.module:Class, or optunahub:NAME.",
+        read=_text,
+        metavar="SAMPLER",
+        default="tpe",
+    )
+    n_trials: int | None = _option(
+        "search",
+        "Trials to search; the heuristics come on top.",
+        read=_whole(1),
+        metavar="N",
+        shown=f"{_DEFAULT_N_TRIALS}; {_DEFAULT_N_TRIALS_DIGITS} for digits; the whole grid for grid",
+    )
+    timeout_s: float | None = _option(
+        "search",
+        "Start no trial after this time: seconds, or 90s, 30m, 2h. The best found is still confirmed.",
+        read=_seconds,
+        metavar="TIME",
+        name="timeout",
+    )
+    metric: str = _option(
+        "search", "Figure to maximise (see `hpo spaces`).", read=_text, metavar="FIGURE", default="auc"
+    )
+    executor: str = _option("search", "Where trials run.", read=_choice(_EXECUTORS), metavar="local", default="local")
+
+    model: str = _option(
+        "model",
+        "Network: a timm name, or package.module:factory.",
+        read=_text,
+        metavar="MODEL",
+        default="",
+        shown=f"{_DEFAULT_MODEL} with --data {_DEFAULT_DATA}",
+    )
+    checkpoint: str | None = _option(
+        "model", "Weights: a safetensors file, or a torch file of weights alone.", read=_text, metavar="FILE"
+    )
+    model_options: tuple[tuple[str, Any], ...] = _option(
+        "model",
+        "Argument of the network's factory; repeat it for more.",
+        read=_model_options,
+        metavar="KEY=VALUE",
+        default=(),
+        shown=" ",
+        name="model-option",
+        multiple=True,
+    )
+    size: tuple[int, int] | None = _option(
+        "model", "Image size instead of the network's own: an edge, or HEIGHTxWIDTH.", read=_size, metavar="PIXELS"
+    )
+    mean: tuple[float, ...] | None = _option(
+        "model", "Mean per channel instead of the network's own.", read=_numbers, metavar="R,G,B"
+    )
+    std: tuple[float, ...] | None = _option(
+        "model", "Standard deviation per channel instead of the network's own.", read=_deviations, metavar="R,G,B"
+    )
+    crop: float | None = _option(
+        "model",
+        "Share of the resized edge that the centre crop keeps, instead of the network's own.",
+        read=_between(0.01, 1.0000001, "must be a share above 0 and at most 1"),
+        metavar="SHARE",
+    )
+    interpolation: str | None = _option(
+        "model",
+        "Interpolation when resizing, instead of the network's own.",
+        read=_choice(_INTERPOLATIONS),
+        metavar="|".join(_INTERPOLATIONS),
+    )
+
+    data: str = _option(
+        "data",
+        "Images: digits, folder:DIR (DIR/train/CLASS/*, DIR/val/CLASS/*), npz:TRAIN.npz,EVAL.npz, timm:NAME, "
+        "or package.module:factory.",
+        read=_text,
+        metavar="DATA",
+        default="",
+        shown=f"{_DEFAULT_DATA} with --model {_DEFAULT_MODEL}",
+    )
+    classes: tuple[int | str, ...] | None = _option(
+        "data",
+        "Restrict the task to these classes of the network, by index or name.",
+        read=_classes,
+        metavar="A,B,...",
+        shown="all",
+    )
+    class_map: str | None = _option(
+        "data", "JSON file: folder name -> output index of the network.", read=_text, metavar="FILE"
+    )
+    references_per_class: int = _option(
+        "data",
+        "Training images per class that relevance is computed from.",
+        read=_whole(1),
+        metavar="N",
+        default=10,
+    )
+    sample: Sample = _option(
+        "data",
+        "Which training images of a class are references.",
+        read=_choice(get_args(Sample)),
+        metavar="|".join(get_args(Sample)),
+        default="random",
+    )
+    evaluation_images: int | None = _option(
+        "data",
+        "Images to measure accuracy on while searching.",
+        read=_whole(1),
+        metavar="N",
+        shown="at most 1000",
+    )
+    confirmation_share: float = _option(
+        "data",
+        "Share of the evaluation set that confirms the best composite and is never searched on.",
+        read=_between(0.0, 1.0, "must be a share of at least 0 and below 1"),
+        metavar="SHARE",
+        default=0.5,
+    )
+    seed: int = _option(
+        "data", "Seed of the split, the references and the sampler.", read=_whole(0), metavar="N", default=0
+    )
+
+    rates: tuple[float, ...] = _option(
+        "objective",
+        "Pruning rates: FIRST:LAST:STEP, or a list such as 0,0.2,0.5.",
+        read=_rates,
+        metavar="RATES",
+        default=(),
+        shown=_DEFAULT_RATES,
+    )
+    abs_scope: AbsScope = _option(
+        "objective",
+        "What `abs` takes the absolute value of: a sample's relevance summed over space, or every element.",
+        read=_choice(get_args(AbsScope)),
+        metavar="|".join(get_args(AbsScope)),
+        default="sum",
+    )
+    output_relevance: OutputRelevance = _option(
+        "objective",
+        "Relevance that the true class starts with: one, or its logit.",
+        read=_choice(get_args(OutputRelevance)),
+        metavar="|".join(get_args(OutputRelevance)),
+        default="one",
+    )
+    dtype: DType = _option(
+        "objective",
+        "Precision of the evaluations while searching; confirmation always uses fp32.",
+        read=_choice(get_args(DType)),
+        metavar="|".join(get_args(DType)),
+        default="fp32",
+    )
+    batch_size: int = _option(
+        "objective",
+        "Images per batch. Rounding depends on it, so it belongs to the study's identity.",
+        read=_whole(1),
+        metavar="N",
+        default=100,
+    )
+    device: str = _option(
+        "objective", "Device to compute on.", read=_device, metavar="auto|cpu|cuda[:N]", default="auto"
+    )
+
+    @property
+    def is_embedded_default(self) -> bool:
+        """Whether this is the digits network on the digits."""
+        return self.model == _DEFAULT_MODEL and self.data == _DEFAULT_DATA
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, by option names; the storage URL without user information."""
+        from storage.urls import without_user_information
+
+        values: dict[str, Any] = {}
+        for name, option in OPTIONS.items():
+            value = getattr(self, option.field)
+            if option.field == "model_options":
+                value = dict(value)
+            values[name] = list(value) if isinstance(value, tuple) else value
+        values["storage"] = without_user_information(self.storage)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LaunchConfiguration":
+        """Inverse of `to_json`; keys of other versions are left out."""
+        known = {OPTIONS[name]: value for name, value in values.items() if name in OPTIONS and value is not None}
+        return cls(**{option.field: option.read(value) for option, value in known.items()})
+
+
+OPTIONS: dict[str, Option] = {
+    option.name: option
+    for option in (
+        Option(
+            name=field.metadata["name"] or field.name.replace("_", "-"),
+            field=field.name,
+            **{key: value for key, value in field.metadata.items() if key != "name"},
+        )
+        for field in dataclasses.fields(LaunchConfiguration)
+    )
+}
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a model, data source, space or sampler is `package.module:object`, whose import runs code."""
+    return _has_import_form(text) and text.partition(":")[0] not in _SCHEMES
+
+
+def resolve(command_line: Mapping[str, Any], file: Path | None = None) -> LaunchConfiguration:
+    """The one place where settings meet: the command line over the file over the defaults.
+
+    Args:
+        command_line: Values by field name; None and () mean that an option was not given.
+        file: TOML file whose keys are the names of the options; relative paths in it start at the working directory.
+
+    Raises:
+        ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
+    """
+    values = {} if file is None else _read_file(file)
+    for option in OPTIONS.values():
+        value = command_line.get(option.field)
+        if value is not None and value != ():
+            values[option.field] = _read(option, value, f"`--{option.name}`")
+    return _checked(LaunchConfiguration(**_defaults(values)))
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"Cannot read configuration file {str(file)!r}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"Configuration file {str(file)!r} is not TOML: {error}.") from error
+    values = {}
+    for key, value in document.items():
+        option = OPTIONS.get(key)
+        if option is None:
+            raise ConfigurationError(f"Unknown key {key!r} in {str(file)!r}.{did_you_mean(key, OPTIONS)}")
+        values[option.field] = _read(option, value, f"Key {key!r} of {str(file)!r}")
+    return values
+
+
+def _read(option: Option, value: Any, origin: str) -> Any:
+    try:
+        return option.read(value)
+    except PruningHPOError:  # a parser that says all of it
+        raise
+    except ValueError as error:
+        given = value[-1] if option.multiple and isinstance(value, tuple) else value
+        raise ConfigurationError(f"{origin} {error}, but got {given!r}.") from error
+
+
+def _defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults that depend on other options, and make paths absolute."""
+    from storage.urls import default_storage_url
+
+    model, data = values.get("model"), values.get("data")
+    if data is None:
+        if model not in (None, _DEFAULT_MODEL):
+            raise ConfigurationError(f"`--model {model}` needs images: pass `--data`, for example `--data folder:DIR`.")
+        data = _DEFAULT_DATA
+    if model is None:
+        if data != _DEFAULT_DATA:
+            raise ConfigurationError(
+                f"`--data {data}` needs a network: pass `--model`, for example `--model resnet18`."
+            )
+        model = _DEFAULT_MODEL
+    values |= {"model": model, "data": _absolute_data(data)}
+    for field in ("checkpoint", "class_map"):
+        if values.get(field) is not None:
+            values[field] = str(Path(values[field]).expanduser().absolute())
+    if values.get("space", "").endswith(".toml"):
+        values["space"] = str(Path(values["space"]).expanduser().absolute())
+    if values.get("n_trials") is None and values.get("sampler") != "grid":
+        values["n_trials"] = _DEFAULT_N_TRIALS_DIGITS if data == _DEFAULT_DATA else _DEFAULT_N_TRIALS
+    values.setdefault("rates", OPTIONS["rates"].read(_DEFAULT_RATES))
+    values.setdefault("study", _study_name(model, data))
+    values.setdefault("storage", default_storage_url())
+    return values
+
+
+def _absolute_data(data: str) -> str:
+    """`folder:` and `npz:` sources with absolute paths: a saved configuration must hold from any directory."""
+    scheme, _, paths = data.partition(":")
+    if scheme not in ("folder", "npz") or not paths:
+        return data
+    parts = [paths] if scheme == "folder" else paths.split(",")
+    return f"{scheme}:{','.join(str(Path(part).expanduser().absolute()) for part in parts)}"
+
+
+def _study_name(model: str, data: str) -> str:
+    """`digits` for the embedded default, else for example `resnet18-flowers` for `--data folder:pictures/flowers`."""
+    if (model, data) == (_DEFAULT_MODEL, _DEFAULT_DATA):
+        return _DEFAULT_DATA
+    last = re.split(r"[,:/\\]", data.rstrip("/\\"))[-1].removesuffix(".npz")
+    network = re.split(r"[:.]", model)[-1] if is_import_path(model) else model
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{network}-{last}")
+
+
+def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
+    """The configuration, if its names are known."""
+    from objectives.pruning.curve import FIGURES
+
+    if configuration.metric not in FIGURES:
+        raise ConfigurationError(
+            f"Unknown metric {configuration.metric!r}.{did_you_mean(configuration.metric, FIGURES)}"
+        )
+    if re.search(r"[/\\\x00-\x1f]", configuration.study):
+        raise ConfigurationError(f"`--study` must not hold slashes or line breaks, but got {configuration.study!r}.")
+    return configuration

@@ -1,0 +1,395 @@
+"""The driver of a study: asks for composites, has them evaluated, and writes what they are worth."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from optuna.artifacts import get_all_artifact_meta
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from hpo import trials
+from hpo.confirmation import Confirmed, compare
+from hpo.errors import Interrupted, SamplerError, TrialsFailedError
+from hpo.executors import Executor, Job, Outcome
+from hpo.plots import CURVE_CSV, CURVE_PNG, STUDY_PNG, CurvePlotter, curve_csv, study_png
+from hpo.progress import TrialReport
+from hpo.samplers import GridSampler
+from search_spaces.errors import OutsideSpaceError, PruningHPOError
+from search_spaces.heuristics import HEURISTICS
+from storage.errors import StorageError, TrialResultError
+from storage.store import StudyStore
+from storage.trials import TrialResult
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+
+    from hpo.config import LaunchConfiguration
+    from hpo.problem import Problem
+    from hpo.progress import Progress
+    from objectives.objective import Evaluation
+    from objectives.pruning.curve import Curve
+    from search_spaces.composites import CompositeSpec
+    from search_spaces.spaces import SearchSpace
+
+__all__ = ["CONFIRMATION", "StudyDriver", "identity"]
+
+CONFIRMATION = "confirmation"
+"""The user attribute of a study that holds the confirmation of its best trial."""
+
+_CONFIRMED = "confirmed:"
+_MOST_FAILURES_IN_A_ROW = 3
+_POLL_S = 0.2
+_N_PLOTTED = 10
+
+_log = logging.getLogger("hpo")
+
+
+def identity(configuration: "LaunchConfiguration", space: "SearchSpace", problem: "Problem") -> dict[str, Any]:
+    """What must be equal for two launches to be one study: everything that a trial's value or choice depends on."""
+    return {
+        "procedure": "one_shot",
+        "sampler": configuration.sampler,
+        "metric": configuration.metric,
+        "seed": configuration.seed,
+        "space": space.to_json(),
+        "objective": problem.identity(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A trial that is being evaluated; `heuristic` is its heuristic's name, None for a search trial."""
+
+    trial: Trial
+    composite: "CompositeSpec"
+    heuristic: str | None = None
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """User attributes that say what the trial is."""
+        role = {"role": "search"} if self.heuristic is None else {"role": "heuristic", "heuristic": self.heuristic}
+        return {**role, "composite": self.composite.to_json()}
+
+
+class StudyDriver:
+    """The one process that writes to a study; to be made once the study's lease is held.
+
+    Trials lost by a former driver are asked again. A composite that equals that of a complete trial is not evaluated:
+    it is told the same value, with the user attribute `reused_from`.
+
+    Not thread-safe; `run` is called once.
+
+    Raises:
+        StudyIdentityError: The stored study of this name is another search; nothing is written.
+    """
+
+    def __init__(
+        self,
+        configuration: "LaunchConfiguration",
+        *,
+        space: "SearchSpace",
+        sampler: "BaseSampler",
+        problem: "Problem",
+        store: StudyStore,
+        executor: Executor,
+        plotter: CurvePlotter,
+        progress: "Progress",
+        stop: threading.Event,
+    ) -> None:
+        self._configuration = configuration
+        self._space = space
+        self._sampler = sampler
+        self._problem = problem
+        self._store = store
+        self._executor = executor
+        self._plotter = plotter
+        self._progress = progress
+        self._stop = stop
+        self._study = store.create_or_resume(
+            configuration.study,
+            identity=identity(configuration, space, problem),
+            configuration=configuration.to_json(),
+            sampler=sampler,
+        )
+        # Heuristics are given, not sampled.
+        self._given = store.load(configuration.study, RandomSampler(seed=0))
+        self._deadline = math.inf if configuration.timeout_s is None else time.monotonic() + configuration.timeout_s
+        self._asked: dict[int, _Asked] = {}
+        self._known: dict[str, tuple[int, TrialResult]] = {}
+        self._n_finished = 0
+        self._n_failures_in_a_row = 0
+        self._best: float | None = None
+        self._best_heuristic: float | None = None
+        self._worked = False
+
+    def run(self) -> bool:
+        """Heuristics, search, confirmation, pictures; whether there was anything to do.
+
+        Raises:
+            TrialsFailedError: Three trials in a row failed, or one to be confirmed.
+            SamplerError: The sampler failed.
+            StorageError: The database or the disk failed.
+            Interrupted: `stop` was set.
+        """
+        for number in self._store.adopt_orphans(self._study):
+            _log.info("Trial %d was lost with its driver and is asked again.", number)
+        try:
+            self._recall()
+            self._evaluate_heuristics()
+            self._search()
+            self._confirm()
+            self._draw()
+        except BaseException:
+            # A database that fails now must not hide why we leave; the next driver adopts what is left.
+            with suppress(StorageError):
+                self._store.adopt_orphans(self._study)
+            raise
+        return self._worked
+
+    # Phases
+
+    def _recall(self) -> None:
+        """Learn from the trials that are there, and have the pictures drawn that are missing."""
+        stored = self._trials()
+        self._n_finished = len(trials.finished(stored))
+        for trial in stored:
+            composite = trials.composite_of(trial)
+            if trial.state != TrialState.COMPLETE or composite is None:
+                continue
+            self._remember(
+                trial.number, composite, trials.result_of(trial), trial.user_attrs.get("heuristic"), bool(trial.params)
+            )
+            if CURVE_PNG not in self._artifacts(trial):
+                self._draw_trial(trial, composite, trial.values[0], trials.curve_of(trial))
+
+    def _evaluate_heuristics(self) -> None:
+        done = trials.heuristics(self._trials())
+        left = [name for name in HEURISTICS if name not in done]
+        if left:
+            self._progress.phase("Heuristics", len(HEURISTICS), len(done))
+        names = iter(left)
+        self._run_trials(lambda: None if (name := next(names, None)) is None else self._ask_heuristic(name))
+
+    def _search(self) -> None:
+        if n_left := self._n_left():
+            self._progress.phase("Search", self._n_finished + n_left, self._n_finished)
+        self._run_trials(self._ask_search)
+
+    def _confirm(self) -> None:
+        """Evaluate the best trial and the heuristics on the confirmation images, those that are not yet."""
+        stored = self._trials()
+        best = next(iter(trials.best(stored)), None)
+        if best is None or not self._problem.n_confirmation_images:
+            return
+        heuristics = trials.heuristics(stored)
+        wanted = {trial.number: trial for trial in (*heuristics.values(), best)}
+        attributes = self._study.user_attrs
+        confirmed = {
+            number: Confirmed.from_json(attributes[f"{_CONFIRMED}{number}"])
+            for number in wanted
+            if f"{_CONFIRMED}{number}" in attributes
+        }
+        if len(confirmed) < len(wanted):
+            self._progress.phase("Confirmation", len(wanted), len(confirmed))
+        for number, trial in wanted.items():
+            if number not in confirmed:
+                confirmed[number] = self._confirm_trial(trial)
+        confirmation = compare(
+            confirmed[best.number],
+            {name: confirmed[trial.number] for name, trial in heuristics.items()},
+            seed=self._configuration.seed,
+        )
+        self._study.set_user_attr(CONFIRMATION, confirmation.to_json())
+
+    def _confirm_trial(self, trial: FrozenTrial) -> Confirmed:
+        self._worked = True
+        composite = trials.composite_of(trial)
+        assert composite is not None, "a complete trial has a composite"
+        self._executor.submit(Job(trial.number, composite, "confirmation"))
+        outcome = self._wait()
+        if outcome.evaluation is None:
+            raise TrialsFailedError(f"Trial {trial.number} could not be confirmed: {outcome.failure}")
+        confirmed = Confirmed.of(trial.number, outcome.evaluation)
+        self._study.set_user_attr(f"{_CONFIRMED}{trial.number}", confirmed.to_json())
+        self._report(trial.number, composite.label, confirmed.auc, sum(outcome.evaluation.seconds.values()))
+        return confirmed
+
+    def _draw(self) -> None:
+        """Wait for the pictures of the trials, and draw that of the study."""
+        while not self._plotter.finish(timeout_s=_POLL_S):
+            self._check_stop()
+        stored = self._trials()
+        if not self._worked and STUDY_PNG in self._artifacts(self._study):
+            return
+        best = {f"trial {trial.number}": trials.curve_of(trial) for trial in trials.best(stored, _N_PLOTTED)}
+        heuristics = {name: trials.curve_of(trial) for name, trial in trials.heuristics(stored).items()}
+        if best or heuristics:
+            picture = study_png(best, heuristics, title=self._study.study_name)
+            self._store.add_artifact(self._study, STUDY_PNG, picture, "image/png")
+
+    # Trials
+
+    def _run_trials(self, ask: Callable[[], _Asked | None]) -> None:
+        """Keep the executor busy until nothing is left to ask."""
+        while True:
+            while len(self._asked) < self._executor.n_workers and (asked := ask()) is not None:
+                self._check_stop()
+                self._worked = True
+                self._asked[asked.trial.number] = asked
+                if asked.composite.key in self._known:
+                    self._reuse(asked)
+                else:
+                    self._executor.submit(Job(asked.trial.number, asked.composite))
+            if not self._asked:
+                return
+            self._take(self._wait())
+
+    def _ask_heuristic(self, name: str) -> _Asked:
+        """A running trial of a heuristic: the one that was interrupted, or a new one.
+
+        It is added WAITING with all it has, and claimed then: at no time can a second one of this name come to be.
+        """
+        composite = HEURISTICS[name]
+        if (waiting := self._waiting_heuristic(name)) is None:
+            try:
+                parameters, distributions = self._space.parameters(composite), self._space.distributions()
+            except OutsideSpaceError:
+                # Optuna holds a parameter to one set of values in all trials of a study.
+                parameters, distributions = {}, {}
+            self._given.add_trial(
+                create_trial(
+                    state=TrialState.WAITING,
+                    params=parameters,
+                    distributions=distributions,
+                    user_attrs={"role": "heuristic", "heuristic": name, "composite": composite.to_json()},
+                )
+            )
+            waiting = self._waiting_heuristic(name)
+        assert waiting is not None, "it was just added"
+        self._store.storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+        return _Asked(Trial(self._given, waiting._trial_id), composite, name)
+
+    def _waiting_heuristic(self, name: str) -> FrozenTrial | None:
+        waiting = self._given.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return next((trial for trial in waiting if trial.user_attrs.get("heuristic") == name), None)
+
+    def _ask_search(self) -> _Asked | None:
+        if not self._n_left():
+            return None
+        if time.monotonic() >= self._deadline:
+            _log.info("The time given by --timeout is up.")
+            return None
+        try:
+            trial = self._study.ask()
+            return _Asked(trial, self._space.suggest(trial))
+        except PruningHPOError:
+            raise
+        except Exception as error:  # a sampler of the user's may raise anything
+            reason = " ".join(str(error).split())
+            raise SamplerError(
+                f"Sampler {self._configuration.sampler!r} failed: {type(error).__name__}: {reason}; "
+                "try `--sampler tpe` in another --study."
+            ) from error
+
+    def _n_left(self) -> int:
+        """How many search trials may still be asked."""
+        budget = self._configuration.n_trials
+        left = [] if budget is None else [budget - self._n_finished - len(self._asked)]
+        if isinstance(self._sampler, GridSampler):
+            left.append(self._sampler.n_left(self._study))
+        return max(0, min(left))
+
+    def _wait(self) -> Outcome:
+        while (outcome := self._executor.wait(timeout_s=_POLL_S)) is None:
+            self._check_stop()
+        return outcome
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted
+
+    def _take(self, outcome: Outcome) -> None:
+        asked = self._asked[outcome.job.number]
+        if outcome.evaluation is None:
+            self._fail(asked, outcome.failure or "")
+            return
+        evaluation = outcome.evaluation
+        try:
+            result = self._result(asked, evaluation)
+        except TrialResultError as error:
+            self._fail(asked, str(error))
+            return
+        self._finish(asked, result, seconds=sum(evaluation.seconds.values()))
+
+    def _result(self, asked: _Asked, evaluation: "Evaluation") -> TrialResult:
+        return TrialResult(
+            value=evaluation.figures[self._configuration.metric],
+            curve=trials.steps(evaluation.curve.rates, evaluation.curve.accuracies),
+            attributes={**asked.attributes, **trials.attributes(evaluation)},
+        )
+
+    def _reuse(self, asked: _Asked) -> None:
+        """Tell the value of the complete trial that equals this one."""
+        number, known = self._known[asked.composite.key]
+        shared = {name: value for name, value in known.attributes.items() if name not in trials.OWN}
+        result = replace(known, attributes={**shared, **asked.attributes, "reused_from": number})
+        self._finish(asked, result, seconds=None, remark=f"equals trial {number}")
+
+    def _finish(self, asked: _Asked, result: TrialResult, *, seconds: float | None, remark: str = "") -> None:
+        number, composite = asked.trial.number, asked.composite
+        curve = trials.curve_from(result.attributes)
+        table = self._store.write_artifact(CURVE_CSV, curve_csv(curve, self._problem.class_names), "text/csv")
+        self._store.finish(asked.trial, replace(result, artifacts=(table,)))
+        self._forget(asked)
+        self._n_failures_in_a_row = 0
+        self._remember(number, composite, result, asked.heuristic, in_space=bool(asked.trial.params))
+        self._draw_trial(asked.trial, composite, result.value, curve)
+        label = composite.label if asked.heuristic is None else f"{asked.heuristic}: {composite.label}"
+        self._report(number, label, result.value, seconds, remark)
+
+    def _fail(self, asked: _Asked, reason: str) -> None:
+        self._store.fail(asked.trial, reason)
+        self._forget(asked)
+        self._report(asked.trial.number, asked.composite.label, None, None, f"failed: {reason}")
+        self._n_failures_in_a_row += 1
+        if self._n_failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
+            raise TrialsFailedError(
+                f"{self._n_failures_in_a_row} trials in a row failed, the last one (trial {asked.trial.number}, "
+                f"{asked.composite.label}) because: {reason}"
+            )
+
+    def _forget(self, asked: _Asked) -> None:
+        del self._asked[asked.trial.number]
+        self._n_finished += asked.heuristic is None
+
+    def _remember(
+        self, number: int, composite: "CompositeSpec", result: TrialResult, heuristic: str | None, in_space: bool
+    ) -> None:
+        self._known.setdefault(composite.key, (number, result))
+        if in_space and (self._best is None or result.value > self._best):
+            self._best = result.value
+        if heuristic is not None and (self._best_heuristic is None or result.value > self._best_heuristic):
+            self._best_heuristic = result.value
+
+    def _draw_trial(self, trial: Trial | FrozenTrial, composite: "CompositeSpec", value: float, curve: "Curve") -> None:
+        title = f"trial {trial.number}: {composite.label}\n{self._configuration.metric} {value:.4f}"
+        self._plotter.draw(trial, curve, title)
+
+    def _report(self, number: int, label: str, value: float | None, seconds: float | None, remark: str = "") -> None:
+        self._progress.trial(TrialReport(number, label, value, seconds, remark, self._best, self._best_heuristic))
+
+    # The store
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _artifacts(self, owner: "Study | FrozenTrial") -> set[str]:
+        """File names of an owner's artifacts."""
+        return {artifact.filename for artifact in get_all_artifact_meta(owner, storage=self._store.storage)}

@@ -1,0 +1,52 @@
+"""Errors of `hpo`.
+
+    PruningHPOError
+    └── HpoError
+        ├── ConfigurationError (ValueError)      an option, or a key of a configuration file, that cannot be used
+        │   └── SamplerError    a sampler that cannot be imported, built or used
+        ├── ImportRefusedError (PermissionError)    an import path that only a store or a document names
+        ├── NothingFoundError  (LookupError)     a study or a trial that is not what was asked for
+        └── TrialsFailedError  (RuntimeError)    trials that failed, so that the study cannot go on
+
+`Interrupted` stands beside the tree: it is Ctrl-C or SIGTERM, and nobody's mistake.
+"""
+
+from search_spaces.errors import PruningHPOError
+
+__all__ = [
+    "ConfigurationError",
+    "HpoError",
+    "ImportRefusedError",
+    "Interrupted",
+    "NothingFoundError",
+    "SamplerError",
+    "TrialsFailedError",
+]
+
+
+class HpoError(PruningHPOError):
+    """Base of the errors of `hpo`."""
+
+
+class ConfigurationError(HpoError, ValueError):
+    """An option, or a key of a configuration file, that cannot be used."""
+
+
+class SamplerError(ConfigurationError):
+    """A sampler that cannot be imported, built or used."""
+
+
+class ImportRefusedError(HpoError, PermissionError):
+    """An import path that only a store or a document names: code runs when this command line names it."""
+
+
+class NothingFoundError(HpoError, LookupError):
+    """A study or a trial that is not what was asked for."""
+
+
+class TrialsFailedError(HpoError, RuntimeError):
+    """Trials that failed, so that the study cannot go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, raised where a study can be left: no trial is lost and none is half written."""

@@ -1,0 +1,125 @@
+"""Pictures and tables of curves, kept as artifacts of a study and its trials."""
+
+import csv
+import io
+import logging
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from search_spaces.errors import PruningHPOError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from optuna.trial import FrozenTrial, Trial
+
+    from objectives.pruning.curve import Curve
+    from storage.store import StudyStore
+
+__all__ = ["CurvePlotter", "curve_csv", "curve_png", "study_png"]
+
+_log = logging.getLogger(__name__)
+
+CURVE_CSV = "curve.csv"
+CURVE_PNG = "curve.png"
+STUDY_PNG = "study.png"
+
+
+def curve_csv(curve: "Curve", classes: Sequence[str]) -> bytes:
+    """The curve as a table: a row per rate, with accuracy overall and per class, parameters and FLOPs."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["rate", "accuracy", "parameters", "flops", *(f"accuracy {name}" for name in classes)])
+    table.writerows(
+        [rate, accuracy, parameters, flops, *of_classes]
+        for rate, accuracy, parameters, flops, of_classes in zip(
+            curve.rates, curve.accuracies, curve.parameters, curve.flops, curve.class_accuracies, strict=True
+        )
+    )
+    return text.getvalue().encode()
+
+
+def curve_png(curve: "Curve", title: str) -> bytes:
+    """A picture of one trial's curve."""
+    figure = _figure(6.0, right=0.96)
+    axes = figure.add_subplot()
+    axes.plot(curve.rates, curve.accuracies, marker="o", markersize=3)
+    return _finish(figure, title)
+
+
+def study_png(best: Mapping[str, "Curve"], heuristics: Mapping[str, "Curve"], title: str) -> bytes:
+    """A picture of the best trials' curves (solid, by label) against the heuristics' (dashed)."""
+    figure = _figure(9.0, right=0.75)
+    axes = figure.add_subplot()
+    for label, curve in best.items():
+        axes.plot(curve.rates, curve.accuracies, linewidth=1.2, label=label)
+    for label, curve in heuristics.items():
+        axes.plot(curve.rates, curve.accuracies, linewidth=1.0, linestyle="--", alpha=0.7, label=label)
+    axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _finish(figure, title)
+
+
+def _figure(width: float, right: float) -> "Figure":
+    # The object-oriented interface alone: pyplot keeps global state and is not thread-safe.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.0))
+    # Fixed margins: a constrained layout draws everything twice.
+    figure.subplots_adjust(left=0.7 / width, right=right, bottom=0.13, top=0.88)
+    return figure
+
+
+def _finish(figure: "Figure", title: str) -> bytes:
+    (axes,) = figure.axes
+    axes.set(xlabel="share of components pruned", ylabel="accuracy", ylim=(0, 1.02), title=title)
+    axes.title.set_fontsize("small")
+    axes.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
+
+
+class CurvePlotter:
+    """Draws the curves of finished trials on one thread of its own, off the path of the trials.
+
+    A context manager. Pictures that are not drawn when it is left are not lost: the next launch draws what is missing.
+    """
+
+    def __init__(self, store: "StudyStore") -> None:
+        self._store = store
+        self._waiting: queue.SimpleQueue[tuple[FrozenTrial | Trial, Curve, str] | None] = queue.SimpleQueue()
+        self._abandoned = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="curve-plotter", daemon=True)
+
+    def draw(self, trial: "FrozenTrial | Trial", curve: "Curve", title: str) -> None:
+        """Have the picture of a finished trial drawn; returns at once."""
+        self._waiting.put((trial, curve, title))
+
+    def finish(self, timeout_s: float) -> bool:
+        """Wait for the pictures; whether all are drawn. Nothing may be drawn afterwards."""
+        self._waiting.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._abandoned.set()
+        self._waiting.put(None)
+        # The store is closed next; a picture takes 0.1 s.
+        self._thread.join(timeout=2.0)
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None and not self._abandoned.is_set():
+            trial, curve, title = item
+            try:
+                self._store.add_artifact(trial, CURVE_PNG, curve_png(curve, title), "image/png")
+            except PruningHPOError as error:
+                # A picture is not worth a study; what ails the store will show when the next trial is written.
+                _log.warning("The curve of trial %d is not drawn: %s", trial.number, error)

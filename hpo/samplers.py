@@ -1,0 +1,225 @@
+"""Samplers: which composite a study tries next."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.errors import SamplerError
+from hpo.trials import role
+from search_spaces.errors import SearchSpaceError
+from search_spaces.imports import import_object, is_import_path
+from search_spaces.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+    from search_spaces.spaces import SearchSpace
+
+__all__ = ["SAMPLERS", "GridSampler", "ReseededSampler", "make_sampler"]
+
+SAMPLERS: dict[str, Callable[["SearchSpace", int], BaseSampler]] = {}
+"""Makers of the samplers that have a name, from a search space and a seed."""
+
+
+def _register(
+    name: str,
+) -> Callable[[Callable[["SearchSpace", int], BaseSampler]], Callable[["SearchSpace", int], BaseSampler]]:
+    def decorate(make: Callable[["SearchSpace", int], BaseSampler]) -> Callable[["SearchSpace", int], BaseSampler]:
+        SAMPLERS[name] = make
+        return make
+
+    return decorate
+
+
+class ReseededSampler(BaseSampler):
+    """Draws trial N with a generator of its own, seeded by the study's seed and N.
+
+    A study that was interrupted and resumed therefore asks for the points that it would have asked for anyway, and
+    several drivers' draws would not coincide. The inner sampler must keep no state but its generator.
+    """
+
+    def __init__(self, build: Callable[[int], BaseSampler], seed: int) -> None:
+        self._build = build
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: "Study", trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """See `BaseSampler`."""
+        return self._sampler(trial.number).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: "Study", trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """See `BaseSampler`."""
+        return self._sampler(trial.number).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: "Study", trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """See `BaseSampler`."""
+        # Each parameter has its own stream: one stream would give all parameters the same first draw.
+        sampler = self._sampler(trial.number, param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _sampler(self, trial_number: int, stream: str = "") -> BaseSampler:
+        digest = hashlib.sha256(f"{self._seed}/{trial_number}/{stream}".encode()).digest()
+        return self._build(int.from_bytes(digest[:4], "big"))
+
+
+class GridSampler(BaseSampler):
+    """Serves every distinct point of a finite space once, in the order of `SearchSpace.grid`.
+
+    What has been served is read from the trials' composites, not from their numbers, so heuristics, failures and
+    resumed studies leave no hole. A point that failed in an earlier launch is served again; one that fails now is not,
+    until the next launch. For one driver: two that ask at once would be served the same point.
+
+    Raises:
+        SpaceNotFiniteError: The space is continuous.
+    """
+
+    def __init__(self, space: "SearchSpace") -> None:
+        self._space = space
+        self._points = {composite.key: space.parameters(composite) for composite in space.grid()}
+        self._keys: dict[int, str | None] = {}
+        self._forgiven: frozenset[int] | None = None
+
+    def infer_relative_search_space(self, study: "Study", trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """See `BaseSampler`."""
+        return self._space.distributions()
+
+    def sample_relative(
+        self, study: "Study", trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The first point that no other search trial has."""
+        left = self._left(study, besides=trial.number)
+        return dict(self._points[left[0]]) if left else {}
+
+    def sample_independent(
+        self, study: "Study", trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Always raises: the grid serves whole points.
+
+        Raises:
+            SamplerError: Every point has been served, or the space asks for more than its `distributions`.
+        """
+        raise SamplerError(
+            f"The grid of space {self._space.name!r} has no value for parameter {param_name!r}; "
+            "every point is served, or `suggest` and `distributions` of the space differ."
+        )
+
+    def n_left(self, study: "Study") -> int:
+        """How many points no search trial has."""
+        return len(self._left(study))
+
+    def _left(self, study: "Study", besides: int | None = None) -> list[str]:
+        trials = [trial for trial in study.get_trials(deepcopy=False) if role(trial) == "search"]
+        if self._forgiven is None:
+            self._forgiven = frozenset(trial.number for trial in trials if trial.state == TrialState.FAIL)
+        # Waiting points are asked before new ones.
+        taken = {
+            self._key(trial)
+            for trial in trials
+            if trial.state != TrialState.WAITING and trial.number != besides and trial.number not in self._forgiven
+        }
+        return [key for key in self._points if key not in taken]
+
+    def _key(self, trial: FrozenTrial) -> str | None:
+        """Canonical key of a trial's point; None while its parameters are incomplete."""
+        if trial.number not in self._keys:
+            try:
+                key = self._space.suggest(optuna.trial.FixedTrial(trial.params)).key
+            except (ValueError, SearchSpaceError):
+                # An interrupted ask: it will be asked again, with the same parameters.
+                return None
+            self._keys[trial.number] = key
+        return self._keys[trial.number]
+
+
+@_register("grid")
+def _grid(space: "SearchSpace", seed: int) -> BaseSampler:
+    return GridSampler(space)
+
+
+@_register("random")
+def _random(space: "SearchSpace", seed: int) -> BaseSampler:
+    return ReseededSampler(lambda drawn: optuna.samplers.RandomSampler(seed=drawn), seed)
+
+
+@_register("tpe")
+def _tpe(space: "SearchSpace", seed: int) -> BaseSampler:
+    return ReseededSampler(lambda drawn: optuna.samplers.TPESampler(seed=drawn), seed)
+
+
+def make_sampler(spec: str, space: "SearchSpace", seed: int) -> BaseSampler:
+    """The sampler that the user names.
+
+    Args:
+        spec: A registered name; `package.module:Class`, such as `optuna.samplers:GPSampler`; or `optunahub:NAME`,
+            which downloads `samplers/NAME` from OptunaHub.
+        space: The space to sample; only a grid needs it now.
+        seed: Passed on to classes that take `seed`. Only the registered samplers are reseeded for every trial.
+
+    Raises:
+        SamplerError: The name is unknown, or its class cannot be imported or built.
+        SpaceNotFiniteError: A grid of a continuous space.
+    """
+    if spec in SAMPLERS:
+        return SAMPLERS[spec](space, seed)
+    if spec.startswith("optunahub:"):
+        return _build(spec, _load_from_hub(spec), seed)
+    if is_import_path(spec):
+        try:
+            sampler_class = import_object(spec)
+        except ImportError as error:
+            raise SamplerError(f"Sampler {spec!r} cannot be loaded: {error}.") from error
+        return _build(spec, sampler_class, seed)
+    raise SamplerError(
+        f"Unknown sampler {spec!r}.{did_you_mean(spec, SAMPLERS)} "
+        "Other samplers: package.module:Class, such as optuna.samplers:GPSampler, or optunahub:NAME."
+    )
+
+
+def _load_from_hub(spec: str) -> object:
+    name = spec.partition(":")[2].removeprefix("samplers/")
+    try:
+        import optunahub
+    except ImportError as error:
+        raise SamplerError(f"Sampler {spec!r} needs OptunaHub; run `pip install optunahub`.") from error
+    try:
+        package = optunahub.load_module(f"samplers/{name}")
+    except Exception as error:  # network, GitHub or the package's own imports
+        reason = " ".join(str(error).split())
+        raise SamplerError(f"Sampler {spec!r} cannot be loaded from OptunaHub: {reason}") from error
+    return _only_sampler(spec, vars(package))
+
+
+def _only_sampler(spec: str, names: Mapping[str, object]) -> type[BaseSampler]:
+    """The sampler class of a package from OptunaHub, which may import others beside its own."""
+    public: Sequence[str] = names.get("__all__") or list(names)  # type: ignore[assignment]
+    classes = [
+        value
+        for value in (names[name] for name in public if name in names)
+        if isinstance(value, type) and issubclass(value, BaseSampler) and not value.__module__.startswith("optuna.")
+    ]
+    if len(classes) != 1:
+        found = ", ".join(sorted(found.__name__ for found in classes)) or "none"
+        raise SamplerError(f"Sampler {spec!r} must have one sampler class, but has {found}.")
+    return classes[0]
+
+
+def _build(spec: str, sampler_class: object, seed: int) -> BaseSampler:
+    if not (isinstance(sampler_class, type) and issubclass(sampler_class, BaseSampler)):
+        raise SamplerError(
+            f"Sampler {spec!r} must be a subclass of optuna.samplers.BaseSampler, but is {sampler_class!r}."
+        )
+    arguments = {"seed": seed} if "seed" in inspect.signature(sampler_class).parameters else {}
+    try:
+        return sampler_class(**arguments)
+    except Exception as error:  # the user's class may raise anything
+        reason = " ".join(str(error).split())
+        raise SamplerError(f"Sampler {spec!r} cannot be built: {type(error).__name__}: {reason}.") from error

@@ -1,0 +1,127 @@
+"""What the trials of a study say: role, composite, figures and curve, as user attributes."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from optuna.trial import FrozenTrial, TrialState
+
+from objectives.pruning.curve import FIGURES, Curve
+from search_spaces.composites import CompositeSpec
+from search_spaces.errors import SearchSpaceError
+
+if TYPE_CHECKING:
+    from objectives.objective import Evaluation
+    from storage.trials import TrialResult
+
+__all__ = [
+    "FINISHED",
+    "OWN",
+    "Role",
+    "attributes",
+    "best",
+    "composite_of",
+    "curve_from",
+    "curve_of",
+    "figures_of",
+    "finished",
+    "heuristics",
+    "result_of",
+    "role",
+    "steps",
+]
+
+Role = Literal["heuristic", "search"]
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+OWN = ("role", "heuristic", "reused_from", "seconds")
+"""User attributes that a trial of the same composite does not share."""
+
+
+def role(trial: FrozenTrial) -> Role:
+    """Why a trial exists. One without a role was being asked for when its driver died, so it is part of the search."""
+    return "heuristic" if trial.user_attrs.get("role") == "heuristic" else "search"
+
+
+def composite_of(trial: FrozenTrial) -> CompositeSpec | None:
+    """The trial's composite; None for one that failed or waits in a space of the user's own."""
+    try:
+        if "composite" in trial.user_attrs:
+            return CompositeSpec.from_json(trial.user_attrs["composite"])
+        return CompositeSpec.from_parameters(trial.params)
+    except SearchSpaceError:
+        return None
+
+
+def figures_of(trial: FrozenTrial) -> dict[str, float]:
+    """The figures of a complete trial by name, in the order of `FIGURES`."""
+    return {name: trial.user_attrs[name] for name in FIGURES if name in trial.user_attrs}
+
+
+def curve_of(trial: FrozenTrial) -> Curve:
+    """The curve of a complete trial."""
+    return curve_from(trial.user_attrs)
+
+
+def curve_from(attributes: Mapping[str, Any]) -> Curve:
+    """The curve among the user attributes of a complete trial."""
+    return Curve.from_json(attributes["curve"])
+
+
+def attributes(evaluation: "Evaluation") -> dict[str, Any]:
+    """User attributes that keep an evaluation: the curve, every figure by its name, and what it took."""
+    return {
+        "curve": evaluation.curve.to_json(),
+        **evaluation.figures,
+        "seconds": dict(evaluation.seconds),
+    }
+
+
+def result_of(trial: FrozenTrial) -> "TrialResult":
+    """What a complete trial has found, without its artifacts."""
+    from storage.trials import TrialResult
+
+    return TrialResult(trial.values[0], trial.intermediate_values, trial.user_attrs)
+
+
+def steps(rates: Iterable[float], accuracies: Iterable[float]) -> dict[int, float]:
+    """Intermediate values: rate in percent -> accuracy, so that the dashboard draws the curve.
+
+    Rates finer than a percent share a step and the lowest of them is shown; the whole curve is a user attribute.
+    """
+    values: dict[int, float] = {}
+    for rate, accuracy in zip(rates, accuracies, strict=True):
+        values.setdefault(round(100 * rate), accuracy)
+    return values
+
+
+def finished(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The search trials that count towards the number of trials."""
+    return [trial for trial in trials if role(trial) == "search" and trial.state in FINISHED]
+
+
+def heuristics(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
+    """The complete trial of each heuristic by name."""
+    return {
+        trial.user_attrs["heuristic"]: trial
+        for trial in trials
+        if role(trial) == "heuristic" and trial.state == TrialState.COMPLETE
+    }
+
+
+def best(trials: Iterable[FrozenTrial], count: int = 1) -> list[FrozenTrial]:
+    """The best complete trials with distinct composites, best first; among equals the earliest.
+
+    A heuristic outside the search space has no parameters and is no candidate: the user ruled it out.
+    """
+    candidates = [
+        trial
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and trial.params and "reused_from" not in trial.user_attrs
+    ]
+    return sorted(candidates, key=lambda trial: (-_value(trial), trial.number))[:count]
+
+
+def _value(trial: FrozenTrial) -> float:
+    return float("-inf") if trial.value is None else trial.value
