@@ -10,7 +10,7 @@ from urllib.parse import quote
 from optuna.storages import RDBStorage
 from sqlalchemy import create_engine, event, inspect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from storage.errors import StorageError, StoreFormatError, StoreNotFoundError, StoreUnreachableError, StoreUrlError
 from storage.failures import database_failure, file_failures, one_line
@@ -66,25 +66,21 @@ def connect(url: str, mode: Mode) -> RDBStorage:
 
 
 def _storage(connector: Callable[[], Any], parsed: URL, shown: str, *, create_tables: bool) -> RDBStorage:
-    with _translated(parsed, shown):
-        try:
-            storage = RDBStorage(
-                # Optuna formats the URL and keeps it; the connector knows the password.
-                _harmless(parsed).replace("{", "{{").replace("}", "}}"),
-                engine_kwargs={"creator": connector, "pool_pre_ping": True},
-                skip_table_creation=not create_tables,
-            )
-        except RuntimeError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise StoreFormatError(f"The store {shown} has another version: {one_line(error)}") from None
+    # A pool of our own can be closed where Optuna's constructor fails.
+    pool = QueuePool(connector, pre_ping=True)
+    try:
+        with _translated(parsed, shown):
+            storage = RDBStorage(_harmless(parsed), engine_kwargs={"pool": pool}, skip_table_creation=not create_tables)
+    except BaseException:
+        pool.dispose()
+        raise
     _translate_failures(storage, parsed, shown)
     return storage
 
 
 def _harmless(parsed: URL) -> str:
-    """A URL that stands for the database's kind: SQLAlchemy chooses dialect and pool by it."""
-    return f"{parsed.drivername}:///store" if parsed.get_backend_name() == "sqlite" else f"{parsed.drivername}://"
+    """A URL that only says which dialect to speak; Optuna keeps it, and the connector alone knows the password."""
+    return f"{parsed.drivername}://"
 
 
 def _sqlite_connector(path: Path, mode: Mode) -> Callable[[], Any]:
@@ -146,6 +142,8 @@ def _translated(parsed: URL, shown: str) -> Iterator[None]:
         failure = database_failure(original, shown, connecting=True, secrets=secrets(parsed))
         reason = one_line(original, secrets(parsed))
         raise failure or StoreUnreachableError(f"Cannot open the store {shown}: {reason}") from None
+    except RuntimeError as error:  # Optuna's word for tables of another version
+        raise StoreFormatError(f"The store {shown} has another version: {one_line(error)}") from None
 
 
 def _translate_failures(storage: RDBStorage, parsed: URL, shown: str) -> None:

@@ -63,12 +63,13 @@ class StudyStore:
 
     Attributes:
         url_masked: Where it is, with passwords as `***`.
-        storage: Optuna's storage.
+        storage: Optuna's storage, with its cache of finished trials.
+        rdb: The same without the cache.
         artifacts: Optuna's artifact store.
     """
 
     def __init__(self, rdb: RDBStorage, artifact_files: ArtifactFiles, url_masked: str) -> None:
-        self._rdb = rdb
+        self.rdb = rdb
         self.storage = _CachedStorage(rdb)
         self.artifacts = artifact_files
         self.url_masked = url_masked
@@ -94,8 +95,8 @@ class StudyStore:
 
     def close(self) -> None:
         """Give all connections back."""
-        self._rdb.remove_session()
-        self._rdb.engine.dispose()
+        self.rdb.remove_session()
+        self.rdb.engine.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -288,12 +289,12 @@ class StudyStore:
         cache = self.storage
         with cache._lock:
             if known := cache._trial_id_to_study_id_and_number.get(trial_id):
-                cache._add_trials_to_cache(known[0], [self._rdb.get_trial(trial_id)])
+                cache._add_trials_to_cache(known[0], [self.rdb.get_trial(trial_id)])
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
         """The one way to the tables: commits, or rolls back; the engine translates what fails."""
-        with self._rdb.engine.begin() as connection:
+        with self.rdb.engine.begin() as connection:
             yield connection
 
 

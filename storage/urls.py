@@ -37,8 +37,10 @@ _APPLICATION = "pruning-hpo"
 _DIALECTS = ("mariadb", "mssql", "mysql", "oracle", "postgresql", "sqlite")
 _SQLITE_FILE = re.compile(r"sqlite(\+\w+)?:///")
 # User information ends at the last `@`, wherever it is: what was not percent-encoded must not show through.
-_USER_INFORMATION = re.compile(r"^([^:/?#]+://).*@", re.DOTALL)
-_PASSWORD = re.compile(r"^([^:/?#]+://[^:]*:).*@", re.DOTALL)
+_USER_INFORMATION = re.compile(r"^([^:/?#]*://).*@", re.DOTALL)
+_PASSWORD = re.compile(r"^([^:/?#]*://[^:]*:).*@", re.DOTALL)
+# `user:password` without a host, where a port of letters would stand.
+_PASSWORD_ALONE = re.compile(r"^([^:/?#]*://[^:@/\[]*:)(?!\d+(?:[,/?]|$))[^@/?]+$", re.DOTALL)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 _SECRET_OPTION_NAME = re.compile(r"pass|secret|token", re.IGNORECASE)
 _PRIVATE_OPTION = re.compile(r"^user$|pass|secret|token", re.IGNORECASE)
@@ -118,7 +120,8 @@ def mask_password(url: str) -> str:
     """The URL with every password in it as `***`, fit for messages; it need not be well-formed."""
     if _SQLITE_FILE.match(url):
         return url
-    return _SECRET_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1***@", url))
+    masked = _PASSWORD_ALONE.sub(r"\1***", _PASSWORD.sub(r"\1***@", url))
+    return _SECRET_OPTION.sub(r"\1***", masked)
 
 
 def without_user_information(url: str) -> str:

@@ -1,0 +1,106 @@
+"""The dashboard: optuna-dashboard over a study store and its artifacts.
+
+It has no authentication, so it listens on this machine alone and, unless told otherwise, writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from http import HTTPStatus
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from storage.errors import DashboardAddressError
+from storage.store import StudyStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["serve"]
+
+_logger = logging.getLogger(__name__)
+_READING_METHODS = {"GET", "HEAD", "OPTIONS"}
+
+
+def serve(
+    url: str,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    allow_writes: bool = False,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve the dashboard of the store at a URL until Ctrl-C.
+
+    Args:
+        url: Where the store is.
+        host: The address to listen on.
+        port: The port to listen on; 0 takes a free one.
+        allow_writes: Let whoever can reach the address rename and delete studies, write notes and tell trials.
+        on_ready: Called with the dashboard's address once it listens.
+
+    Raises:
+        StorageError: The store cannot be opened, or holds no studies yet.
+        DashboardAddressError: The address cannot be listened on.
+    """
+    with StudyStore.open(url, read_only=not allow_writes, create=False) as store:
+        application = _application(store)
+        server = _listen(host, port, application if allow_writes else _read_only(application))
+        with server, suppress(KeyboardInterrupt):
+            address = f"http://{host}:{server.server_port}/dashboard"
+            _logger.info("The dashboard of %s listens on %s.", store.url_masked, address)
+            if on_ready is not None:
+                on_ready(address)
+            server.serve_forever()
+
+
+def _application(store: StudyStore) -> WSGIApplication:
+    from optuna_dashboard import wsgi
+
+    # Without Optuna's cache, which takes finished trials for unchangeable: their plots come later.
+    application: WSGIApplication = wsgi(store.rdb, artifact_store=store.artifacts)
+    return application
+
+
+def _read_only(application: WSGIApplication) -> WSGIApplication:
+    """Refuse every request that could write.
+
+    A read-only database is not enough: the dashboard deletes a study's artifacts before it finds that it cannot
+    delete the study.
+    """
+
+    def guarded(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environment["REQUEST_METHOD"] in _READING_METHODS:
+            return application(environment, start_response)
+        status = HTTPStatus.FORBIDDEN
+        start_response(f"{status.value} {status.phrase}", [("Content-Type", "application/json")])
+        return [json.dumps({"reason": "This dashboard only reads; start it with --allow-writes."}).encode()]
+
+    return guarded
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each request, none of which keeps the process alive."""
+
+    daemon_threads = True
+
+
+class _RequestHandler(WSGIRequestHandler):
+    """Requests go to the log instead of to standard error."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _logger.debug("%s " + format, self.address_string(), *args)
+
+
+def _listen(host: str, port: int, application: WSGIApplication) -> WSGIServer:
+    try:
+        return make_server(host, port, application, server_class=_Server, handler_class=_RequestHandler)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DashboardAddressError(
+            f"Cannot serve the dashboard on {host}:{port}: {reason}; choose another --host or --port."
+        ) from error

@@ -1,0 +1,175 @@
+"""The dashboard, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from storage.dashboard import serve
+from storage.errors import DashboardAddressError, StoreNotFoundError
+from storage.store import StudyStore
+from storage.trials import TrialResult
+
+Start = Callable[..., "subprocess.Popen[str]"]
+SERVE = """
+import sys
+from storage.dashboard import serve
+ready = lambda address: print(address, flush=True)
+serve(sys.argv[1], port=0, allow_writes=sys.argv[2] == "True", on_ready=ready)
+print("ended", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    process: subprocess.Popen[str]
+    address: str
+
+    def ask(self, path: str, method: str = "GET", body: object = None) -> tuple[int, bytes]:
+        request = urllib.request.Request(
+            self.address.removesuffix("/dashboard") + path,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    def json(self, path: str) -> Any:
+        status, body = self.ask(path)
+        assert status == 200, body
+        return json.loads(body)
+
+
+def _open(start: Start, url: str, *, allow_writes: bool = False) -> Dashboard:
+    # The dashboard's own dependencies may warn of what comes in their next versions.
+    process = start(SERVE, url, str(allow_writes), PYTHONWARNINGS="ignore")
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    assert address.startswith("http://127.0.0.1:"), process.communicate()[1]
+    return Dashboard(process, address)
+
+
+@pytest.fixture
+def filled(store: StudyStore) -> StudyStore:
+    """A study with a finished trial that has a curve and an artifact."""
+    study = store.create_or_resume("digits", identity={"seed": 0}, configuration={})
+    trial = study.ask({"abs": optuna.distributions.CategoricalDistribution([False, True])})
+    csv = store.write_artifact("curve.csv", b"rate,accuracy\n0,0.98\n")
+    store.finish(trial, TrialResult(0.6, {0: 0.98, 50: 0.7}, {"auc": 0.6}, (csv,)))
+    return store
+
+
+def test_study_is_shown_with_curve_and_artifacts(filled: StudyStore, url: str, start: Start) -> None:
+    plot = filled.add_artifact(filled.load("digits"), "best.png", b"\x89PNG plot")
+    dashboard = _open(start, url)
+    [summary] = dashboard.json("/api/studies")["study_summaries"]
+    assert summary["study_name"] == "digits"
+    study_id = summary["study_id"]
+    detail = dashboard.json(f"/api/studies/{study_id}")
+    assert detail["has_intermediate_values"]
+    assert [each["artifact_id"] for each in detail["artifacts"]] == [plot]
+    [trial] = detail["trials"]
+    assert trial["state"] == "Complete"
+    assert trial["intermediate_values"] == [{"step": 0, "value": 0.98}, {"step": 50, "value": 0.7}]
+    [artifact] = trial["artifacts"]
+    assert artifact["filename"] == "curve.csv"
+    path = f"/artifacts/{study_id}/{trial['trial_id']}/{artifact['artifact_id']}"
+    assert dashboard.ask(path) == (200, b"rate,accuracy\n0,0.98\n")
+    assert dashboard.ask(f"/artifacts/{study_id}/{plot}") == (200, b"\x89PNG plot")
+    status, page = dashboard.ask("/dashboard")
+    assert status == 200
+    assert b"<html" in page
+
+
+def test_trials_that_finish_meanwhile_appear_with_later_plots(filled: StudyStore, url: str, start: Start) -> None:
+    dashboard = _open(start, url)
+    study = filled.load("digits")
+    trial = study.ask()
+    filled.finish(trial, TrialResult(0.7, {0: 0.9}))
+    filled.add_artifact(trial, "curve.png", b"png")
+    detail = dashboard.json(f"/api/studies/{study._study_id}")
+    assert [each["state"] for each in detail["trials"]] == ["Complete", "Complete"]
+    assert [each["filename"] for each in detail["trials"][1]["artifacts"]] == ["curve.png"]
+
+
+WRITES = [
+    ("DELETE", "/api/studies/{study}", None),
+    ("POST", "/api/studies/{study}/rename", {"study_name": "stolen"}),
+    ("POST", "/api/studies", {"study_name": "new", "directions": ["maximize"]}),
+    ("PUT", "/api/studies/{study}/note", {"version": 1, "body": "note"}),
+    ("POST", "/api/trials/{trial}/tell", {"state": "Fail"}),
+    ("DELETE", "/api/artifacts/{study}/{trial}/{artifact}", None),
+    ("POST", "/incompatible-rdb-schema", None),
+]
+
+
+def test_nothing_is_written_by_default(filled: StudyStore, url: str, start: Start) -> None:
+    study = filled.load("digits")
+    [artifact] = list(filled.artifacts.directory.iterdir())
+    names = {"study": study._study_id, "trial": study.trials[0]._trial_id, "artifact": artifact.name}
+    dashboard = _open(start, url)
+    for method, path, body in WRITES:
+        status, answer = dashboard.ask(path.format(**names), method, body)
+        assert (status, "--allow-writes" in answer.decode()) == (403, True), (method, path)
+    assert [summary.name for summary in filled.summaries()] == ["digits"]
+    assert study.best_value == 0.6
+    assert artifact.exists()
+
+
+def test_writes_work_when_allowed(filled: StudyStore, url: str, start: Start) -> None:
+    dashboard = _open(start, url, allow_writes=True)
+    study_id = filled.load("digits")._study_id
+    status, _ = dashboard.ask(f"/api/studies/{study_id}/rename", "POST", {"study_name": "renamed"})
+    assert status == 201
+    [summary] = filled.summaries()
+    assert summary.name == "renamed"
+    renamed_id = filled.load("renamed")._study_id
+    status, _ = dashboard.ask(f"/api/studies/{renamed_id}", "DELETE", {})
+    assert status == 204
+    assert filled.summaries() == []
+
+
+def test_interrupt_ends_it_in_order(filled: StudyStore, url: str, start: Start) -> None:
+    dashboard = _open(start, url)
+    dashboard.json("/api/studies")
+    dashboard.process.send_signal(signal.SIGINT)
+    output, errors = dashboard.process.communicate(timeout=5)
+    assert (output, dashboard.process.returncode) == ("ended\n", 0), errors
+    assert "Traceback" not in errors
+
+
+def test_store_without_studies_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match="start one with `hpo launch`"):
+        serve(url)
+    assert not (tmp_path / "studies.db").exists()
+
+
+def test_port_in_use_is_refused(filled: StudyStore, url: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(DashboardAddressError, match=f"127.0.0.1:{port}: Address already in use; choose another"):
+            serve(url, port=port)
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("no-such-host.invalid", 0)])
+def test_impossible_address_is_refused(filled: StudyStore, url: str, host: str, port: int) -> None:
+    with pytest.raises(DashboardAddressError, match="choose another --host or --port"):
+        serve(url, host=host, port=port)
