@@ -12,7 +12,14 @@ from sqlalchemy import create_engine, event, inspect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool, QueuePool
 
-from storage.errors import StorageError, StoreFormatError, StoreNotFoundError, StoreUnreachableError, StoreUrlError
+from storage.errors import (
+    StorageError,
+    StoreBusyError,
+    StoreFormatError,
+    StoreNotFoundError,
+    StoreUnreachableError,
+    StoreUrlError,
+)
 from storage.failures import database_failure, file_failures, one_line
 from storage.locks import file_lock
 from storage.urls import lock_directory, mask_password, parse_url, secrets, sqlite_path
@@ -61,8 +68,11 @@ def connect(url: str, mode: Mode) -> RDBStorage:
         raise StoreNotFoundError(
             f"There are no studies at {shown} yet; start one with `hpo launch`, or name another store."
         )
-    with file_lock(lock_directory(url) / "create.lock", timeout_s=_CREATION_TIMEOUT_S), _no_leftovers(path):
-        return _storage(connector, parsed, shown, create_tables=True)
+    with file_lock(lock_directory(url) / "create.lock", timeout_s=_CREATION_TIMEOUT_S) as our_turn:
+        if not our_turn:
+            raise StoreBusyError(f"Another process has been creating the store {shown} for long; wait, or stop it.")
+        with _no_leftovers(path):
+            return _storage(connector, parsed, shown, create_tables=True)
 
 
 def _storage(connector: Callable[[], Any], parsed: URL, shown: str, *, create_tables: bool) -> RDBStorage:

@@ -113,7 +113,8 @@ def sqlite_path(url: str) -> Path:
     parsed = parse_url(url)
     if parsed.get_backend_name() != "sqlite" or parsed.database is None:
         raise StoreUrlError(f"The storage URL '{mask_password(url)}' is not a SQLite file; write 'sqlite:///PATH'.")
-    return Path(parsed.database).expanduser().resolve()
+    path = Path(parsed.database)
+    return (path.expanduser() if path.parts[0] == "~" else path).resolve()
 
 
 def mask_password(url: str) -> str:
