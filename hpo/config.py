@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from hpo.errors import ConfigurationError
 from search_spaces.errors import PruningHPOError
@@ -21,10 +21,6 @@ from search_spaces.suggestions import did_you_mean
 __all__ = ["OPTIONS", "LaunchConfiguration", "Option", "Section", "is_import_path", "resolve"]
 
 Section = Literal["study", "search", "model", "data", "objective"]
-AbsScope = Literal["sum", "element"]
-DType = Literal["fp32", "bf16"]
-OutputRelevance = Literal["one", "logit"]
-Sample = Literal["random", "first"]
 
 _DEFAULT_MODEL = "digits_cnn"
 _DEFAULT_DATA = "digits"
@@ -32,8 +28,11 @@ _DEFAULT_RATES = "0:0.95:0.05"
 _DEFAULT_N_TRIALS = 100
 _DEFAULT_N_TRIALS_DIGITS = 60
 
+_ABS_SCOPES = ("sum", "element")
+_DTYPES = ("fp32", "bf16")
 _EXECUTORS = ("local",)
-_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
+_OUTPUT_RELEVANCES = ("one", "logit")
+_SAMPLES = ("random", "first")
 
 _SCHEMES = ("folder", "npz", "optunahub", "timm")
 
@@ -314,9 +313,9 @@ class LaunchConfiguration:
     )
     interpolation: str | None = _option(
         "model",
-        "Interpolation when resizing, instead of the network's own.",
-        read=_choice(_INTERPOLATIONS),
-        metavar="|".join(_INTERPOLATIONS),
+        "Interpolation when resizing, such as bicubic or bilinear, instead of the network's own.",
+        read=_text,
+        metavar="NAME",
     )
 
     data: str = _option(
@@ -345,11 +344,11 @@ class LaunchConfiguration:
         metavar="N",
         default=10,
     )
-    sample: Sample = _option(
+    sample: Literal["random", "first"] = _option(
         "data",
         "Which training images of a class are references.",
-        read=_choice(get_args(Sample)),
-        metavar="|".join(get_args(Sample)),
+        read=_choice(_SAMPLES),
+        metavar="|".join(_SAMPLES),
         default="random",
     )
     evaluation_images: int | None = _option(
@@ -378,25 +377,25 @@ class LaunchConfiguration:
         default=(),
         shown=_DEFAULT_RATES,
     )
-    abs_scope: AbsScope = _option(
+    abs_scope: Literal["sum", "element"] = _option(
         "objective",
         "What `abs` takes the absolute value of: a sample's relevance summed over space, or every element.",
-        read=_choice(get_args(AbsScope)),
-        metavar="|".join(get_args(AbsScope)),
+        read=_choice(_ABS_SCOPES),
+        metavar="|".join(_ABS_SCOPES),
         default="sum",
     )
-    output_relevance: OutputRelevance = _option(
+    output_relevance: Literal["one", "logit"] = _option(
         "objective",
         "Relevance that the true class starts with: one, or its logit.",
-        read=_choice(get_args(OutputRelevance)),
-        metavar="|".join(get_args(OutputRelevance)),
+        read=_choice(_OUTPUT_RELEVANCES),
+        metavar="|".join(_OUTPUT_RELEVANCES),
         default="one",
     )
-    dtype: DType = _option(
+    dtype: Literal["fp32", "bf16"] = _option(
         "objective",
         "Precision of the evaluations while searching; confirmation always uses fp32.",
-        read=_choice(get_args(DType)),
-        metavar="|".join(get_args(DType)),
+        read=_choice(_DTYPES),
+        metavar="|".join(_DTYPES),
         default="fp32",
     )
     batch_size: int = _option(
@@ -453,17 +452,20 @@ def is_import_path(text: str) -> bool:
     return _has_import_form(text) and text.partition(":")[0] not in _SCHEMES
 
 
-def resolve(command_line: Mapping[str, Any], file: Path | None = None) -> LaunchConfiguration:
+def resolve(
+    command_line: Mapping[str, Any], file: Path | None = None, fallback: Mapping[str, Any] | None = None
+) -> LaunchConfiguration:
     """The one place where settings meet: the command line over the file over the defaults.
 
     Args:
         command_line: Values by field name; None and () mean that an option was not given.
         file: TOML file whose keys are the names of the options; relative paths in it start at the working directory.
+        fallback: Values by field name that hold over the defaults, such as those of an export document.
 
     Raises:
         ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
     """
-    values = {} if file is None else _read_file(file)
+    values = dict(fallback or {}) | ({} if file is None else _read_file(file))
     for option in OPTIONS.values():
         value = command_line.get(option.field)
         if value is not None and value != ():

@@ -1,6 +1,6 @@
 """Confirmation: how the best composite does on images that the search never saw."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from objectives.objective import Evaluation
 
-__all__ = ["Confirmation", "Confirmed", "Difference", "compare", "paired_bootstrap"]
+__all__ = [
+    "Confirmation",
+    "Confirmed",
+    "Difference",
+    "compare",
+    "confirmed_attribute",
+    "paired_bootstrap",
+    "read_confirmed",
+]
 
 N_RESAMPLES = 10_000
 LEVEL = 0.95
@@ -101,6 +109,20 @@ class Confirmation:
         differences = {name: Difference(**difference) for name, difference in value["differences"].items()}
         curve = {name: tuple(value[name]) for name in ("rates", "accuracies")}
         return cls(**{**value, **curve, "differences": differences})
+
+
+def confirmed_attribute(trial: int) -> str:
+    """The study's user attribute that holds a trial's `Confirmed`; a finished trial takes no more of its own."""
+    return f"confirmed:{trial}"
+
+
+def read_confirmed(attributes: Mapping[str, Any], trials: Iterable[int]) -> dict[int, Confirmed]:
+    """Those of the trials that have been confirmed, from a study's user attributes."""
+    return {
+        trial: Confirmed.from_json(attributes[confirmed_attribute(trial)])
+        for trial in trials
+        if confirmed_attribute(trial) in attributes
+    }
 
 
 def compare(best: Confirmed, heuristics: Mapping[str, Confirmed], *, seed: int) -> Confirmation:

@@ -14,7 +14,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from hpo import trials
-from hpo.confirmation import Confirmed, compare
+from hpo.confirmation import Confirmed, compare, confirmed_attribute, read_confirmed
 from hpo.errors import Interrupted, SamplerError, TrialsFailedError
 from hpo.executors import Executor, Job, Outcome
 from hpo.plots import CURVE_CSV, CURVE_PNG, STUDY_PNG, CurvePlotter, curve_csv, study_png
@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from search_spaces.composites import CompositeSpec
     from search_spaces.spaces import SearchSpace
 
-__all__ = ["CONFIRMATION", "StudyDriver", "identity"]
+__all__ = ["CONFIRMATION", "DESCRIPTION", "StudyDriver", "identity"]
 
 CONFIRMATION = "confirmation"
 """The user attribute of a study that holds the confirmation of its best trial."""
 
-_CONFIRMED = "confirmed:"
+DESCRIPTION = "description"
+"""The user attribute of a study that holds what its export documents share."""
+
 _MOST_FAILURES_IN_A_ROW = 3
 _POLL_S = 0.2
 _N_PLOTTED = 10
@@ -118,6 +120,8 @@ class StudyDriver:
             configuration=configuration.to_json(),
             sampler=sampler,
         )
+        if DESCRIPTION not in self._study.user_attrs:
+            self._study.set_user_attr(DESCRIPTION, problem.describe())
         # Heuristics are given, not sampled.
         self._given = store.load(configuration.study, RandomSampler(seed=0))
         self._deadline = math.inf if configuration.timeout_s is None else time.monotonic() + configuration.timeout_s
@@ -158,7 +162,7 @@ class StudyDriver:
     def _recall(self) -> None:
         """Learn from the trials that are there, and have the pictures drawn that are missing."""
         stored = self._trials()
-        self._n_finished = len(trials.finished(stored))
+        self._n_finished = self._count(stored)
         for trial in stored:
             composite = trials.composite_of(trial)
             if trial.state != TrialState.COMPLETE or composite is None:
@@ -190,12 +194,7 @@ class StudyDriver:
             return
         heuristics = trials.heuristics(stored)
         wanted = {trial.number: trial for trial in (*heuristics.values(), best)}
-        attributes = self._study.user_attrs
-        confirmed = {
-            number: Confirmed.from_json(attributes[f"{_CONFIRMED}{number}"])
-            for number in wanted
-            if f"{_CONFIRMED}{number}" in attributes
-        }
+        confirmed = read_confirmed(self._study.user_attrs, wanted)
         if len(confirmed) < len(wanted):
             self._progress.phase("Confirmation", len(wanted), len(confirmed))
         for number, trial in wanted.items():
@@ -217,7 +216,7 @@ class StudyDriver:
         if outcome.evaluation is None:
             raise TrialsFailedError(f"Trial {trial.number} could not be confirmed: {outcome.failure}")
         confirmed = Confirmed.of(trial.number, outcome.evaluation)
-        self._study.set_user_attr(f"{_CONFIRMED}{trial.number}", confirmed.to_json())
+        self._study.set_user_attr(confirmed_attribute(trial.number), confirmed.to_json())
         self._report(trial.number, composite.label, confirmed.auc, sum(outcome.evaluation.seconds.values()))
         return confirmed
 
@@ -297,6 +296,13 @@ class StudyDriver:
                 f"Sampler {self._configuration.sampler!r} failed: {type(error).__name__}: {reason}; "
                 "try `--sampler tpe` in another --study."
             ) from error
+
+    def _count(self, stored: list[FrozenTrial]) -> int:
+        """How many trials count towards `--n-trials`; a grid asks its failed points again."""
+        finished = trials.finished(stored)
+        if isinstance(self._sampler, GridSampler):
+            return sum(trial.state != TrialState.FAIL for trial in finished)
+        return len(finished)
 
     def _n_left(self) -> int:
         """How many search trials may still be asked."""

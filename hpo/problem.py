@@ -1,5 +1,9 @@
 """The problem of a study: the network, the images and the objective that a configuration names."""
 
+import hashlib
+import json
+import platform
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.config import LaunchConfiguration, is_import_path
@@ -7,7 +11,7 @@ from hpo.errors import ImportRefusedError
 from hpo.executors import Images
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from objectives.datasets import Task
     from objectives.models import LoadedModel
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from search_spaces.composites import CompositeSpec
 
 __all__ = ["LoadedProblem", "Problem", "load_model_and_task", "load_problem", "refuse_imports"]
+
+_VERSIONED = ("numpy", "optuna", "pruning-hpo", "timm", "torch", "zennit")
 
 
 class Problem(Protocol):
@@ -39,6 +45,10 @@ class Problem(Protocol):
         """Everything about the problem that a value depends on, as JSON."""
         ...
 
+    def describe(self) -> dict[str, Any]:
+        """The part of an export document that all trials of a study share, as JSON."""
+        ...
+
     def evaluate(self, composite: "CompositeSpec", images: Images) -> "Evaluation":
         """The composite's curve on these images; on confirmation images always in fp32."""
         ...
@@ -47,10 +57,11 @@ class Problem(Protocol):
 class LoadedProblem:
     """The problem of a real network on real images."""
 
-    def __init__(self, model: "LoadedModel", task: "Task", objective: "Objective") -> None:
-        self.model = model
-        self.task = task
+    def __init__(self, configuration: LaunchConfiguration, objective: "Objective") -> None:
+        self.configuration = configuration
         self.objective = objective
+        self.model: LoadedModel = objective.model
+        self.task: Task = objective.task
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -72,6 +83,43 @@ class LoadedProblem:
         identity = self.objective.identity()
         # Where images lie is not what they are: a folder may be moved.
         return {**identity, "data": identity["data"]["fingerprint"]}
+
+    def describe(self) -> dict[str, Any]:
+        """See `Problem.describe`."""
+        configuration, model, task = self.configuration, self.model, self.task
+        indices = json.dumps(list(task.reference_indices)).encode()
+        return {
+            "layer_groups": dict(self.objective.layer_groups),
+            "abs_scope": configuration.abs_scope,
+            "output_relevance": configuration.output_relevance,
+            "rates": list(configuration.rates),
+            "preprocessing": task.preprocessing.to_json(),
+            "references": {
+                "per_class": configuration.references_per_class,
+                "sample": configuration.sample,
+                "seed": configuration.seed,
+                "sha256": hashlib.sha256(indices).hexdigest(),
+                "source": configuration.data,
+            },
+            "model": {
+                "name": model.name,
+                "options": dict(model.options),
+                "fingerprint": model.fingerprint,
+                "num_classes": model.num_classes,
+                "classes": None if model.label_names is None else list(model.label_names),
+                "component_widths": dict(self.objective.component_widths),
+            },
+            "data": {
+                "source": configuration.data,
+                "fingerprint": task.fingerprint,
+                "classes": list(task.classes),
+                "evaluation_images": configuration.evaluation_images,
+                "confirmation_share": configuration.confirmation_share,
+                "n_search_images": len(task.search),
+                "n_confirmation_images": len(task.confirmation),
+            },
+            "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
+        }
 
     def evaluate(self, composite: "CompositeSpec", images: Images) -> "Evaluation":
         """See `Problem.evaluate`."""
@@ -102,7 +150,7 @@ def load_problem(
         device=configuration.device,
         layer_groups=layer_groups,
     )
-    return LoadedProblem(model, task, Objective(model, task, options))
+    return LoadedProblem(configuration, Objective(model, task, options))
 
 
 def load_model_and_task(configuration: LaunchConfiguration) -> "tuple[LoadedModel, Task]":
@@ -133,24 +181,26 @@ def load_model_and_task(configuration: LaunchConfiguration) -> "tuple[LoadedMode
         confirmation_share=configuration.confirmation_share,
         seed=configuration.seed,
         class_map=configuration.class_map,
+        sample=configuration.sample,
     )
     return model, task
 
 
-def refuse_imports(configuration: LaunchConfiguration, origin: str) -> None:
-    """Refuse a saved configuration whose loading would import code that this command line does not name.
+def refuse_imports(configuration: LaunchConfiguration, given: "Container[str]", origin: str) -> None:
+    """Refuse to import what only a store or a document names: code runs when this command line names it.
 
     Args:
-        configuration: A configuration from a store or a document.
-        origin: What it is from, such as `study 'digits'`.
+        configuration: What is about to be loaded.
+        given: Fields that the command line gives.
+        origin: Where the others are from, such as `Study 'digits'`.
 
     Raises:
-        ImportRefusedError: It names an import path.
+        ImportRefusedError: Another field is an import path.
     """
-    for option in ("model", "data", "space"):
-        path = getattr(configuration, option)
-        if is_import_path(path):
+    for field in ("model", "data", "space"):
+        path = getattr(configuration, field)
+        if field not in given and is_import_path(path):
             raise ImportRefusedError(
-                f"{origin.capitalize()} names the import path {path!r}, which is not imported from there; "
-                f"pass `--{option} {path}` if you trust it."
+                f"{origin} names the import path {path!r}, which is not imported from there; "
+                f"pass `--{field} {path}` if you trust it."
             )

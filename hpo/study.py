@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from hpo.errors import Interrupted
 from hpo.executors import make_executor
 from hpo.plots import CurvePlotter
 from hpo.problem import load_problem
-from hpo.samplers import make_sampler
+from hpo.samplers import GridSampler, make_sampler
 from search_spaces.spaces import load_space
 from storage.errors import StoreNotFoundError
 from storage.lease import study_lease
@@ -44,6 +45,8 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
     """
     space = load_space(configuration.space)
     sampler = make_sampler(configuration.sampler, space, configuration.seed)
+    if isinstance(sampler, GridSampler) and configuration.n_trials is None:
+        configuration = replace(configuration, n_trials=space.size())
     _check_store(configuration)
     progress.phase("Loading network and images")
     problem = load_problem(configuration, space.layer_groups)

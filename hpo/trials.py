@@ -33,7 +33,7 @@ __all__ = [
 Role = Literal["heuristic", "search"]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-
+"""States in which a trial stays."""
 
 OWN = ("role", "heuristic", "reused_from", "seconds")
 """User attributes that a trial of the same composite does not share."""

@@ -42,6 +42,24 @@ class StandInProblem:
     def identity(self) -> dict[str, Any]:
         return {"data": self.data, "rates": list(RATES)}
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            "layer_groups": {"conv": "LLR"},
+            "abs_scope": "sum",
+            "output_relevance": "one",
+            "rates": list(RATES),
+            "preprocessing": {"size": [8, 8], "mean": [0.0], "std": [1.0]},
+            "references": {"per_class": 10, "seed": 0, "sha256": "0" * 64, "source": "digits"},
+            "model": {"name": "m", "fingerprint": "f", "num_classes": 2, "component_widths": {"conv": 8}},
+            "data": {
+                "source": "digits",
+                "fingerprint": self.data,
+                "classes": [0, 1],
+                "n_confirmation_images": self.n_confirmation_images,
+            },
+            "versions": {"pruning-hpo": "0"},
+        }
+
     def evaluate(self, composite: CompositeSpec, images: Images) -> Evaluation:
         self.evaluating.set()
         time.sleep(self.seconds)

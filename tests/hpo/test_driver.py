@@ -180,7 +180,7 @@ def test_a_timeout_leaves_the_rest_for_later(drive, load, make_problem):
 def test_another_identity_is_refused_and_nothing_is_written(drive, load, make_problem):
     drive(make_problem(), n_trials=2)
     before = load()
-    with pytest.raises(StudyIdentityError, match="objective.data: .*d0.* -> .*d1") as caught:
+    with pytest.raises(StudyIdentityError, match=r"objective\.data: .*d0.* -> .*d1") as caught:
         drive(make_problem(data="d1"), n_trials=2, seed=3)
     assert "seed: 0 -> 3" in str(caught.value)
     assert [content(trial) for trial in load().get_trials()] == [content(trial) for trial in before.get_trials()]

@@ -1,0 +1,319 @@
+"""Reports on studies: what the store says, as values, JSON and tables."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo import trials
+from hpo.config import LaunchConfiguration
+from hpo.confirmation import Confirmation
+from hpo.driver import CONFIRMATION
+from hpo.errors import NothingFoundError
+from storage.store import CONFIGURATION
+from storage.trials import FAILURE
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from rich.table import Table
+
+    from objectives.objective import Evaluation
+    from storage.summaries import StudySummary
+
+__all__ = [
+    "StudyReport",
+    "TrialSummary",
+    "evaluation_tables",
+    "next_commands",
+    "studies_json",
+    "studies_table",
+    "trial_json",
+    "trial_tables",
+]
+
+GROUPS_CAPTION = "Composites: rules of LLR/MLL/HLL/FCL; abs: ranked by absolute relevance."
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSummary:
+    """A complete trial in a line.
+
+    Attributes:
+        number: Its number in the study.
+        composite: Its label.
+        value: The study's metric on the search images.
+        auc: Area under the curve on the search images.
+        heuristic: The heuristic's name, if it is one.
+        confirmation_auc: Area under the curve on the confirmation images, if confirmed.
+    """
+
+    number: int
+    composite: str
+    value: float
+    auc: float
+    heuristic: str | None
+    confirmation_auc: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StudyReport:
+    """A study at one moment.
+
+    Attributes:
+        name: The study's name.
+        metric: What it maximises.
+        configuration: How it was last launched.
+        n_trials: Search trials by state.
+        best: The best trial; None before the first.
+        heuristics: Each complete heuristic, best first.
+        confirmation: The best trial on images that the search never saw; None until the search has ended.
+    """
+
+    name: str
+    metric: str
+    configuration: LaunchConfiguration
+    n_trials: Mapping[str, int]
+    best: TrialSummary | None
+    heuristics: tuple[TrialSummary, ...]
+    confirmation: Confirmation | None
+
+    @classmethod
+    def of(cls, study: "Study") -> "StudyReport":
+        """What the store says of a study.
+
+        Raises:
+            NothingFoundError: The study was made by another program.
+        """
+        configuration = configuration_of(study)
+        stored = study.get_trials(deepcopy=False)
+        states = Counter(trial.state for trial in stored if trials.role(trial) == "search")
+        best = next(iter(trials.best(stored)), None)
+        confirmation = study.user_attrs.get(CONFIRMATION)
+        confirmed = None if confirmation is None else Confirmation.from_json(confirmation)
+        # A search that went on may have found better since.
+        current = confirmed if confirmed is not None and best is not None and confirmed.trial == best.number else None
+        heuristic_auc = {} if current is None else current.heuristics
+        reports = [_trial_report(trial, heuristic_auc.get(name)) for name, trial in trials.heuristics(stored).items()]
+        return cls(
+            name=study.study_name,
+            metric=configuration.metric,
+            configuration=configuration,
+            n_trials={state.name.lower(): states[state] for state in TrialState},
+            best=None if best is None else _trial_report(best, None if current is None else current.auc),
+            heuristics=tuple(sorted(reports, key=lambda report: (-report.value, report.number))),
+            confirmation=current,
+        )
+
+    @property
+    def n_finished(self) -> int:
+        """Search trials that count."""
+        return sum(self.n_trials[state.name.lower()] for state in trials.FINISHED)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, as `hpo status --json` prints it."""
+        return {
+            "study": self.name,
+            "metric": self.metric,
+            "n_trials": dict(self.n_trials),
+            "best": None if self.best is None else asdict(self.best),
+            "heuristics": [asdict(heuristic) for heuristic in self.heuristics],
+            "confirmation": None if self.confirmation is None else self.confirmation.to_json(),
+            "configuration": self.configuration.to_json(),
+        }
+
+    def headline(self) -> str:
+        """How far the study is, in a line."""
+        wanted = self.configuration.n_trials
+        counted = f"{self.n_finished}" if wanted is None else f"{self.n_finished} of {wanted}"
+        others = [f"{self.n_trials[state]} {state}" for state in ("fail", "running", "waiting") if self.n_trials[state]]
+        remark = f" ({', '.join(others)})" if others else ""
+        return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {self.metric}."
+
+    def table(self) -> "Table":
+        """The best composite against the heuristics."""
+        table = _table("", "composite", *self._columns())
+        if self.best is not None:
+            table.add_row(f"best: trial {self.best.number}", self.best.composite, *self._cells(self.best), style="bold")
+        for heuristic in self.heuristics:
+            table.add_row(heuristic.heuristic, heuristic.composite, *self._cells(heuristic))
+        table.caption = GROUPS_CAPTION
+        return table
+
+    def verdict(self) -> str:
+        """What the confirmation says, in a line; empty before it."""
+        if self.confirmation is None or not self.heuristics:
+            return ""
+        assert self.best is not None, "what is confirmed is the best"
+        rival = self.heuristics[0]
+        assert rival.heuristic is not None, "a heuristic has a name"
+        if rival.composite == self.best.composite:
+            return f"The search found nothing better than the heuristic {rival.heuristic}."
+        difference = self.confirmation.differences[rival.heuristic]
+        return (
+            f"On {self.confirmation.n_images} images that the search never saw, the best composite's AUC differs from "
+            f"{rival.heuristic}'s by {difference.difference:+.4f} (95 % interval {difference.low:+.4f} to "
+            f"{difference.high:+.4f})."
+        )
+
+    def _columns(self) -> list[str]:
+        own = [] if self.metric == "auc" else [f"{self.metric} search"]
+        return [*own, "AUC search", "AUC confirmation", "best - this (95 %)"]
+
+    def _cells(self, report: TrialSummary) -> list[str]:
+        own = [] if self.metric == "auc" else [f"{report.value:.4f}"]
+        cells = [*own, f"{report.auc:.4f}", _number(report.confirmation_auc)]
+        if self.confirmation is None or report.heuristic is None or report is self.best:
+            return [*cells, ""]
+        difference = self.confirmation.differences[report.heuristic]
+        return [*cells, f"{difference.difference:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"]
+
+
+def configuration_of(study: "Study") -> LaunchConfiguration:
+    """The configuration that a study was last launched with.
+
+    Raises:
+        NothingFoundError: The study was made by another program.
+    """
+    saved = study.user_attrs.get(CONFIGURATION)
+    if saved is None:
+        raise NothingFoundError(f"Study {study.study_name!r} was not made by `hpo launch`; see `hpo list` for others.")
+    return LaunchConfiguration.from_json(saved)
+
+
+def next_commands(report: StudyReport, default_storage: str) -> list[str]:
+    """Commands to go on with after a study, ready to be typed."""
+    from storage.urls import without_user_information
+
+    storage = report.configuration.storage
+    elsewhere = "" if storage == without_user_information(default_storage) else f" --storage {storage}"
+    return [
+        f"hpo export {report.name} -o best.json{elsewhere}",
+        "hpo prune best.json --rate 0.4 -o slim",
+        f"hpo dashboard{elsewhere}",
+    ]
+
+
+def configuration_table(configuration: LaunchConfiguration) -> "Table":
+    """Every option that has a value."""
+    table = _table("option", "value")
+    for name, value in configuration.to_json().items():
+        if value not in (None, {}, []):
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            table.add_row(name, shown)
+    return table
+
+
+def studies_json(summaries: "Sequence[StudySummary]") -> list[dict[str, Any]]:
+    """All studies, as `hpo list --json` prints them."""
+    return [
+        {
+            "study": summary.name,
+            "n_trials": {state.name.lower(): count for state, count in summary.n_trials.items()},
+            "best_value": summary.best_value,
+            "created": None if summary.created is None else summary.created.isoformat(),
+            "last_completed": None if summary.last_completed is None else summary.last_completed.isoformat(),
+        }
+        for summary in summaries
+    ]
+
+
+def studies_table(summaries: "Sequence[StudySummary]") -> "Table":
+    """All studies, a row each; trials include the heuristics."""
+    table = _table("study", "trials", "best value", "created", "last trial")
+    for summary in summaries:
+        states = ", ".join(f"{count} {state.name.lower()}" for state, count in summary.n_trials.items())
+        times = (
+            "-" if time is None else f"{time:%Y-%m-%d %H:%M} UTC" for time in (summary.created, summary.last_completed)
+        )
+        table.add_row(summary.name, states or "-", _number(summary.best_value), *times)
+    return table
+
+
+def trial_json(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial, as `hpo show --json` prints it."""
+    composite = trials.composite_of(trial)
+    return {
+        "trial": trial.number,
+        "state": trial.state.name.lower(),
+        "role": trials.role(trial),
+        "heuristic": trial.user_attrs.get("heuristic"),
+        "reused_from": trial.user_attrs.get("reused_from"),
+        "composite": None if composite is None else composite.to_json(),
+        "value": trial.value if trial.state == TrialState.COMPLETE else None,
+        "figures": trials.figures_of(trial),
+        "curve": trial.user_attrs.get("curve"),
+        "seconds": trial.user_attrs.get("seconds"),
+        "failure": trial.user_attrs.get(FAILURE),
+    }
+
+
+def trial_tables(trial: FrozenTrial) -> list["Table"]:
+    """A trial: what it is, its figures and its curve."""
+    facts = _table("", "")
+    facts.show_header = False
+    facts.add_row("trial", str(trial.number))
+    facts.add_row("state", trial.state.name.lower())
+    facts.add_row("role", " ".join(filter(None, (trials.role(trial), trial.user_attrs.get("heuristic")))))
+    if (composite := trials.composite_of(trial)) is not None:
+        for group, rule in composite.rules.items():
+            facts.add_row(group, str(rule))
+        facts.add_row("abs", str(composite.abs).lower())
+    if "reused_from" in trial.user_attrs:
+        facts.add_row("equals", f"trial {trial.user_attrs['reused_from']}")
+    if FAILURE in trial.user_attrs:
+        facts.add_row("failed", trial.user_attrs[FAILURE])
+    for name, seconds in trial.user_attrs.get("seconds", {}).items():
+        facts.add_row(name, f"{seconds:.2f} s")
+    if trial.state != TrialState.COMPLETE:
+        return [facts]
+    return [facts, _figures_table(trials.figures_of(trial)), _curve_table(trials.curve_of(trial).to_json())]
+
+
+def evaluation_tables(evaluation: "Evaluation") -> list["Table"]:
+    """An evaluation: its figures and its curve."""
+    return [_figures_table(evaluation.figures), _curve_table(evaluation.curve.to_json())]
+
+
+def _trial_report(trial: FrozenTrial, confirmation_auc: float | None) -> TrialSummary:
+    composite = trials.composite_of(trial)
+    return TrialSummary(
+        number=trial.number,
+        composite="?" if composite is None else composite.label,
+        value=trial.values[0],
+        auc=trial.user_attrs["auc"],
+        heuristic=trial.user_attrs.get("heuristic"),
+        confirmation_auc=confirmation_auc,
+    )
+
+
+def _figures_table(figures: Mapping[str, float]) -> "Table":
+    table = _table("figure", "value")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4f}")
+    return table
+
+
+def _curve_table(curve: Mapping[str, Any]) -> "Table":
+    table = _table("rate", "accuracy", "parameters", "FLOPs")
+    for rate, accuracy, parameters, flops in zip(
+        curve["rates"], curve["accuracies"], curve["parameters"], curve["flops"], strict=True
+    ):
+        table.add_row(f"{rate:g}", f"{accuracy:.4f}", f"{parameters:,}", f"{flops:,}")
+    return table
+
+
+def _table(*columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for position, column in enumerate(columns):
+        numeric = position and any(word in column for word in ("AUC", "value", "search", "best -", "accuracy", "FLOPs"))
+        table.add_column(column, justify="right" if numeric or column == "parameters" else "left", overflow="fold")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
