@@ -71,7 +71,7 @@ def open_npz(argument: str, labels: LabelSet) -> SourcePair:
 
 def _read(path: Path) -> ImageSource:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays: dict[str, NDArray[Any]] = {
                 key: archive[key] for key in ("x", "y", "jpeg", "offset", "label", "name") if key in archive
             }

@@ -182,7 +182,12 @@ def _open(source: str, labels: LabelSet) -> SourcePair:
     if name in SOURCES:
         return SOURCES[name](argument, labels)
     if _IMPORT.fullmatch(source):
-        return open_factory(source)
+        try:
+            return open_factory(source)
+        except DataError as error:
+            if isinstance(error.__cause__, ModuleNotFoundError):  # `floder:DIR` has the form of an import
+                raise DataError(f"{error}{did_you_mean(name, SOURCES)}") from error
+            raise
     raise DataError(
         f"Unknown data {source!r}; write NAME or NAME:ARGUMENT, or your own as package.module:factory."
         f"{did_you_mean(name, SOURCES)}"

@@ -131,6 +131,6 @@ def test_a_mismatch_names_the_first_keys_and_changes_nothing(state):
 
 def test_of_many_keys_three_are_named():
     with pytest.raises(
-        CheckpointMismatchError, match="missing keys: 'conv.weight', 'conv.bias', 'bn.weight' and 5 more"
+        CheckpointMismatchError, match=r"missing keys: 'conv\.weight', 'conv\.bias', 'bn\.weight' and 5 more"
     ):
         load_weights(network(), {"x": torch.ones(1)}, "weights.pt")

@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 import objectives.cifar_resnets
-import objectives.digits  # both register their networks
+import objectives.digits  # noqa: F401 (both register their networks)
 from objectives.errors import ModelError
 from objectives.preprocessing import Preprocessing
 
