@@ -70,6 +70,15 @@ _IDENTITIES = {
     aten.detach.default,
     aten.lift_fresh_copy.default,
 }
+_CONVERSIONS = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+}
+_ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default}
 # Steps whose gradient already is the right redistribution: they move or select values.
 _MOVES = {
     aten.max_pool2d.default,
@@ -225,7 +234,7 @@ class _Builder:
         for node in self.nodes:
             if node.op == "placeholder" and node.name not in self.parameter_names:
                 self._record(node, self.graph.placeholder("images"))
-            elif node.op == "call_function":
+            elif node.op == "call_function" and node.target not in _ASSERTIONS:
                 self._rewrite(node)
             elif node.op == "output":
                 (logits,) = node.args[0]
@@ -246,7 +255,7 @@ class _Builder:
             self._linear(node)
         elif target is aten.batch_norm.default:
             self._batch_norm(node)
-        elif target in _IDENTITIES:
+        elif target in _IDENTITIES or (target in _CONVERSIONS and _keeps_dtype(node)):
             self._identity(node)
         elif target in _ACTIVATIONS:
             self._operation(node, Activation, inputs=1)
@@ -527,6 +536,11 @@ def _add_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
     root.add_module(last, module)
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return bool(before.dtype == after.dtype)
 
 
 def _scope(node: fx.Node) -> str:

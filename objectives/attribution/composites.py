@@ -14,7 +14,8 @@ All other steps of the canonical network carry their rule themselves (`objective
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 from zennit.canonizers import Canonizer
@@ -22,7 +23,6 @@ from zennit.core import Composite, Hook
 from zennit.rules import AlphaBeta, Epsilon, Gamma, ZPlus
 
 from objectives.errors import UnsupportedNetworkError
-from objectives.layer_groups import group_layers
 from objectives.network import CanonicalNetwork, canonize
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
@@ -47,29 +47,26 @@ def hook_of(rule: RuleSpec) -> Hook:
 
 
 def zennit_composite(
-    composite: CompositeSpec, layer_groups: Mapping[str, str], canonizers: list[Canonizer] | None = None
+    composite: CompositeSpec, layer_groups: Mapping[str, str], canonical_form: CanonicalForm | None = None
 ) -> Composite:
     """The zennit composite of a specification.
 
     Args:
         composite: rules by group.
         layer_groups: group of every layer, by its name in a canonical network.
-        canonizers: applied before the hooks.
+        canonical_form: lets the composite apply to the network that the canonical one was made from.
 
     Returns:
-        A composite for `CanonicalNetwork.module`, or with a `CanonicalForm` for the network it was made from.
+        A composite for `CanonicalNetwork.module`, or with `canonical_form` for the user's network.
     """
     hooks = {group: hook_of(rule) for group, rule in composite.rules.items()}
+    prefix = f"{CanonicalForm.CHILD}." if canonical_form is not None else ""
 
     def module_map(context: dict[str, object], name: str, module: nn.Module) -> Hook | None:
-        group = layer_groups.get(name.removeprefix(f"{CanonicalForm.CHILD}."))
-        return None if group is None or not _is_canonical(name, canonizers) else hooks[group]
+        group = layer_groups.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        return None if group is None else hooks[group]
 
-    return Composite(module_map=module_map, canonizers=canonizers)
-
-
-def _is_canonical(name: str, canonizers: list[Canonizer] | None) -> bool:
-    return not canonizers or name.startswith(f"{CanonicalForm.CHILD}.")
+    return Composite(module_map=module_map, canonizers=[canonical_form] if canonical_form is not None else None)
 
 
 class CanonicalForm(Canonizer):
@@ -84,6 +81,7 @@ class CanonicalForm(Canonizer):
     def __init__(self, canonical: CanonicalNetwork) -> None:
         self.canonical = canonical
         self.network: nn.Module | None = None
+        self.own_forward: Callable[..., Any] | None = None
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
         """Registers a copy of this canonizer on `root_module`."""
@@ -95,6 +93,7 @@ class CanonicalForm(Canonizer):
     def register(self) -> None:
         """Puts the canonical form in place."""
         assert self.network is not None
+        self.own_forward = vars(self.network).get("forward")
         self.network.add_module(self.CHILD, self.canonical.module)
         self.network.forward = self.canonical.module.forward
 
@@ -103,6 +102,8 @@ class CanonicalForm(Canonizer):
         if self.network is not None:
             delattr(self.network, self.CHILD)
             del self.network.forward
+            if self.own_forward is not None:
+                self.network.forward = self.own_forward
             self.network = None
 
     def copy(self) -> CanonicalForm:
@@ -128,11 +129,10 @@ def load_composite(document: CompositeDocument, model: nn.Module) -> Composite:
     height, width = document.preprocessing["size"]
     channels = len(document.preprocessing["mean"])
     canonical = canonize(model, (channels, height, width))
-    widths: Mapping[str, int] = document.model["components"]
+    widths: Mapping[str, int] = document.model["component_widths"]
     if canonical.components != dict(widths):
         raise UnsupportedNetworkError(describe_mismatch(canonical, widths))
-    patterns_free = group_layers(canonical) if not document.layer_groups else document.layer_groups
-    return zennit_composite(document.composite, patterns_free, [CanonicalForm(canonical)])
+    return zennit_composite(document.composite, document.layer_groups, CanonicalForm(canonical))
 
 
 def describe_mismatch(network: CanonicalNetwork, widths: Mapping[str, int]) -> str:

@@ -136,6 +136,10 @@ def captured(module: nn.Module, network: CanonicalNetwork) -> Iterator[CapturedV
 
         return hook
 
+    def part_branches(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # A shortcut feeds the block as well: a view of its own separates the relevance that the sum gives it.
+        return tuple(branch.view_as(branch) for branch in inputs)
+
     def keep_sum(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             values.sums[name] = (inputs, output)
@@ -143,7 +147,10 @@ def captured(module: nn.Module, network: CanonicalNetwork) -> Iterator[CapturedV
         return hook
 
     handles = [module.get_submodule(name).register_forward_hook(keep_output(name)) for name in network.layers]
-    handles += [module.get_submodule(name).register_forward_hook(keep_sum(name)) for name in network.residual_sums]
+    for name in network.residual_sums:
+        residual_sum = module.get_submodule(name)
+        handles.append(residual_sum.register_forward_pre_hook(part_branches))
+        handles.append(residual_sum.register_forward_hook(keep_sum(name)))
     try:
         yield values
     finally:

@@ -31,6 +31,10 @@ _GATE_ACTIVATIONS = {aten.sigmoid.default, aten.hardsigmoid.default}
 _FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
 
 
+# Entries of the 0/1 matrix up to which a product is faster than `index_add` (measured on a CPU with AVX-512).
+_LARGEST_SCATTER = 2**14
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Size of a network.
@@ -166,8 +170,20 @@ class _Slimmer:
         if int(kept.sum()) == len(channels):
             return node
         places = torch.searchsorted(channels, value.channels[kept])
+        if self._scatters_by_product(value, places, channels):
+            return self._scattered(node, places, len(channels))
         zeros = self._zeros(len(channels), value.shape)
         return self._emit(aten.index_copy.default, zeros, 1, self._index(places), node)
+
+    def _scatters_by_product(self, value: _Value, places: Tensor, channels: Tensor) -> bool:
+        return len(value.shape) == 3 and len(places) * len(channels) <= _LARGEST_SCATTER
+
+    def _scattered(self, node: fx.Node, places: Tensor, n_channels: int) -> fx.Node:
+        """Channels moved to their places by a 0/1 matrix: exact, and faster than an index on narrow layers."""
+        reference = self._reference()
+        matrix = torch.zeros(n_channels, len(places), 1, 1, dtype=reference.dtype, device=reference.device)
+        matrix[places, torch.arange(len(places))] = 1
+        return self._emit(aten.conv2d.default, node, self._buffer(matrix))
 
     def _full(self, old: fx.Node) -> fx.Node:
         value = self.values[old]
@@ -289,8 +305,12 @@ class _Slimmer:
         if torch.equal(left.channels, right.channels):
             new = self._emit(aten.add.Tensor, left.node, right.node)
         else:
-            places = self._index(torch.searchsorted(left.channels, right.channels))
-            new = self._emit(aten.index_add.default, left.node, 1, places, right.node)
+            places = torch.searchsorted(left.channels, right.channels)
+            if self._scatters_by_product(right, places, left.channels):
+                right_node = self._scattered(right.node, places, len(left.channels))
+                new = self._emit(aten.add.Tensor, left.node, right_node)
+            else:
+                new = self._emit(aten.index_add.default, left.node, 1, self._index(places), right.node)
         self._store(node, _Value(new, left.channels, shape))
 
     def _gate(self, node: fx.Node, features: _Value, gate: _Value) -> None:

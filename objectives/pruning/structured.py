@@ -1,0 +1,155 @@
+"""Coupled pruning: torch-pruning's dependency graph removes whole groups of channels that depend on each other.
+
+The result is another function than the masked network: writers of one residual stream lose the same channels, though
+their rankings differ. Its accuracy is therefore measured, never derived. In exchange it is an ordinary network of the
+user's own class.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from objectives.errors import UnsupportedNetworkError
+from objectives.network import CanonicalNetwork
+
+__all__ = ["CoupledNetwork", "prune_coupled"]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CoupledNetwork:
+    """A network from which coupled groups were removed.
+
+    Attributes:
+        network: of the user's own class, with resized layers; the user's network isn't touched.
+        n_removed: components removed, those that went along with a coupled one included.
+        widths: components left in each layer.
+    """
+
+    network: nn.Module
+    n_removed: int
+    widths: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What can be removed at once: one channel of a coupled group, or one position in every group of a grouped convolution.
+
+    Attributes:
+        score: mean of its components' scores.
+        group: number of the coupled group.
+        indices: channels of the group's root layer.
+        size: components that it couples.
+    """
+
+    score: float
+    group: int
+    indices: tuple[int, ...]
+    size: int
+
+
+def prune_coupled(
+    network: nn.Module, canonical: CanonicalNetwork, scores: Mapping[str, Tensor], n_pruned: int
+) -> CoupledNetwork:
+    """Removes coupled channels, least relevant first, until `n_pruned` components are gone.
+
+    A channel's score is the mean of its components' scores over all layers that it couples. Some channel of every group
+    stays, so that no layer disappears.
+
+    Args:
+        network: the user's own, in evaluation mode; a copy is pruned.
+        canonical: its canonical form.
+        scores: layer -> (components,).
+        n_pruned: components to remove; never more are removed.
+
+    Raises:
+        UnsupportedNetworkError: torch-pruning can't follow the network.
+    """
+    pruned = copy.deepcopy(network)
+    for parameter in pruned.parameters():
+        parameter.requires_grad_(True)  # torch-pruning traces the autograd graph
+    graph = _dependency_graph(pruned, canonical)
+    names = {module: name for name, module in pruned.named_modules() if name in canonical.components}
+    groups = _coupled_groups(graph, pruned.get_submodule(canonical.classifier), names)
+    units = [unit for number, group in enumerate(groups) for unit in _units(graph, number, group, names, scores)]
+    chosen: dict[int, list[int]] = {}
+    n_removed = 0
+    for unit in sorted(units, key=lambda unit: (unit.score, unit.group, unit.indices)):
+        taken = chosen.setdefault(unit.group, [])
+        is_last = len(taken) + len(unit.indices) >= _width(groups[unit.group])
+        if n_removed + unit.size <= n_pruned and not is_last:
+            taken.extend(unit.indices)
+            n_removed += unit.size
+    for number, indices in chosen.items():
+        if indices:
+            root = groups[number][0].dep
+            graph.get_pruning_group(root.target.module, root.handler, idxs=sorted(indices)).prune()
+    pruned.requires_grad_(False)
+    widths = {name: _out_width(pruned.get_submodule(name)) for name in canonical.components}
+    return CoupledNetwork(pruned, n_removed, widths)
+
+
+def _dependency_graph(network: nn.Module, canonical: CanonicalNetwork) -> tp.DependencyGraph:
+    parameter = next(network.parameters())
+    example = torch.zeros(1, *canonical.input_shape, dtype=parameter.dtype, device=parameter.device)
+    try:
+        return tp.DependencyGraph().build_dependency(network, example_inputs=example)
+    except Exception as error:  # it raises many kinds; all mean that the network can't be followed
+        raise UnsupportedNetworkError(
+            f"torch-pruning can't follow the network {type(network).__name__} ({error}); prune without `--coupled`."
+        ) from error
+
+
+def _coupled_groups(
+    graph: tp.DependencyGraph, classifier: nn.Module, names: Mapping[nn.Module, str]
+) -> list[tp.Group]:
+    """One full group of every set of coupled layers that holds components."""
+    groups = graph.get_all_groups(ignored_layers=[classifier], root_module_types=[nn.Conv2d, nn.Linear])
+    return [group for group in groups if any(_component_layer(graph, item, names) for item in group)]
+
+
+def _component_layer(graph: tp.DependencyGraph, item: Any, names: Mapping[nn.Module, str]) -> str | None:
+    """The layer whose outputs a group's item prunes, if they are components."""
+    return names.get(item.dep.target.module) if graph.is_out_channel_pruning_fn(item.dep.handler) else None
+
+
+def _units(
+    graph: tp.DependencyGraph,
+    number: int,
+    group: tp.Group,
+    names: Mapping[nn.Module, str],
+    scores: Mapping[str, Tensor],
+) -> Iterator[_Unit]:
+    members: dict[int, dict[tuple[str, int], float]] = {}
+    positions = _width(group) // _conv_groups(group)
+    for item in group:
+        layer = _component_layer(graph, item, names)
+        if layer is not None:
+            for index, root in zip(item.idxs, item.root_idxs, strict=True):
+                members.setdefault(root % positions, {})[layer, index] = float(scores[layer][index])
+    for position, values in members.items():
+        indices = tuple(range(position, _width(group), positions))
+        yield _Unit(sum(values.values()) / len(values), number, indices, len(values))
+
+
+def _conv_groups(group: tp.Group) -> int:
+    """Least number of groups that divides the channels as every grouped convolution of a coupled group does."""
+    modules = [item.dep.target.module for item in group]
+    grouped = [m.groups for m in modules if isinstance(m, nn.Conv2d) and 1 < m.groups < m.out_channels]
+    return math.lcm(*grouped)
+
+
+def _width(group: tp.Group) -> int:
+    return _out_width(group[0].dep.target.module)
+
+
+def _out_width(module: nn.Module) -> int:
+    width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+    assert isinstance(width, int)
+    return width
