@@ -206,17 +206,14 @@ def _from_factory(spec: str, options: Mapping[str, OptionValue]) -> nn.Module:
 
 
 def _from_timm(name: str, options: Mapping[str, OptionValue], state: Mapping[str, Tensor] | None) -> Any:
-    if not name.startswith(_TIMM_SOURCES) and not timm.is_model(name):
-        raise ModelError(
-            f"Unknown model {name!r}: it is no timm model, and your own is written package.module:factory."
-            f"{did_you_mean(name, timm.list_models())}"
-        )
     arguments: dict[str, Any] = dict(options)
-    if state is not None and "num_classes" not in options:
-        arguments |= _classes_of_head(name, state)
     pretrained = state is None
-    if pretrained and not name.startswith(_TIMM_SOURCES) and not _has_weights(name):
-        raise ModelError(f"The model {name!r} comes without weights; pass yours with --checkpoint FILE.")
+    if not name.startswith(_TIMM_SOURCES):
+        configuration = _registered_configuration(name)
+        if pretrained and not _has_weights(name):
+            raise ModelError(f"The model {name!r} comes without weights; pass yours with --checkpoint FILE.")
+        if state is not None and "num_classes" not in options:
+            arguments |= _classes_of_head(getattr(configuration, "classifier", None) or (), state)
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, AssertionError) as error:
@@ -224,10 +221,8 @@ def _from_timm(name: str, options: Mapping[str, OptionValue], state: Mapping[str
             f"The model {name!r} can't be built with the options {arguments}: {_describe(error)}; check --model-option."
         ) from error
     except Exception as error:  # a failed download raises what its many layers raise
-        problem = "its pretrained weights can't be had" if pretrained else f"the options are {arguments}"
-        raise ModelError(
-            f"The model {name!r} can't be loaded, {problem}: {_describe(error)}; pass --checkpoint FILE with weights."
-        ) from error
+        remedy = "pass --checkpoint FILE with weights" if pretrained else f"check it and --model-option ({arguments})"
+        raise ModelError(f"The model {name!r} can't be loaded: {_describe(error)}; {remedy}.") from error
 
 
 def _has_weights(name: str) -> bool:
@@ -235,10 +230,21 @@ def _has_weights(name: str) -> bool:
     return timm.models.is_model_pretrained(name) or inspect.getmodule(entrypoint) is objectives.digits
 
 
-def _classes_of_head(name: str, state: Mapping[str, Tensor]) -> dict[str, int]:
+def _registered_configuration(name: str) -> Any:
+    if not timm.is_model(name):
+        raise ModelError(
+            f"Unknown model {name!r}: it is no timm model, and your own is written package.module:factory."
+            f"{did_you_mean(name, timm.list_models())}"
+        )
+    try:
+        return timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the part behind the dot is no tag of that architecture
+        tags = timm.list_models(f"{timm.models.get_arch_name(name)}.*", include_tags=True)
+        raise ModelError(f"Unknown model {name!r}.{did_you_mean(name, tags)}") from error
+
+
+def _classes_of_head(heads: str | Sequence[str], state: Mapping[str, Tensor]) -> dict[str, int]:
     """The number of outputs of a checkpoint's head, as an argument; nothing where the head isn't found."""
-    configuration = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-    heads = getattr(configuration, "classifier", None) or ()
     for head in (heads,) if isinstance(heads, str) else heads:
         if f"{head}.weight" in state:
             return {"num_classes": int(state[f"{head}.weight"].shape[0])}
@@ -295,4 +301,4 @@ def _labels(
 def _describe(error: Exception) -> str:
     """The kind and first line of an error."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].rstrip('.:')}" if lines else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,8 +82,9 @@ def _classes(directory: Path) -> dict[str, list[Path]]:
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
     classes = {}
     for folder in folders:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-        classes[folder.name] = [path for path in files if path.suffix.lower() in extensions]
+        # Of a million files, scandir knows the kind without asking for each.
+        files = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+        classes[folder.name] = [folder / name for name in files if os.path.splitext(name)[1].lower() in extensions]
         if len(classes[folder.name]) < len(files):
             _logger.info("%s: %d files are no images", folder, len(files) - len(classes[folder.name]))
     if not any(classes.values()):

@@ -90,6 +90,12 @@ def open_timm(argument: str, labels: LabelSet) -> SourcePair:
         (options.pop(f"{side}_root", root), str(options.pop(f"{side}_split", side))) for side in ("train", "validation")
     ]
     train, evaluation = (_open(name, side_root, split, options) for side_root, split in sides)
+    files = getattr(train.samples, "samples", None)
+    if isinstance(files, list) and files == getattr(evaluation.samples, "samples", None):
+        raise DataError(
+            f"{train.origin} and {evaluation.origin} are the same files, so reference images would be evaluated on; "
+            "give the sides' folders by train_split and validation_split, or train_root and validation_root."
+        )
     for class_name in evaluation.names.values():
         if train.names and class_name not in train.names.values():
             raise DataError(

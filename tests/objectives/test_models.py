@@ -142,9 +142,10 @@ def test_options_reach_timm(data_pack):
             "resnet81",
             r"Unknown model 'resnet81': it is no timm model, and your own is written .* Did you mean .*'resnet18'",
         ),
+        ("resnet18.a4_in1k", r"Unknown model 'resnet18\.a4_in1k'\. Did you mean 'resnet18\.a[123]_in1k'\?"),
         ("", "Unknown model ''"),
         ("cifar_resnet20", r"'cifar_resnet20' comes without weights; pass yours with --checkpoint FILE"),
-        ("resnet18", r"'resnet18' can't be loaded, its pretrained weights can't be had: .*; pass --checkpoint FILE"),
+        ("resnet18", r"'resnet18' can't be loaded: .*; pass --checkpoint FILE"),
     ],
 )
 def test_models_that_cannot_be_had_are_named(name, message, monkeypatch, tmp_path):

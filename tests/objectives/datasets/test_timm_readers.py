@@ -66,6 +66,12 @@ def test_a_class_that_training_lacks_is_refused(root):
         open_timm(f"?root={root}", LABELS)
 
 
+@pytest.mark.parametrize("name", ["", "torch/image_folder"])
+def test_the_same_files_on_both_sides_are_refused(root, name):
+    with pytest.raises(DataError, match="are the same files, so reference images would be evaluated on; give"):
+        open_timm(f"{name}?root={root / 'train'}", LABELS)
+
+
 def test_tar_files_are_read(root):
     for split in ("train", "validation"):
         with tarfile.open(root / f"{split}.tar", "w") as archive:
