@@ -31,7 +31,7 @@ def test_each_class_gives_its_references_class_by_class():
 
 def test_first_takes_each_class_in_the_sources_order():
     references = split(sample="first", references_per_class=3).references
-    expected = [np.flatnonzero(TRAIN == output)[:3] for output in range(4)]
+    expected = [np.flatnonzero(output == TRAIN)[:3] for output in range(4)]
     np.testing.assert_array_equal(references, np.concatenate(expected))
 
 
