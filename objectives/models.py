@@ -115,7 +115,7 @@ def load_model(
     )
     if configuration is None and (size is None or mean is None or std is None):
         _logger.warning(
-            "%s has no `pretrained_cfg`: images are prepared as %s; override it with --input-size, --mean and --std",
+            "%s has no `pretrained_cfg`: images are prepared as %s; override it with --size, --mean and --std",
             name,
             preprocessing,
         )
@@ -272,7 +272,7 @@ def _count_classes(network: nn.Module, name: str, preprocessing: Preprocessing) 
     except Exception as error:  # whatever the network's layers say of a shape that they can't take
         raise ModelError(
             f"The network {name!r} can't take images of shape {preprocessing.input_shape}: {_describe(error)}; "
-            "pass its --input-size."
+            "pass its --size."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2 or logits.shape[1] < 2:
         kind = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"

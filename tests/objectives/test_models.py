@@ -204,7 +204,7 @@ def test_bad_factories_are_named(own, attribute, message):
 
 def test_an_input_size_that_does_not_fit_is_named(own):
     assert load_model(f"{own}:picky", size=16).num_classes == 5
-    with pytest.raises(ModelError, match=r"can't take images of shape \(3, 224, 224\): .*; pass its --input-size"):
+    with pytest.raises(ModelError, match=r"can't take images of shape \(3, 224, 224\): .*; pass its --size"):
         load_model(f"{own}:picky")
 
 
