@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import nn
 
 from objectives.errors import ObjectiveError
 
-__all__ = ["DeviceError", "resolve_device"]
+__all__ = ["DeviceError", "on_device", "resolve_device"]
 
 
 class DeviceError(ObjectiveError, ValueError):
@@ -29,3 +32,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda", int(index or 0))
     there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(n_gpus))])
     raise DeviceError(f"There is no device {name!r} on this machine; it has {there}.")
+
+
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network itself where it already is on the device, else a copy there."""
+    if all(parameter.device == device for parameter in network.parameters()):
+        return network
+    return copy.deepcopy(network).to(device)

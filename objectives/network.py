@@ -505,6 +505,11 @@ def _restrict(module: fx.GraphModule, layer: Layer, classes: Sequence[int]) -> L
     rows = torch.as_tensor(list(classes), device=classifier.weight.device)
     bias = None if classifier.bias is None else classifier.bias.detach()[rows]
     _set_parameters(classifier, classifier.weight.detach()[rows], bias)
+    behind = {next(node for node in module.graph.nodes if node.target == layer.name)}
+    for node in module.graph.nodes:
+        if "shape" in node.meta and (node in behind or not behind.isdisjoint(node.all_input_nodes)):
+            behind.add(node)
+            node.meta["shape"] = (len(rows), *shape_of(node)[1:])
     return replace(layer, width=len(rows), output_shape=(len(rows), *layer.output_shape[1:]))
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections import OrderedDict
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from objectives.attribution.engine import OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope, Relevance
 from objectives.datasets import LabelledImages, Task
-from objectives.devices import resolve_device
+from objectives.devices import on_device, resolve_device
 from objectives.errors import DataError, ObjectiveError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.models import LoadedModel
@@ -31,7 +30,7 @@ from objectives.pruning.rates import check_rates
 from search_spaces.composites import CompositeSpec
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
+__all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
 
 ImageSet = Literal["search", "confirmation"]
 
@@ -119,7 +118,7 @@ class Objective:
         self.device = resolve_device(options.device)
         self._check_classes()
         restricted = task.classes if tuple(task.classes) != tuple(range(model.num_classes)) else None
-        original = _on_device(model.network, self.device)
+        original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
         self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), restricted)
         self.layer_groups: dict[str, str] = group_layers(self.network, options.layer_groups)
@@ -232,7 +231,7 @@ class Objective:
         seconds: dict[str, float],
     ) -> Evaluation:
         correct = torch.stack([measurement.correct for measurement in measurements]).double()
-        in_class = torch.nn.functional.one_hot(labels, len(self.task.classes)).double()
+        in_class = nn.functional.one_hot(labels, len(self.task.classes)).double()
         by_class = correct @ in_class / in_class.sum(dim=0)
         rates = self.options.rates
         curve = Curve(
@@ -257,7 +256,7 @@ class Objective:
                 missing = self.task.class_names[int(counts.argmin())]
                 raise DataError(f"The {name} images hold none of class {missing!r}; use more `--evaluation-images`.")
 
-    def _check_copy(self, original: torch.nn.Module, references: LabelledImages) -> None:
+    def _check_copy(self, original: nn.Module, references: LabelledImages) -> None:
         batch = references.images[: self.options.batch_size]
         with torch.inference_mode():
             expected = original(batch)[:, list(self.task.classes)]
@@ -269,17 +268,11 @@ class Objective:
                 "computes something that its graph doesn't show."
             )
 
-    def _unpruned(self, original: torch.nn.Module) -> float:
+    def _unpruned(self, original: nn.Module) -> float:
         """Accuracy of the user's own network on the search images; warns where it looks broken."""
         images = self.task.search.to(self.device)
-        columns = torch.as_tensor(list(self.task.classes), device=self.device)
-
-        class Restricted(torch.nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                logits: Tensor = original(x)
-                return logits[:, columns]
-
-        accuracy = float(correct_predictions(Restricted(), images, self.options.batch_size).double().mean())
+        restricted = Columns(original, self.task.classes).to(self.device)
+        accuracy = float(correct_predictions(restricted, images, self.options.batch_size).double().mean())
         chance = 1 / len(self.task.classes)
         if accuracy < 2 * chance and len(self.task.classes) > 2:
             _log.warning(
@@ -301,9 +294,15 @@ class Objective:
             )
 
 
-def _on_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The network itself where it already is on the device, else a copy there."""
-    parameters = list(network.parameters())
-    if all(parameter.device == device for parameter in parameters):
-        return network
-    return copy.deepcopy(network).to(device)
+class Columns(nn.Module):
+    """A network whose other outputs are left out."""
+
+    def __init__(self, network: nn.Module, classes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("classes", torch.tensor(classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, classes)."""
+        logits: Tensor = self.network(images).index_select(1, self.classes)
+        return logits

@@ -28,7 +28,7 @@ from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.rules import RuleSpec
 
-__all__ = ["hook_of", "load_composite", "zennit_composite"]
+__all__ = ["CanonicalForm", "describe_mismatch", "hook_of", "load_composite", "zennit_composite"]
 
 
 def hook_of(rule: RuleSpec) -> Hook:

@@ -91,6 +91,7 @@ def prune_coupled(
             root = groups[number][0].dep
             graph.get_pruning_group(root.target.module, root.handler, idxs=sorted(indices)).prune()
     pruned.requires_grad_(False)
+    _check_runs(pruned, canonical)
     widths = {name: _out_width(pruned.get_submodule(name)) for name in canonical.components}
     return CoupledNetwork(pruned, n_removed, widths)
 
@@ -103,6 +104,19 @@ def _dependency_graph(network: nn.Module, canonical: CanonicalNetwork) -> tp.Dep
     except Exception as error:  # it raises many kinds; all mean that the network can't be followed
         raise UnsupportedNetworkError(
             f"torch-pruning can't follow the network {type(network).__name__} ({error}); prune without `--coupled`."
+        ) from error
+
+
+def _check_runs(network: nn.Module, canonical: CanonicalNetwork) -> None:
+    """Some couplings aren't in the graph, such as the zero-padded shortcuts of CIFAR ResNets."""
+    parameter = next(network.parameters())
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, *canonical.input_shape, dtype=parameter.dtype, device=parameter.device))
+    except RuntimeError as error:
+        raise UnsupportedNetworkError(
+            f"torch-pruning doesn't follow every coupling of {type(network).__name__}: the resized network doesn't run "
+            f"({str(error).splitlines()[0]}); prune without `--coupled`."
         ) from error
 
 

@@ -1,0 +1,322 @@
+"""Downstream pruning: from an export document to a smaller network on disk, with a report.
+
+Relevance is computed anew from the document's composite, the pruned components are removed physically, and three things
+are reported apart: the user's network with the components masked, the exact slim network, and, if wanted, the coupled
+network of the user's own class.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from objectives.attribution.composites import describe_mismatch
+from objectives.datasets import LabelledImages, Task
+from objectives.devices import on_device
+from objectives.errors import ObjectiveError, UnsupportedNetworkError
+from objectives.models import LoadedModel
+from objectives.network import canonize
+from objectives.objective import Columns, Objective, ObjectiveOptions
+from objectives.pruning.evaluation import correct_predictions
+from objectives.pruning.masking import masked
+from objectives.pruning.ranking import Ranking, rank
+from objectives.pruning.rates import n_pruned
+from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
+from objectives.pruning.slimming import Cost, cost, slim
+from objectives.pruning.structured import prune_coupled
+from search_spaces.documents import CompositeDocument
+
+__all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "prune"]
+
+AmountKind = Literal["rate", "keep_accuracy", "parameters", "flops"]
+
+_ACCURACY_STEPS = 100
+_LATENCY_RUNS = 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneAmount:
+    """How much to prune.
+
+    Attributes:
+        kind: `rate`: this share of the components; `keep_accuracy`: as many as leave this share of the unpruned accuracy
+            at every smaller rate, on the search images; `parameters`, `flops`: until at most this share is left.
+        value: a share.
+    """
+
+    kind: AmountKind
+    value: float
+
+    def __post_init__(self) -> None:
+        lowest_fits = self.value >= 0 if self.kind == "rate" else self.value > 0
+        highest_fits = self.value < 1 if self.kind == "rate" else self.value <= 1
+        if not (lowest_fits and highest_fits):
+            bounds = "at least 0 and below 1" if self.kind == "rate" else "above 0 and at most 1"
+            raise ObjectiveError(f"--{self.kind.replace('_', '-')} must be {bounds}, but got {self.value}.")
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFigures:
+    """What one network costs and achieves.
+
+    Attributes:
+        accuracy: on the report's images.
+        parameters: batch norm folded.
+        flops: multiply-adds for one image.
+        size_bytes: of the weights.
+        latency_ms: median for one image.
+    """
+
+    accuracy: float
+    parameters: int
+    flops: int
+    size_bytes: int
+    latency_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """Result of `prune`.
+
+    Attributes:
+        amount: what was asked for.
+        n_components: of the whole network.
+        n_pruned: components removed.
+        images: which images accuracy was measured on, and how many.
+        unpruned: the user's network.
+        masked_accuracy: of the user's network with the components masked.
+        exact: the exact slim network.
+        coupled: the coupled network, if asked for.
+        n_removed_coupled: components that it lost.
+        warnings: what differs from the document.
+        files: written.
+    """
+
+    amount: PruneAmount
+    n_components: int
+    n_pruned: int
+    images: dict[str, Any]
+    unpruned: NetworkFigures
+    masked_accuracy: float
+    exact: NetworkFigures
+    coupled: NetworkFigures | None
+    n_removed_coupled: int | None
+    warnings: tuple[str, ...]
+    files: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+def prune(
+    model: LoadedModel,
+    task: Task,
+    document: CompositeDocument,
+    *,
+    amount: PruneAmount,
+    output: Path,
+    coupled: bool = False,
+    device: str = "auto",
+    batch_size: int = 100,
+) -> PruneReport:
+    """Prunes a network with a document's composite and writes the result.
+
+    Args:
+        model: the network that the document was made for.
+        task: reference samples and evaluation images.
+        document: written by `hpo export`.
+        amount: how much to prune.
+        output: directory to write; it must not exist, or be empty.
+        coupled: also remove coupled groups by torch-pruning.
+        device: to compute on.
+        batch_size: images a pass.
+
+    Raises:
+        UnsupportedNetworkError: the network isn't the document's, or can't be pruned.
+        SlimFileError: the output exists or can't be written.
+        ObjectiveError: the amount can't be reached.
+    """
+    patterns = {group: [n for n, g in document.layer_groups.items() if g == group] for group in document.composite.rules}
+    options = ObjectiveOptions(
+        rates=document.rates,
+        procedure=document.procedure,
+        abs_scope=document.abs_scope,
+        output_relevance=document.output_relevance,
+        batch_size=batch_size,
+        device=device,
+        layer_groups=patterns,
+    )
+    _check_shape(model, task, document)
+    with new_directory(output) as directory:
+        objective = Objective(model, task, options)
+        ranking = rank(objective.scores(document.composite))
+        n = _n_pruned(objective, ranking, amount)
+        return _Pruning(objective, document, ranking, n).write(directory, output, amount, coupled)
+
+
+def _check_shape(model: LoadedModel, task: Task, document: CompositeDocument) -> None:
+    channels = task.references.images.shape[1]
+    canonical = canonize(model.network, (channels, *task.preprocessing.size))
+    widths = document.model["component_widths"]
+    if canonical.components != dict(widths):
+        raise UnsupportedNetworkError(describe_mismatch(canonical, widths))
+
+
+def _n_pruned(objective: Objective, ranking: Ranking, amount: PruneAmount) -> int:
+    n = len(ranking)
+    match amount.kind:
+        case "rate":
+            return n_pruned(amount.value, n)
+        case "keep_accuracy":
+            return _most_that_keep(objective, ranking, amount.value)
+        case _:
+            return _fewest_that_fit(objective, ranking, amount)
+
+
+def _most_that_keep(objective: Objective, ranking: Ranking, share: float) -> int:
+    """The largest number, in steps of 1 %, up to which every step keeps a share of the unpruned accuracy."""
+    measure = objective.evaluator("search").measure
+    kept, start = 0, None
+    for step in range(_ACCURACY_STEPS):
+        n = step * len(ranking) // _ACCURACY_STEPS
+        accuracy = float(measure(ranking.masks(n)).correct.double().mean())
+        start = accuracy if start is None else start
+        if accuracy < share * start:
+            break
+        kept = n
+    return kept
+
+
+def _fewest_that_fit(objective: Objective, ranking: Ranking, amount: PruneAmount) -> int:
+    """The smallest number that leaves at most a share of the parameters or multiply-adds."""
+
+    def size(n: int) -> int:
+        return int(getattr(cost(slim(objective.network, ranking.masks(n))), amount.kind))
+
+    limit = amount.value * size(0)
+    n = bisect.bisect_left(range(len(ranking)), -limit, key=lambda n: -size(n))
+    if n == len(ranking):
+        raise ObjectiveError(
+            f"--{amount.kind} {amount.value} can't be reached: {size(n - 1) / size(0):.3f} is left with one component."
+        )
+    return n
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pruning:
+    objective: Objective
+    document: CompositeDocument
+    ranking: Ranking
+    n_pruned: int
+
+    def write(self, directory: Path, target: Path, amount: PruneAmount, coupled: bool) -> PruneReport:
+        objective, network = self.objective, self.objective.network
+        masks = self.ranking.masks(self.n_pruned)
+        slim_network = slim(network, masks)
+        input_shape = network.input_shape
+        write_program(_on_cpu(slim_network), input_shape, directory / "slim.pt2")
+        write_weights(slim_network, masks, self.document, self._classes(), directory / "slim.safetensors")
+        own = on_device(objective.model.network, objective.device)
+        original = self._restricted(own)
+        with masked(own, network.layers, masks):
+            masked_accuracy = self._accuracy(original)
+        coupled_figures, n_removed = None, None
+        if coupled:
+            scores = objective.scores(self.document.composite)
+            result = prune_coupled(own, network, scores, self.n_pruned)
+            write_state(result.network, directory / "coupled.safetensors")
+            restricted = self._restricted(result.network)
+            write_program(_on_cpu(restricted), input_shape, directory / "coupled.pt2")
+            size = cost(canonize(result.network, input_shape, self._classes()).module)
+            coupled_figures = self._figures(restricted, result.network, size)
+            n_removed = result.n_removed
+        report = PruneReport(
+            amount=amount,
+            n_components=len(self.ranking),
+            n_pruned=self.n_pruned,
+            images={"set": self._image_set(), "n_images": len(self._images())},
+            unpruned=self._figures(original, own, cost(network.module)),
+            masked_accuracy=masked_accuracy,
+            exact=self._figures(slim_network, slim_network, cost(slim_network)),
+            coupled=coupled_figures,
+            n_removed_coupled=n_removed,
+            warnings=tuple(self._warnings()),
+            files=tuple(str(target / path.name) for path in sorted(directory.iterdir())) + (str(target / "report.json"),),
+        )
+        (directory / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        return report
+
+    def _classes(self) -> tuple[int, ...] | None:
+        task, model = self.objective.task, self.objective.model
+        return None if task.classes == tuple(range(model.num_classes)) else task.classes
+
+    def _restricted(self, network: nn.Module) -> nn.Module:
+        return network if self._classes() is None else Columns(network, self.objective.task.classes)
+
+    def _image_set(self) -> Literal["search", "confirmation"]:
+        return "confirmation" if len(self.objective.task.confirmation) else "search"
+
+    def _images(self) -> LabelledImages:
+        images: LabelledImages = getattr(self.objective.task, self._image_set())
+        return images
+
+    def _accuracy(self, network: nn.Module) -> float:
+        images = self._images().to(self.objective.device)
+        correct = correct_predictions(network, images, self.objective.options.batch_size)
+        return float(correct.double().mean())
+
+    def _figures(self, network: nn.Module, weights: nn.Module, size: Cost) -> NetworkFigures:
+        return NetworkFigures(
+            accuracy=self._accuracy(network),
+            parameters=size.parameters,
+            flops=size.flops,
+            size_bytes=sum(tensor.nbytes for tensor in weights.state_dict().values()),
+            latency_ms=_latency_ms(network, self._images().images[:1].to(self.objective.device)),
+        )
+
+    def _warnings(self) -> list[str]:
+        objective, document = self.objective, self.document
+        warnings = []
+        if objective.model.fingerprint != document.model["fingerprint"]:
+            warnings.append("The weights aren't those that the document was made for.")
+        if objective.task.fingerprint != document.data["fingerprint"]:
+            warnings.append("The images aren't those that the document was made for.")
+        if objective.task.preprocessing.to_json() != document.preprocessing:
+            warnings.append("The preprocessing isn't the document's.")
+        if cost(slim(objective.network, self.ranking.masks(self.n_pruned))).flops == 0:
+            warnings.append("No path from the image to the logits is left: the network always gives the same answer.")
+        for warning in warnings:
+            _log.warning(warning)
+        return warnings
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).cpu()
+
+
+def _latency_ms(network: nn.Module, image: Tensor) -> float:
+    """Median time of a forward pass for one image, in milliseconds."""
+    synchronize: Callable[[], None] = torch.cuda.synchronize if image.device.type == "cuda" else lambda: None
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(_LATENCY_RUNS + 3):
+            synchronize()
+            start = time.perf_counter()
+            network(image)
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds[3:])

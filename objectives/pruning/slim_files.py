@@ -1,0 +1,182 @@
+"""Files of a slim network: an exported program that runs alone, and weights that this product reads back.
+
+=====================  ==============================================================================================
+`slim.pt2`             loads with `torch.export.load(path).module()` and runs without this product, for any batch size
+`slim.safetensors`     weights, with the kept components and the export document as metadata; `load_slim` reads it
+`coupled.pt2`          the coupled network as an exported program
+`coupled.safetensors`  state dict of the user's own class, resized; `load_coupled` reads it into a network of that class
+=====================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import objectives.models  # noqa: F401 (registers this product's networks with timm)
+
+from objectives.errors import ModelError, ObjectiveError
+from objectives.network import canonize
+from objectives.pruning.ranking import Masks
+from objectives.pruning.slimming import slim
+from search_spaces.documents import CompositeDocument
+
+__all__ = ["SlimFileError", "load_coupled", "load_slim", "new_directory", "write_program", "write_state", "write_weights"]
+
+_FORMAT = "pruning-hpo/slim/1"
+
+
+class SlimFileError(ObjectiveError, OSError):
+    """Files of a slim network that can't be written or read."""
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0])
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory that appears whole at `target` when the block ends well, and not at all otherwise.
+
+    Raises:
+        SlimFileError: `target` exists, or there is no room or permission.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SlimFileError(f"The output {str(target)!r} already exists; choose another directory or remove it.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+            content = Path(temporary) / "content"
+            content.mkdir()
+            yield content
+            if target.exists():
+                target.rmdir()
+            os.replace(content, target)
+    except SlimFileError:
+        raise
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> SlimFileError:
+    return SlimFileError(f"{str(path)!r} can't be written ({_first_line(error)}); make room or choose another path.")
+
+
+def write_program(module: nn.Module, input_shape: tuple[int, int, int], path: Path) -> None:
+    """Writes an exported program of a module on the CPU, with a dynamic batch size."""
+    example = torch.zeros(2, *input_shape)
+    with torch.no_grad():
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    try:
+        torch.export.save(program, path)
+    except RuntimeError as error:  # torch's own writer of archives
+        raise _cannot_write(path, error) from error
+
+
+def write_weights(
+    module: nn.Module, masks: Masks, document: CompositeDocument, classes: tuple[int, ...] | None, path: Path
+) -> None:
+    """Writes a slim network's weights, with what `load_slim` needs to rebuild it."""
+    metadata = {
+        "format": _FORMAT,
+        "kept": json.dumps({name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}),
+        "classes": json.dumps(None if classes is None else list(classes)),
+        "document": json.dumps(document.to_json()),
+    }
+    write_state(module, path, metadata)
+
+
+def write_state(module: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a state dict as safetensors."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    try:
+        safetensors.torch.save_file(state, path, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise _cannot_write(path, error) from error
+
+
+def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
+    """The slim network of a `slim.safetensors`.
+
+    Args:
+        path: written by `hpo prune`.
+        network: of the original architecture, with any weights; needed where the document names no timm model.
+
+    Returns:
+        (N, C, H, W) -> logits (N, classes), in evaluation mode.
+
+    Raises:
+        SlimFileError: the file isn't a slim network's.
+        ModelError: the architecture isn't known by name; pass `network`.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SlimFileError(f"{str(path)!r} can't be read ({_first_line(error)}).") from error
+    if metadata.get("format") != _FORMAT:
+        raise SlimFileError(f"{str(path)!r} holds no slim network of format {_FORMAT}; `hpo prune` writes one.")
+    document = CompositeDocument.from_json(json.loads(metadata["document"]))
+    model: Mapping[str, Any] = document.model
+    if network is None:
+        if ":" in model["name"]:
+            raise ModelError(f"The slim network was made from {model['name']!r}; pass a network of that class.")
+        network = timm.create_model(
+            model["name"], **{"num_classes": model["num_classes"], **model.get("options", {}), "pretrained": False}
+        )
+    kept = json.loads(metadata["kept"])
+    masks = {}
+    for name, width in model["component_widths"].items():
+        masks[name] = torch.zeros(width, dtype=torch.bool)
+        masks[name][kept[name]] = True
+    size = document.preprocessing["size"]
+    canonical = canonize(network.eval(), (len(document.preprocessing["mean"]), *size), json.loads(metadata["classes"]))
+    module = slim(canonical, masks)
+    module.load_state_dict(state)
+    return module
+
+
+def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
+    """A network resized to a `coupled.safetensors` and given its weights.
+
+    Args:
+        path: written by `hpo prune --coupled`.
+        network: of the original architecture, with as many outputs as the file's classifier; it is changed.
+    """
+    state = safetensors.torch.load_file(path)
+    for name, module in network.named_modules():
+        weight = state.get(f"{name}.weight")
+        if weight is None:
+            continue
+        for key in ("weight", "bias"):
+            if isinstance(getattr(module, key, None), nn.Parameter):
+                setattr(module, key, nn.Parameter(torch.empty_like(state[f"{name}.{key}"]), requires_grad=False))
+        if isinstance(module, nn.Conv2d):
+            if 1 < module.groups == module.in_channels:
+                module.groups = weight.shape[0]
+            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif hasattr(module, "running_mean"):
+            module.num_features = weight.shape[0]
+            module.running_mean = torch.empty_like(state[f"{name}.running_mean"])
+            module.running_var = torch.empty_like(state[f"{name}.running_var"])
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def _first_line(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__
