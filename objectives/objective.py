@@ -107,7 +107,6 @@ class Objective:
 
     Raises:
         UnsupportedNetworkError: the network can't be attributed correctly.
-        DataError: a class has no evaluation image.
         ObjectiveError: the device doesn't exist.
     """
 
@@ -116,7 +115,6 @@ class Objective:
         self.task = task
         self.options = options
         self.device = resolve_device(options.device)
-        self._check_classes()
         restricted = task.classes if tuple(task.classes) != tuple(range(model.num_classes)) else None
         original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
@@ -231,7 +229,7 @@ class Objective:
         seconds: dict[str, float],
     ) -> Evaluation:
         correct = torch.stack([measurement.correct for measurement in measurements]).double()
-        in_class = nn.functional.one_hot(labels, len(self.task.classes)).double()
+        in_class = nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()  # classes that have images
         by_class = correct @ in_class / in_class.sum(dim=0)
         rates = self.options.rates
         curve = Curve(
@@ -247,14 +245,6 @@ class Objective:
         return Evaluation(curve, curve.figures(), tuple(image_auc.tolist()), seconds)
 
     # Ways to be wrong without noticing.
-
-    def _check_classes(self) -> None:
-        for name in ("search", "confirmation"):
-            labels = getattr(self.task, name).labels
-            counts = torch.bincount(labels, minlength=len(self.task.classes))
-            if len(labels) and int(counts.min()) == 0:
-                missing = self.task.class_names[int(counts.argmin())]
-                raise DataError(f"The {name} images hold none of class {missing!r}; use more `--evaluation-images`.")
 
     def _check_copy(self, original: nn.Module, references: LabelledImages) -> None:
         batch = references.images[: self.options.batch_size]

@@ -35,7 +35,7 @@ class Curve:
     Attributes:
         rates: increasing from 0.
         accuracies: one a rate, in [0, 1].
-        class_accuracies: one tuple a rate, one value a class.
+        class_accuracies: one tuple a rate, one value a class that has images.
         parameters: of the slim network, one a rate.
         flops: multiply-adds of the slim network for one image, one a rate.
         collapsed_accuracy: of the network without any component.
