@@ -103,6 +103,7 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
         "references_per_class": references["per_class"],
         "sample": references.get("sample"),
         "seed": references["seed"],
+        "batch_size": references.get("batch_size"),
         "rates": document.rates,
         "abs_scope": document.abs_scope,
         "output_relevance": document.output_relevance,

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from objectives.models import LoadedModel
     from objectives.objective import Evaluation, Objective
     from search_spaces.composites import CompositeSpec
+    from search_spaces.documents import CompositeDocument
 
-__all__ = ["LoadedProblem", "Problem", "load_model_and_task", "load_problem", "refuse_imports"]
+__all__ = ["LoadedProblem", "Problem", "check_shape", "load_model_and_task", "load_problem", "refuse_imports"]
 
 _VERSIONED = ("numpy", "optuna", "pruning-hpo", "timm", "torch", "zennit")
 
@@ -100,6 +101,7 @@ class LoadedProblem:
                 "seed": configuration.seed,
                 "sha256": hashlib.sha256(indices).hexdigest(),
                 "source": configuration.data,
+                "batch_size": configuration.batch_size,
             },
             "model": {
                 "name": model.name,
@@ -151,6 +153,20 @@ def load_problem(
         layer_groups=layer_groups,
     )
     return LoadedProblem(configuration, Objective(model, task, options))
+
+
+def check_shape(problem: LoadedProblem, document: "CompositeDocument") -> None:
+    """Refuse a network that is not of the document's shape.
+
+    Raises:
+        UnsupportedNetworkError: A layer has another number of components.
+    """
+    from objectives.attribution.composites import describe_mismatch
+    from objectives.errors import UnsupportedNetworkError
+
+    widths = document.model["component_widths"]
+    if problem.objective.component_widths != widths:
+        raise UnsupportedNetworkError(describe_mismatch(problem.objective.network, widths))
 
 
 def load_model_and_task(configuration: LaunchConfiguration) -> "tuple[LoadedModel, Task]":

@@ -20,20 +20,26 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from objectives.objective import Evaluation
+    from objectives.pruning.prune import PruneReport
     from storage.summaries import StudySummary
 
 __all__ = [
+    "LEGEND",
     "StudyReport",
     "TrialSummary",
+    "configuration_of",
+    "configuration_table",
     "evaluation_tables",
     "next_commands",
+    "plain_table",
+    "prune_parts",
     "studies_json",
     "studies_table",
     "trial_json",
     "trial_tables",
 ]
 
-GROUPS_CAPTION = "Composites: rules of LLR/MLL/HLL/FCL; abs: ranked by absolute relevance."
+LEGEND = "Composites are written LLR/MLL/HLL/FCL; abs: ranked by absolute relevance."
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,10 @@ class StudyReport:
             "configuration": self.configuration.to_json(),
         }
 
+    def parts(self) -> "list[Table | str]":
+        """Headline, table and verdict, to be printed one after another."""
+        return [self.headline(), self.table(), *filter(None, [self.verdict()]), LEGEND]
+
     def headline(self) -> str:
         """How far the study is, in a line."""
         wanted = self.configuration.n_trials
@@ -133,12 +143,11 @@ class StudyReport:
 
     def table(self) -> "Table":
         """The best composite against the heuristics."""
-        table = _table("", "composite", *self._columns())
+        table = plain_table("", "composite", numbers=self._columns())
         if self.best is not None:
             table.add_row(f"best: trial {self.best.number}", self.best.composite, *self._cells(self.best), style="bold")
         for heuristic in self.heuristics:
             table.add_row(heuristic.heuristic, heuristic.composite, *self._cells(heuristic))
-        table.caption = GROUPS_CAPTION
         return table
 
     def verdict(self) -> str:
@@ -197,7 +206,7 @@ def next_commands(report: StudyReport, default_storage: str) -> list[str]:
 
 def configuration_table(configuration: LaunchConfiguration) -> "Table":
     """Every option that has a value."""
-    table = _table("option", "value")
+    table = plain_table("option", "value")
     for name, value in configuration.to_json().items():
         if value not in (None, {}, []):
             shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -221,7 +230,7 @@ def studies_json(summaries: "Sequence[StudySummary]") -> list[dict[str, Any]]:
 
 def studies_table(summaries: "Sequence[StudySummary]") -> "Table":
     """All studies, a row each; trials include the heuristics."""
-    table = _table("study", "trials", "best value", "created", "last trial")
+    table = plain_table("study", "trials", "best value", "created", "last trial")
     for summary in summaries:
         states = ", ".join(f"{count} {state.name.lower()}" for state, count in summary.n_trials.items())
         times = (
@@ -251,7 +260,7 @@ def trial_json(trial: FrozenTrial) -> dict[str, Any]:
 
 def trial_tables(trial: FrozenTrial) -> list["Table"]:
     """A trial: what it is, its figures and its curve."""
-    facts = _table("", "")
+    facts = plain_table("", "")
     facts.show_header = False
     facts.add_row("trial", str(trial.number))
     facts.add_row("state", trial.state.name.lower())
@@ -276,6 +285,28 @@ def evaluation_tables(evaluation: "Evaluation") -> list["Table"]:
     return [_figures_table(evaluation.figures), _curve_table(evaluation.curve.to_json())]
 
 
+def prune_parts(report: "PruneReport") -> "list[Table | str]":
+    """A pruned network against the unpruned one; masked, exact and coupled results apart."""
+    table = plain_table("network", numbers=("accuracy", "parameters", "FLOPs", "size", "latency"))
+    for name, figures in (("unpruned", report.unpruned), ("exact slim", report.exact), ("coupled", report.coupled)):
+        if name == "exact slim":
+            table.add_row("masked", f"{report.masked_accuracy:.4f}", "", "", "", "")
+        if figures is not None:
+            table.add_row(
+                name,
+                f"{figures.accuracy:.4f}",
+                f"{figures.parameters:,}",
+                f"{figures.flops:,}",
+                f"{figures.size_bytes / 1024:,.0f} KiB",
+                f"{figures.latency_ms:.2f} ms",
+            )
+    images = f"Accuracy on {report.images['n_images']} {report.images['set']} images; latency of one image, median."
+    removed = f"Pruned {report.n_pruned} of {report.n_components} components."
+    if report.n_removed_coupled is not None:
+        removed += f" The coupled network lost {report.n_removed_coupled}."
+    return [removed, table, images, *report.warnings, "\n".join(["Wrote:", *(f"  {file}" for file in report.files)])]
+
+
 def _trial_report(trial: FrozenTrial, confirmation_auc: float | None) -> TrialSummary:
     composite = trials.composite_of(trial)
     return TrialSummary(
@@ -289,14 +320,14 @@ def _trial_report(trial: FrozenTrial, confirmation_auc: float | None) -> TrialSu
 
 
 def _figures_table(figures: Mapping[str, float]) -> "Table":
-    table = _table("figure", "value")
+    table = plain_table("figure", numbers=["value"])
     for name, value in figures.items():
         table.add_row(name, f"{value:.4f}")
     return table
 
 
 def _curve_table(curve: Mapping[str, Any]) -> "Table":
-    table = _table("rate", "accuracy", "parameters", "FLOPs")
+    table = plain_table("rate", numbers=("accuracy", "parameters", "FLOPs"))
     for rate, accuracy, parameters, flops in zip(
         curve["rates"], curve["accuracies"], curve["parameters"], curve["flops"], strict=True
     ):
@@ -304,14 +335,16 @@ def _curve_table(curve: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _table(*columns: str) -> "Table":
+def plain_table(*texts: str, numbers: Sequence[str] = ()) -> "Table":
+    """An empty table in the house's look: columns of text, then columns of numbers, aligned right."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    for position, column in enumerate(columns):
-        numeric = position and any(word in column for word in ("AUC", "value", "search", "best -", "accuracy", "FLOPs"))
-        table.add_column(column, justify="right" if numeric or column == "parameters" else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in texts:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right")
     return table
 
 

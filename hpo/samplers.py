@@ -221,5 +221,5 @@ def _build(spec: str, sampler_class: object, seed: int) -> BaseSampler:
     try:
         return sampler_class(**arguments)
     except Exception as error:  # the user's class may raise anything
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise SamplerError(f"Sampler {spec!r} cannot be built: {type(error).__name__}: {reason}.") from error

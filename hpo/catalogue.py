@@ -1,0 +1,44 @@
+"""The catalogue: every name that a launch may use."""
+
+from typing import TYPE_CHECKING, Any
+
+from hpo.report import LEGEND, plain_table
+from hpo.samplers import SAMPLERS
+from objectives.pruning.curve import FIGURES
+from search_spaces.heuristics import HEURISTICS
+from search_spaces.spaces import SPACES, load_space
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["catalogue", "catalogue_tables"]
+
+
+def catalogue() -> dict[str, Any]:
+    """Spaces with their content, heuristics with their composites, samplers and metrics, as JSON."""
+    return {
+        "spaces": [
+            {**load_space(name).to_json(), "size": load_space(name).size(), "description": _description(name)}
+            for name in SPACES
+        ],
+        "heuristics": {name: composite.to_json() for name, composite in HEURISTICS.items()},
+        "samplers": list(SAMPLERS),
+        "metrics": list(FIGURES),
+    }
+
+
+def catalogue_tables() -> list["Table | str"]:
+    """The same as tables."""
+    spaces = plain_table("space", "points", "content")
+    for name in SPACES:
+        size = load_space(name).size()
+        spaces.add_row(name, "continuous" if size is None else f"{size:,}", _description(name))
+    heuristics = plain_table("heuristic", "composite")
+    for name, composite in HEURISTICS.items():
+        heuristics.add_row(name, composite.label)
+    return [spaces, heuristics, LEGEND, f"Samplers: {', '.join(SAMPLERS)}", f"Metrics: {', '.join(FIGURES)}"]
+
+
+def _description(name: str) -> str:
+    """First line of the docstring of the space's maker."""
+    return (SPACES[name].__doc__ or "").strip().partition("\n")[0]

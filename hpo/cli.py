@@ -1,0 +1,751 @@
+"""The command line `hpo`: parse, call one function, print.
+
+Nothing heavy is imported before a command runs, so that `--help` appears at once.
+"""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from hpo.config import OPTIONS, Section, resolve
+from hpo.errors import Interrupted
+from search_spaces.errors import PruningHPOError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hpo.config import LaunchConfiguration
+    from hpo.problem import LoadedProblem
+    from objectives.pruning.prune import AmountKind
+    from search_spaces.composites import CompositeSpec
+    from search_spaces.documents import CompositeDocument
+    from storage.store import StudyStore
+
+__all__ = ["cli", "main"]
+
+_EXIT_INTERRUPTED = 130
+_WIDTH_WITHOUT_TERMINAL = 140
+_ARGUMENTS = "arguments"
+_PACKAGES = ("hpo", "objectives", "search_spaces", "storage")
+
+_log = logging.getLogger(__name__)
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+# The frame: help in sections, errors in a line
+
+
+class _Option(click.Option):
+    """An option that stands under a heading in `--help`."""
+
+    def __init__(self, *arguments: Any, heading: str = "Options", **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.heading = heading
+
+
+class _Command(click.Command):
+    """A command with examples, whose options stand under headings."""
+
+    def __init__(self, *arguments: Any, examples: str = "", **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.examples = examples
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(parameter, "heading", "Options"), []).append(record)
+        # What is common to all commands comes last.
+        for heading in sorted(sections, key=lambda heading: heading == "Options"):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples.strip().splitlines():
+                    formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
+
+
+class _Group(click.Group):
+    """The command group; turns what a user can cause into one line and an exit status."""
+
+    command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PruningHPOError as error:
+            _log.debug("The error's origin:", exc_info=True)
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(_EXIT_INTERRUPTED)
+
+
+_HEADINGS: dict[Section, str] = {
+    "study": "Study",
+    "search": "Search",
+    "model": "Network",
+    "data": "Images",
+    "objective": "Pruning and evaluation",
+}
+
+
+def _configuration_options(*sections: Section, only: Sequence[str] = ()) -> Callable[[_F], _F]:
+    """Decorator: the options of a configuration's sections, or only some of them."""
+    chosen = [option for option in OPTIONS.values() if option.section in sections and (not only or option.name in only)]
+
+    def decorate(command: _F) -> _F:
+        for option in reversed(chosen):
+            default = f"  [default: {option.default}]" if option.default.strip() else ""
+            command = click.option(
+                f"--{option.name}",
+                option.field,
+                cls=_Option,
+                heading=_HEADINGS[option.section],
+                metavar=option.metavar,
+                multiple=option.multiple,
+                help=f"{option.help}{default}",
+            )(command)
+        return command
+
+    return decorate
+
+
+def _file(name: str, help: str, **keywords: Any) -> Callable[[_F], _F]:
+    return click.option(name, type=click.Path(path_type=Path, dir_okay=False), help=help, **keywords)
+
+
+_config = _file("--config", "TOML file whose keys are the names of these options.", metavar="FILE")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on standard output.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Log more, with the origin of errors.")
+_study = click.argument("study", required=False)
+_storage = _configuration_options("study", only=["storage"])
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="pruning-hpo", prog_name="hpo")
+def cli() -> None:
+    """Find the LRP composite with which a trained image classifier prunes best, and prune it.
+
+    Start with `hpo launch`: it searches on handwritten digits with a small network.
+    """
+
+
+# Commands
+
+
+@cli.command(
+    examples="""
+    hpo launch
+    hpo launch --sampler grid --space mine.toml
+    hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
+    hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
+    hpo launch --config study.toml --device cuda:0
+    """
+)
+@_configuration_options("study", "search", "model", "data", "objective")
+@_config
+@_verbose
+@click.pass_context
+def launch(ctx: click.Context, /, config: Path | None, verbose: bool, **options: Any) -> None:
+    """Run a study, or go on with it.
+
+    Evaluates the published heuristics, searches for a better composite, and confirms the best on images that the search
+    never saw. The same command resumes a study that was interrupted; a larger --n-trials extends one that is finished.
+    """
+    console = _start(verbose)
+    configuration = resolve(options, config)
+    from hpo.progress import make_progress
+    from hpo.study import launch as run
+
+    try:
+        with make_progress(configuration.metric, console) as progress:
+            worked = run(configuration, progress)
+    except KeyboardInterrupt:
+        click.echo("Interrupted: no finished trial is lost. To go on:", err=True)
+        click.echo(f"  {_same_command(ctx)}", err=True)
+        ctx.exit(_EXIT_INTERRUPTED)
+    _print_study(configuration, finished_before=not worked)
+
+
+@cli.command(
+    examples="""
+    hpo status
+    hpo status resnet18-flowers --json
+    """
+)
+@_study
+@_storage
+@_json
+@_verbose
+def status(study: str | None, storage: str | None, as_json: bool, verbose: bool) -> None:
+    """Show how far a study is, its best composite against the heuristics, and its configuration.
+
+    STUDY may be left out where there is only one.
+    """
+    _start(verbose)
+    from hpo.report import StudyReport, configuration_table
+
+    with _open(storage) as store:
+        report = StudyReport.of(_load(store, study))
+    if as_json:
+        _print_json(report.to_json())
+        return
+    _print(*report.parts(), configuration_table(report.configuration))
+
+
+@cli.command(
+    name="list",
+    examples="""
+    hpo list
+    hpo list --storage sqlite:///studies.db --json
+    """,
+)
+@_storage
+@_json
+@_verbose
+def list_(storage: str | None, as_json: bool, verbose: bool) -> None:
+    """List the studies of a store."""
+    _start(verbose)
+    from hpo.report import studies_json, studies_table
+
+    with _open(storage) as store:
+        summaries = store.summaries()
+    if as_json:
+        _print_json(studies_json(summaries))
+    elif not summaries:
+        _print("No studies yet; start one with `hpo launch`.")
+    else:
+        _print(studies_table(summaries))
+
+
+@cli.command(
+    examples="""
+    hpo show 37
+    hpo show 37 --study resnet18-flowers --json
+    """
+)
+@click.argument("trial", type=click.IntRange(min=0))
+@_configuration_options("study")
+@_json
+@_verbose
+def show(trial: int, study: str | None, storage: str | None, as_json: bool, verbose: bool) -> None:
+    """Show a trial: its composite, figures and curve.
+
+    --study may be left out where there is only one.
+    """
+    _start(verbose)
+    from hpo.errors import NothingFoundError
+    from hpo.report import trial_json, trial_tables
+
+    with _open(storage) as store:
+        loaded = _load(store, study)
+        trials = loaded.get_trials(deepcopy=False)
+    if trial >= len(trials):
+        raise NothingFoundError(f"Study {loaded.study_name!r} has {len(trials)} trials, but none of number {trial}.")
+    if as_json:
+        _print_json(trial_json(trials[trial]))
+    else:
+        _print(*trial_tables(trials[trial]))
+
+
+@cli.command(
+    examples="""
+    hpo evaluate --heuristic epsilon-plus-abs
+    hpo evaluate --rules LLR=Epsilon,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon --abs --epsilon 1e-6 --json
+    hpo evaluate --composite best.json --model resnet18 --data folder:flowers
+    """
+)
+@click.option(
+    "--composite", cls=_Option, heading="Composite", metavar="FILE", help="Export document to take the composite from."
+)
+@click.option("--heuristic", cls=_Option, heading="Composite", metavar="NAME", help="Published composite.")
+@click.option(
+    "--rules",
+    cls=_Option,
+    heading="Composite",
+    metavar="RULES",
+    help="A rule for each layer group: LLR=RULE,MLL=RULE,HLL=RULE,FCL=RULE.",
+)
+@click.option(
+    "--abs",
+    "absolute",
+    is_flag=True,
+    cls=_Option,
+    heading="Composite",
+    help="With --rules: rank by absolute relevance.",
+)
+@click.option(
+    "--epsilon",
+    type=float,
+    cls=_Option,
+    heading="Composite",
+    help="With --rules: epsilon of the Epsilon rules.  [default: 1e-06]",
+)
+@_configuration_options("model", "data", "objective")
+@_configuration_options("search", only=["space"])
+@click.option(
+    "--images",
+    type=click.Choice(["search", "confirmation"]),
+    default="search",
+    show_default=True,
+    help="Images to measure accuracy on.",
+)
+@_config
+@_json
+@_verbose
+def evaluate(
+    composite: str | None,
+    heuristic: str | None,
+    rules: str | None,
+    absolute: bool,
+    epsilon: float | None,
+    images: Any,
+    config: Path | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Evaluate one composite without a study: its curve and figures.
+
+    With --composite, the document's network, images and settings hold where no option says otherwise; of a --space only
+    the layer groups are used.
+    """
+    if sum(given is not None for given in (composite, heuristic, rules)) != 1:
+        raise click.UsageError("Give one of --composite, --heuristic and --rules.")
+    if rules is None and (absolute or epsilon is not None):
+        raise click.UsageError("--abs and --epsilon go with --rules.")
+    console = _start(verbose)
+    from hpo.progress import make_progress
+    from hpo.report import evaluation_tables
+
+    document = None if composite is None else _read_document(composite)
+    spec = document.composite if document is not None else _composite(heuristic, rules, absolute, epsilon)
+    configuration = _resolve_with(document, options, config)
+    with make_progress(configuration.metric, console) as progress:
+        progress.phase("Loading network and images")
+        problem = _load_problem(configuration, document)
+        progress.phase("Evaluating")
+        evaluation = problem.evaluate(spec, images)
+    if as_json:
+        curve = evaluation.curve
+        _print_json(
+            {
+                "rates": list(curve.rates),
+                "accuracies": list(curve.accuracies),
+                **evaluation.figures,
+                "composite": spec.to_json(),
+                "images": images,
+                "n_images": len(evaluation.image_auc),
+                "parameters": list(curve.parameters),
+                "flops": list(curve.flops),
+                "class_accuracies": [list(accuracies) for accuracies in curve.class_accuracies],
+                "seconds": dict(evaluation.seconds),
+            }
+        )
+        return
+    _print(f"{spec.label} on {len(evaluation.image_auc)} {images} images", *evaluation_tables(evaluation))
+
+
+@cli.command(
+    examples="""
+    hpo export digits -o best.json
+    hpo export digits --trial 37 -o trial37.json
+    hpo export digits --top 3 -o best.json    (writes best-1.json, best-2.json, best-3.json)
+    hpo export digits --json
+    """
+)
+@_study
+@_file("-o", "File to write; may be left out with --json.", metavar="FILE", default=None)
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="This trial instead of the best.")
+@click.option("--top", type=click.IntRange(min=1), metavar="K", help="The K best composites, each in a file.")
+@_storage
+@_configuration_options("model", only=["model", "checkpoint", "model-option"])
+@_configuration_options("data", only=["data", "class-map"])
+@_configuration_options("search", only=["space"])
+@_configuration_options("objective", only=["device"])
+@_json
+@_verbose
+def export(
+    study: str | None,
+    o: Path | None,
+    trial: int | None,
+    top: int | None,
+    storage: str | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Write the best composite of a study as a document to prune with, on this machine or another.
+
+    A trial that was not confirmed is confirmed now, with the network and images of the study's configuration; the
+    options say where these are, if they have moved.
+    """
+    if trial is not None and top is not None:
+        raise click.UsageError("Give --trial or --top, not both.")
+    if o is None and not as_json:
+        raise click.UsageError("Name the file to write with -o FILE, or pass --json.")
+    console = _start(verbose)
+    from hpo.export import choose_trials, export_paths, export_trials
+    from hpo.progress import make_progress
+    from search_spaces.documents import write_document
+
+    with _open(storage) as store, make_progress("AUC", console) as progress:
+        loaded = _load(store, study)
+        chosen = choose_trials(loaded, trial=trial, top=top)
+        documents = export_trials(loaded, chosen, options, progress)
+    paths = [] if o is None else export_paths(o, len(documents) if top is not None and top > 1 else 1)
+    for path, document in zip(paths, documents, strict=bool(paths)):
+        write_document(path, document)
+    if as_json:
+        contents = [document.to_json() for document in documents]
+        _print_json(contents if top is not None else contents[0])
+        return
+    for path, document in zip(paths, documents, strict=True):
+        assert document.study is not None, "it is from a study"
+        _print(f"Wrote {path}: trial {document.study['trial']}, {document.composite.label}.")
+    _print(f"Next:\n  hpo prune {shlex.quote(str(paths[0]))} --rate 0.4 -o slim")
+
+
+@cli.command(
+    examples="""
+    hpo prune best.json --rate 0.4 -o slim
+    hpo prune best.json --keep-accuracy 0.95 -o slim
+    hpo prune best.json --flops 0.5 --coupled -o slim --checkpoint resnet18.pt --data folder:flowers
+    """
+)
+@click.argument("document", metavar="DOCUMENT")
+@click.option(
+    "--rate",
+    cls=_Option,
+    heading="Amount (give one)",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="SHARE",
+    help="Prune this share of the components.",
+)
+@click.option(
+    "--keep-accuracy",
+    cls=_Option,
+    heading="Amount (give one)",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Prune as much as keeps this share of the unpruned accuracy.",
+)
+@click.option(
+    "--params",
+    cls=_Option,
+    heading="Amount (give one)",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Keep at most this share of the parameters.",
+)
+@click.option(
+    "--flops",
+    cls=_Option,
+    heading="Amount (give one)",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Keep at most this share of the multiply-adds.",
+)
+@click.option(
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="New directory to write slim.pt2, slim.safetensors and report.json to.",
+)
+@click.option("--coupled", is_flag=True, help="Also prune whole coupled groups (torch-pruning), measured anew.")
+@_configuration_options("model", "data")
+@_configuration_options("objective", only=["batch-size", "device"])
+@_config
+@_json
+@_verbose
+def prune(
+    document: str,
+    rate: float | None,
+    keep_accuracy: float | None,
+    params: float | None,
+    flops: float | None,
+    o: Path,
+    coupled: bool,
+    config: Path | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Prune a network with an exported composite, and write the smaller network.
+
+    The document's network and images are used where no option says otherwise. slim.pt2 is a program that loads and runs
+    with torch alone.
+    """
+    amounts: dict[AmountKind, float | None] = {
+        "rate": rate,
+        "keep_accuracy": keep_accuracy,
+        "parameters": params,
+        "flops": flops,
+    }
+    given = {kind: value for kind, value in amounts.items() if value is not None}
+    if len(given) != 1:
+        raise click.UsageError("Give one of --rate, --keep-accuracy, --params and --flops.")
+    console = _start(verbose)
+    from hpo.problem import load_model_and_task
+    from hpo.progress import make_progress
+    from hpo.report import prune_parts
+    from objectives.pruning.prune import PruneAmount
+    from objectives.pruning.prune import prune as run
+
+    content = _read_document(document)
+    configuration = _resolve_with(content, options, config)
+    with make_progress("AUC", console) as progress:
+        progress.phase("Loading network and images")
+        model, task = load_model_and_task(configuration)
+        progress.phase("Pruning")
+        ((kind, value),) = given.items()
+        report = run(
+            model,
+            task,
+            content,
+            amount=PruneAmount(kind, value),
+            coupled=coupled,
+            output=o,
+            device=configuration.device,
+            batch_size=configuration.batch_size,
+        )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print(*prune_parts(report))
+
+
+@cli.command(
+    examples="""
+    hpo dashboard
+    hpo dashboard --storage sqlite:///studies.db --port 9000
+    """
+)
+@_storage
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; there is no password.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option("--allow-writes", is_flag=True, help="Let visitors rename and delete studies.")
+@_verbose
+def dashboard(storage: str | None, host: str, port: int, allow_writes: bool, verbose: bool) -> None:
+    """Show the studies in the browser with optuna-dashboard, until Ctrl-C."""
+    _start(verbose)
+    from storage.dashboard import serve
+
+    def announce(address: str) -> None:
+        click.echo(f"Dashboard: {address} (Ctrl-C ends it)")
+
+    serve(_storage_url(storage), host=host, port=port, allow_writes=allow_writes, on_ready=announce)
+
+
+@cli.command(
+    examples="""
+    hpo spaces
+    hpo spaces --json
+    """
+)
+@_json
+@_verbose
+def spaces(as_json: bool, verbose: bool) -> None:
+    """List what can be searched: spaces, heuristics, samplers and metrics."""
+    _start(verbose)
+    from hpo.catalogue import catalogue, catalogue_tables
+
+    if as_json:
+        _print_json(catalogue())
+    else:
+        _print(*catalogue_tables())
+
+
+# What commands share
+
+
+def _start(verbose: bool) -> "Console":
+    """Set up logging to standard error; the console that progress and log share."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    handler = _ConsoleHandler(console)
+    # torch's own trace logger passes everything on, whatever the root's level.
+    handler.setLevel(logging.DEBUG if verbose else logging.INFO)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    for name in _PACKAGES:
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+    return console
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records above the progress display."""
+
+    def __init__(self, console: "Console") -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+        try:
+            self._console.print(f"{prefix}{self.format(record)}", soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _print(*parts: Any) -> None:
+    """Print texts and tables on standard output."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, markup=False, width=_WIDTH_WITHOUT_TERMINAL)
+    for part in parts:
+        if part != "":
+            console.print(part, soft_wrap=isinstance(part, str))
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2))
+
+
+def _print_study(configuration: "LaunchConfiguration", *, finished_before: bool) -> None:
+    from hpo.report import StudyReport, next_commands
+    from storage.store import StudyStore
+    from storage.urls import default_storage_url
+
+    with StudyStore.open(configuration.storage, read_only=True) as store:
+        report = StudyReport.of(store.load(configuration.study))
+    if finished_before:
+        _print(f"Study {configuration.study} is finished; a larger --n-trials goes on with it.")
+    commands = next_commands(report, default_storage_url())
+    _print(*report.parts(), "\n".join(["Next:", *(f"  {line}" for line in commands)]))
+
+
+def _storage_url(storage: str | None) -> str:
+    from storage.urls import default_storage_url
+
+    return storage or default_storage_url()
+
+
+@contextmanager
+def _open(storage: str | None) -> "Iterator[StudyStore]":
+    from storage.store import StudyStore
+
+    with StudyStore.open(_storage_url(storage), read_only=True) as store:
+        yield store
+
+
+def _load(store: "StudyStore", name: str | None) -> Any:
+    """The study of this name, or the only one."""
+    from hpo.errors import NothingFoundError
+
+    if name is None:
+        names = [summary.name for summary in store.summaries()]
+        if not names:
+            raise NothingFoundError(f"There is no study in {store.url_masked}; start one with `hpo launch`.")
+        if len(names) > 1:
+            raise NothingFoundError(f"Name one of the {len(names)} studies: {', '.join(names)}.")
+        (name,) = names
+    return store.load(name)
+
+
+def _read_document(path: str) -> "CompositeDocument":
+    from search_spaces.documents import load_document
+
+    return load_document(path)
+
+
+def _composite(heuristic: str | None, rules: str | None, absolute: bool, epsilon: float | None) -> "CompositeSpec":
+    from search_spaces.composites import CompositeSpec
+    from search_spaces.heuristics import heuristic as named
+
+    if heuristic is not None:
+        return named(heuristic)
+    assert rules is not None, "one of the three is given"
+    return CompositeSpec.parse_rules(rules, abs=absolute, epsilon=epsilon)
+
+
+def _resolve_with(
+    document: "CompositeDocument | None", options: dict[str, Any], config: Path | None
+) -> "LaunchConfiguration":
+    """The configuration, in which a document's settings hold over the defaults."""
+    if document is None:
+        return resolve(options, config)
+    from hpo.export import document_options
+    from hpo.problem import refuse_imports
+
+    configuration = resolve(options, config, document_options(document))
+    # A local --config may name imports: it is part of this command line.
+    given = resolve(options, config, {"model": "", "data": "", "space": ""})
+    refuse_imports(
+        configuration, {field for field in ("model", "data", "space") if getattr(given, field)}, "The document"
+    )
+    return configuration
+
+
+def _load_problem(configuration: "LaunchConfiguration", document: "CompositeDocument | None") -> "LoadedProblem":
+    from hpo.problem import check_shape, load_problem
+    from search_spaces.spaces import load_space
+
+    if document is None:
+        return load_problem(configuration, load_space(configuration.space).layer_groups)
+    groups: dict[str, tuple[str, ...]] = {}
+    for layer, group in document.layer_groups.items():
+        groups[group] = (*groups.get(group, ()), layer)
+    problem = load_problem(configuration, groups)
+    check_shape(problem, document)
+    return problem
+
+
+def _same_command(ctx: click.Context) -> str:
+    """This command as it was typed, but for passwords."""
+    from storage.urls import mask_password
+
+    return shlex.join([*ctx.command_path.split(), *map(mask_password, ctx.meta[_ARGUMENTS])])
+
+
+def main() -> NoReturn:
+    """Entry point of `hpo`."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        cli(prog_name="hpo")
+    except SystemExit as exit:
+        if exit.code == _EXIT_INTERRUPTED:
+            # The worker's thread may be inside a long computation, which nothing can end but the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_EXIT_INTERRUPTED)
+        raise
+    raise AssertionError("click ends with SystemExit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""The command line on the real digits: what is printed, and what is refused before anything is written."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hpo.cli import cli
+from hpo.config import OPTIONS
+from objectives.pruning.curve import FIGURES
+from search_spaces.heuristics import HEURISTICS
+
+COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "spaces"]
+QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    root = logging.getLogger()
+    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
+    yield
+    root.handlers, warnings.showwarning = handlers, show
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli") / "studies.db"
+
+
+@pytest.fixture(autouse=True)
+def _own_storage(monkeypatch, store):
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{store}")
+
+
+def hpo(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="hpo")
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def refused(*arguments, code=1):
+    """The one line that a command ends with."""
+    result = hpo(*arguments, code=code)
+    assert result.stdout == ""
+    if code == 1:
+        *_, line = result.stderr.splitlines()
+        assert line.startswith("Error: ")
+        assert "Traceback" not in result.stderr
+        return line.removeprefix("Error: ")
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def study(store):
+    """A finished study of two search trials."""
+    environment = pytest.MonkeyPatch()
+    environment.setenv("HPO_STORAGE", f"sqlite:///{store}")
+    result = hpo("launch", "--study", "quick", "--n-trials", 2, *QUICK)
+    environment.undo()
+    return result
+
+
+@pytest.fixture(scope="module")
+def document(study, store):
+    path = store.with_name("best.json")
+    hpo("export", "quick", "--storage", f"sqlite:///{store}", "-o", path)
+    return path
+
+
+# Help
+
+
+def test_help_appears_at_once():
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "hpo.cli", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments):
+    heavy = "torch", "optuna", "numpy", "matplotlib", "sqlalchemy", "rich", "timm", "zennit"
+    code = (
+        "import sys\nfrom hpo.cli import cli\n"
+        f"try: cli({arguments!r})\nexcept SystemExit: pass\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_lists_the_commands():
+    text = hpo("--help").output
+    assert [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples(command):
+    examples = hpo(command, "--help").output.partition("Examples:\n")[2]
+    assert examples
+    assert all(line.startswith(f"  hpo {command}") for line in examples.splitlines())
+
+
+def test_launch_offers_every_option():
+    text = hpo("launch", "--help").output
+    assert all(f"--{name} " in text for name in OPTIONS)
+
+
+def test_version():
+    assert hpo("--version").output.startswith("hpo, version 0.")
+
+
+# A study
+
+
+def test_launch_ends_with_a_table(study):
+    lines = study.stdout.splitlines()
+    assert lines[0] == "Study quick: 2 of 2 trials, 10 heuristics, metric auc."
+    assert [line for line in lines if line.startswith(" best: trial ")]
+    for name in HEURISTICS:
+        assert [line for line in lines if line.startswith(f" {name} ")]
+    assert lines[-4:] == [
+        "Next:",
+        "  hpo export quick -o best.json",
+        "  hpo prune best.json --rate 0.4 -o slim",
+        "  hpo dashboard",
+    ]
+
+
+def test_launch_logs_a_line_per_trial(study):
+    lines = study.stderr.splitlines()
+    assert lines[0] == "Loading network and images"
+    assert lines[1] == "Heuristics (0 of 10 done)"
+    assert lines[2].startswith("1/10  trial 0  auc 0.")
+    assert lines[2].endswith("  epsilon: Epsilon/Epsilon/Epsilon/Epsilon")
+    assert lines[12] == "Search (0 of 2 done)"
+    assert sum("trial " in line for line in lines) >= 22
+
+
+def test_a_finished_study_says_so_and_does_nothing(study):
+    again = hpo("launch", "--study", "quick", "--n-trials", 2, *QUICK)
+    first, _, rest = again.stdout.partition("\n")
+    assert first == "Study quick is finished; a larger --n-trials goes on with it."
+    assert rest == study.stdout
+    assert again.stderr == "Loading network and images\n"
+
+
+def test_another_identity_is_refused_with_every_difference(study):
+    stderr = hpo(
+        "launch", "--study", "quick", "--n-trials", 2, *QUICK, "--seed", 1, "--metric", "top_rate", code=1
+    ).stderr
+    lines = stderr.splitlines()
+    assert "Error: Study 'quick' is another search; choose another --study, or launch as it was" in stderr
+    assert '  metric: "auc" -> "top_rate"' in lines
+    assert "  seed: 0 -> 1" in lines
+
+
+def test_status(study):
+    text = hpo("status").stdout
+    assert text.splitlines()[0] == study.stdout.splitlines()[0]
+    assert "confirmation-share" in text
+
+
+def test_status_as_json(study):
+    status = json.loads(hpo("status", "quick", "--json").stdout)
+    assert status["study"] == "quick"
+    assert status["n_trials"]["complete"] == 2
+    assert {heuristic["heuristic"] for heuristic in status["heuristics"]} == set(HEURISTICS)
+    assert status["configuration"]["n-trials"] == 2
+    assert status["confirmation"]["trial"] == status["best"]["number"]
+
+
+def test_list(study):
+    assert " quick " in hpo("list").stdout
+    (entry,) = json.loads(hpo("list", "--json").stdout)
+    assert (entry["study"], entry["n_trials"]) == ("quick", {"complete": 12})
+
+
+def test_show(study):
+    rows = [line.split() for line in hpo("show", 0).stdout.splitlines()]
+    assert ["role", "heuristic", "epsilon"] in rows
+    assert ["LLR", "Epsilon(1e-06)"] in rows
+    trial = json.loads(hpo("show", 0, "--study", "quick", "--json").stdout)
+    assert (trial["trial"], trial["state"], trial["heuristic"]) == (0, "complete", "epsilon")
+    assert trial["curve"]["rates"] == [0, 0.5]
+    assert list(trial["figures"]) == list(FIGURES)
+    assert trial["value"] == trial["figures"]["auc"]
+
+
+# Export, evaluate, prune
+
+
+def test_export_says_what_comes_next(document, tmp_path):
+    path = tmp_path / "best.json"
+    result = hpo("export", "-o", path)
+    first, *rest = result.stdout.splitlines()
+    assert first.startswith(f"Wrote {path}: trial ")
+    assert rest == ["Next:", f"  hpo prune {path} --rate 0.4 -o slim"]
+    content = json.loads(path.read_text())
+    assert content["study"]["name"] == "quick"
+    assert set(content["confirmation"]["differences"]) == set(HEURISTICS)
+    assert content["curve"]["rates"] == [0, 0.5]
+
+
+def test_export_confirms_what_is_not(study):
+    printed = hpo("export", "--trial", 11, "--json")
+    content = json.loads(printed.stdout)
+    status = json.loads(hpo("status", "--json").stdout)
+    assert content["study"]["trial"] == 11
+    if status["best"]["number"] != 11:
+        assert "Confirmation (0 of 1 done)" in printed.stderr
+    assert 0 < content["confirmation"]["auc"] < 1
+
+
+def test_export_of_the_top_writes_numbered_files(study, tmp_path):
+    hpo("export", "--top", 3, "-o", tmp_path / "best.json")
+    values = [json.loads((tmp_path / f"best-{rank}.json").read_text())["study"]["value"] for rank in (1, 2, 3)]
+    assert values == sorted(values, reverse=True)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_evaluate_prints_json_alone(document):
+    result = json.loads(hpo("evaluate", "--composite", document, "--json").stdout)
+    exported = json.loads(document.read_text())
+    assert result["rates"] == exported["rates"]
+    assert result["accuracies"] == exported["curve"]["accuracies"]
+    assert {name: result[name] for name in FIGURES} == exported["figures"]
+
+
+def test_evaluate_takes_heuristics_and_rules(study):
+    named = json.loads(hpo("evaluate", "--heuristic", "epsilon-plus-abs", "--json", *QUICK).stdout)
+    rules = "LLR=ZPlus,MLL=ZPlus,HLL=ZPlus,FCL=Epsilon"
+    spelled = json.loads(hpo("evaluate", "--rules", rules, "--abs", "--epsilon", "1e-6", "--json", *QUICK).stdout)
+    for result in (named, spelled):
+        del result["seconds"]
+    assert named == spelled
+
+
+def test_evaluate_prints_a_table(study):
+    lines = hpo("evaluate", "--heuristic", "zplus", *QUICK).stdout.splitlines()
+    assert lines[0] == "ZPlus/ZPlus/ZPlus/ZPlus on 40 search images"
+    assert [line for line in lines if line.startswith(" auc ")]
+    assert [line for line in lines if line.startswith(" 0.5 ")]
+
+
+def test_prune_writes_a_smaller_network(document, tmp_path):
+    result = hpo("prune", document, "--rate", 0.3, "-o", tmp_path / "slim", "--json")
+    report = json.loads(result.stdout)
+    assert report["exact"]["parameters"] < report["unpruned"]["parameters"]
+    assert report["warnings"] == []
+    assert {Path(file).name for file in report["files"]} == {"slim.pt2", "slim.safetensors", "report.json"}
+    again = refused("prune", document, "--rate", 0.3, "-o", tmp_path / "slim")
+    assert "slim" in again
+
+
+def test_prune_prints_a_table(document, tmp_path):
+    text = hpo("prune", document, "--params", 0.8, "-o", tmp_path / "slim").stdout
+    assert text.startswith("Pruned ")
+    for name in ("unpruned", "masked", "exact slim"):
+        assert f" {name} " in text
+
+
+def test_spaces():
+    text = hpo("spaces").stdout
+    assert " cnn " in text
+    assert "1,212" in text
+    names = json.loads(hpo("spaces", "--json").stdout)
+    assert set(names["heuristics"]) == set(HEURISTICS)
+    assert names["metrics"] == list(FIGURES)
+    assert {"grid", "tpe", "random"} <= set(names["samplers"])
+
+
+# Bad input
+
+
+@pytest.fixture
+def nothing_written(tmp_path, monkeypatch):
+    """A store in a folder that does not exist and must not come to be."""
+    directory = tmp_path / "new"
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{directory / 'studies.db'}")
+    yield
+    assert not directory.exists()
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet81", "--data", "digits"], "Unknown model 'resnet81'"),
+        (["--space", "cn"], "Unknown search space 'cn'. Did you mean 'cnn'?"),
+        (["--space", "no.toml"], "Search space file '"),
+        (["--sampler", "tbe"], "Unknown sampler 'tbe'. Did you mean 'tpe'?"),
+        (["--sampler", "grid", "--space", "cnn-continuous"], "Space 'cnn-continuous' is continuous and has no grid"),
+        (["--metric", "acu"], "Unknown metric 'acu'. Did you mean 'auc'?"),
+        (["--rates", "0.1,0.5"], "Pruning rates must increase strictly from 0"),
+        (["--data", "folder:nowhere", "--model", "resnet18"], "The model 'resnet18' can't be loaded"),
+        (["--data", "diggits", "--model", "digits_cnn"], "Unknown data 'diggits'"),
+        (["--checkpoint", "nowhere.pt"], "The checkpoint '"),
+        (["--classes", "3,11"], "--classes: 11 is out of range; the network's outputs are 0 to 9."),
+        (
+            ["--references-per-class", "100000"],
+            "The class '0' (output 0) has 100 training images, fewer than the 100000",
+        ),
+        (["--device", "cuda:99"], "There is no device 'cuda:99' on this machine"),
+        (["--storage", "studies.db"], "'studies.db' is not a storage URL; for a SQLite file write"),
+        (["--storage", "postgrse://ann:secret@host/x"], "No database 'postgrse' is known for the storage URL "),
+        (
+            ["--storage", "mysql://ann:secret@127.0.0.1:1/x"],
+            "The driver 'MySQLdb' of the storage URL 'mysql://ann:***@",
+        ),
+        (["--config", "nowhere.toml"], "Cannot read configuration file 'nowhere.toml': No such file"),
+        (["--study", "a/b"], "`--study` must not hold slashes or line breaks, but got 'a/b'."),
+    ],
+)
+def test_launch_refuses(arguments, message):
+    line = refused("launch", *arguments)
+    assert line.startswith(message)
+    assert "secret" not in line
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heuristic", "epsilom"], "Unknown heuristic 'epsilom'. Did you mean 'epsilon'?"),
+        (
+            ["--rules", "LLR=Epsilom,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon"],
+            "Unknown rule 'Epsilom'. Did you mean 'Epsilon'?",
+        ),
+        (["--rules", "LLR=Epsilon"], "Layer group MLL has no rule"),
+        (["--composite", "nowhere.json"], "nowhere.json: document cannot be read: No such file"),
+    ],
+)
+def test_evaluate_refuses(arguments, message):
+    assert refused("evaluate", *arguments).startswith(message)
+
+
+def test_evaluate_wants_one_composite():
+    assert "Give one of --composite, --heuristic and --rules." in refused("evaluate", code=2)
+    assert "--abs and --epsilon go with --rules." in refused("evaluate", "--heuristic", "zplus", "--abs", code=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "document version 2 is not known; this release reads version 1."),
+        ({"kind": "recipe"}, "$.kind is 'recipe', "),
+        ({"composite": {"rules": {}, "abs": True}}, "$.composite.rules lacks 'LLR'."),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "prune"])
+def test_bad_documents_are_refused(document, tmp_path, command, change, message):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(json.loads(document.read_text()) | change))
+    arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
+    assert refused(command, *arguments).startswith(f"{path}: {message}")
+    assert not (tmp_path / "slim").exists()
+
+
+@pytest.mark.parametrize("field", ["model", "data"])
+@pytest.mark.parametrize("command", ["evaluate", "prune"])
+def test_a_document_imports_nothing(document, tmp_path, command, field):
+    content = json.loads(document.read_text())
+    content[field]["name" if field == "model" else "source"] = "tempfile:mkdtemp"
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
+    assert refused(command, *arguments) == (
+        "The document names the import path 'tempfile:mkdtemp', which is not imported from there; "
+        f"pass `--{field} tempfile:mkdtemp` if you trust it."
+    )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "prune"])
+def test_a_document_of_another_network_is_refused(document, tmp_path, command):
+    content = json.loads(document.read_text())
+    layer = next(iter(content["model"]["component_widths"]))
+    content["model"]["component_widths"][layer] += 1
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
+    assert layer in refused(command, *arguments)
+
+
+def test_prune_wants_one_amount(document, tmp_path):
+    message = "Give one of --rate, --keep-accuracy, --params and --flops."
+    assert message in refused("prune", document, "-o", tmp_path / "slim", code=2)
+    assert message in refused("prune", document, "--rate", 0.1, "--flops", 0.5, "-o", tmp_path / "slim", code=2)
+    assert "1.5 is not in the range" in refused("prune", document, "--rate", 1.5, "-o", tmp_path / "slim", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status", "quik"], "There is no study 'quik' in "),
+        (["status", "--storage", "x.db"], "'x.db' is not a storage URL"),
+        (["show", 99], "Study 'quick' has 12 trials, but none of number 99."),
+        (["show", 0, "--study", "quik"], "There is no study 'quik' in "),
+        (["export", "quik", "-o", "x.json"], "There is no study 'quik' in "),
+        (["export", "--trial", 99, "-o", "x.json"], "Study 'quick' has no trial 99, but 0 to 11."),
+        (["export", "-o", "no/such/folder/x.json"], "Document 'no/such/folder/x.json' cannot be written: No such file"),
+    ],
+)
+def test_readers_refuse(study, arguments, message):
+    line = refused(*arguments)
+    assert line.startswith(message)
+    if "quik" in line:
+        assert "Did you mean 'quick'?" in line
+
+
+@pytest.mark.usefixtures("nothing_written")
+@pytest.mark.parametrize("arguments", [["status"], ["list"], ["show", 0], ["export", "-o", "x.json"], ["dashboard"]])
+def test_readers_of_no_store_refuse(arguments):
+    assert refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lanch"], "No such command 'lanch'. Did you mean 'launch'?"),
+        (["launch", "--n-trial", "x"], "No such option '--n-trial'. Did you mean '--n-trials'?"),
+        (["export"], "Name the file to write with -o FILE, or pass --json."),
+        (["export", "--trial", 1, "--top", 2, "-o", "x"], "Give --trial or --top, not both."),
+        (["show", "x"], "'x' is not a valid integer range."),
+        (["dashboard", "--port", 99999], "99999 is not in the range"),
+    ],
+)
+def test_usage_errors(arguments, message):
+    assert message in refused(*arguments, code=2)

@@ -1,0 +1,214 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hpo.config import OPTIONS, LaunchConfiguration, is_import_path, resolve
+from hpo.errors import ConfigurationError
+from objectives.pruning.rates import PruningRatesError
+
+
+@pytest.fixture(autouse=True)
+def storage(monkeypatch, tmp_path):
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'default.db'}")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_embedded_digits():
+    configuration = resolve({})
+    assert configuration.is_embedded_default
+    assert (configuration.study, configuration.model, configuration.data) == ("digits", "digits_cnn", "digits")
+    assert (configuration.sampler, configuration.n_trials, configuration.space) == ("tpe", 60, "cnn")
+    assert (configuration.metric, configuration.references_per_class) == ("auc", 10)
+    assert (configuration.confirmation_share, configuration.evaluation_images) == (0.5, None)
+    assert configuration.rates == tuple(round(0.05 * step, 2) for step in range(20))
+    assert configuration.storage.endswith("default.db")
+
+
+def test_other_data_have_a_hundred_trials_and_a_name_of_their_own():
+    configuration = resolve({"model": "resnet18", "data": "folder:pictures/flowers"})
+    assert (configuration.n_trials, configuration.study) == (100, "resnet18-flowers")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "name"),
+    [
+        ("cifar_resnet20", "npz:a/train.npz,a/eval.npz", "cifar_resnet20-eval"),
+        ("my.nets:Tiny", "my.data:load", "Tiny-load"),
+        ("vgg16", "timm:torch/cifar10", "vgg16-cifar10"),
+        ("hf-hub:timm/resnet18", "folder:x/", "hf-hub-timm-resnet18-x"),
+    ],
+)
+def test_study_names(model, data, name):
+    assert resolve({"model": model, "data": data}).study == name
+
+
+def test_a_grid_has_no_number_of_trials():
+    assert resolve({"sampler": "grid"}).n_trials is None
+    assert resolve({"sampler": "grid", "n_trials": "7"}).n_trials == 7
+
+
+def test_command_line_over_file_over_fallback_over_default(tmp_path):
+    file = write(tmp_path / "study.toml", 'seed = 1\nmetric = "top_rate"\n')
+    configuration = resolve({"seed": "2"}, file, {"seed": 3, "metric": "auc_flops", "batch_size": 4})
+    assert (configuration.seed, configuration.metric, configuration.batch_size) == (2, "top_rate", 4)
+    assert configuration.confirmation_share == 0.5
+
+
+def test_every_option_can_stand_in_a_file(tmp_path):
+    file = write(
+        tmp_path / "study.toml",
+        """
+        study = "s"
+        storage = "sqlite:///x.db"
+        space = "cnn"
+        sampler = "random"
+        n-trials = 3
+        timeout = "2m"
+        metric = "auc"
+        executor = "local"
+        model = "resnet18"
+        checkpoint = "weights.pt"
+        size = [32, 48]
+        mean = [0.5, 0.5, 0.5]
+        std = [0.2, 0.2, 0.2]
+        crop = 0.9
+        interpolation = "bilinear"
+        data = "folder:flowers"
+        classes = [3, "rose"]
+        class-map = "map.json"
+        references-per-class = 5
+        sample = "first"
+        evaluation-images = 50
+        confirmation-share = 0.25
+        seed = 9
+        rates = [0, 0.5]
+        abs-scope = "element"
+        output-relevance = "logit"
+        dtype = "bf16"
+        batch-size = 7
+        device = "cuda:1"
+        [model-option]
+        width = 2
+        """,
+    )
+    configuration = resolve({}, file)
+    given = {name for name in OPTIONS if f"{name} =" in file.read_text()} | {"model-option"}
+    assert given == set(OPTIONS)
+    assert configuration.timeout_s == 120
+    assert configuration.size == (32, 48)
+    assert configuration.classes == (3, "rose")
+    assert configuration.rates == (0, 0.5)
+    assert configuration.model_options == (("width", 2),)
+    assert configuration.checkpoint == str(Path("weights.pt").absolute())
+    assert configuration.data == f"folder:{Path('flowers').absolute()}"
+
+
+def test_the_json_form_is_reversible():
+    configuration = resolve(
+        {"model": "resnet18", "data": "npz:a.npz,b.npz", "model_options": ("pad=same", "n=2"), "size": "8x9"}
+    )
+    assert LaunchConfiguration.from_json(configuration.to_json()) == configuration
+
+
+def test_the_json_form_has_no_credentials():
+    configuration = resolve({"storage": "postgresql://ann:secret@host/studies?password=other"})
+    assert configuration.to_json()["storage"] == "postgresql://host/studies"
+    assert "secret" not in repr(configuration)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=0.5", 0.5),
+        ("a=True", True),
+        ("a=false", False),
+        ("a=same", "same"),
+        ("a=[1, 2]", [1, 2]),
+        ("a=", ""),
+    ],
+)
+def test_model_options_have_types(text, value):
+    assert resolve({"model_options": (text,)}).model_options == (("a", value),)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("n_trials", "0", "`--n-trials` must be a whole number of at least 1, but got '0'."),
+        ("n_trials", "many", "`--n-trials` must be a whole number of at least 1, but got 'many'."),
+        ("timeout_s", "soon", "`--timeout` must be a duration above 0, such as 90, 90s, 30m or 2h, but got 'soon'."),
+        ("metric", "auk", "Unknown metric 'auk'. Did you mean 'auc'? Known: auc, auc_flops, "),
+        ("executor", "ray", "`--executor` must be one of local, but got 'ray'."),
+        ("dtype", "fp16", "`--dtype` must be one of fp32, bf16, but got 'fp16'."),
+        ("device", "gpu", "`--device` must be auto, cpu, cuda or cuda:N, but got 'gpu'."),
+        ("confirmation_share", "1", "`--confirmation-share` must be a share of at least 0 and below 1, but got '1'."),
+        ("crop", "0", "`--crop` must be a share above 0 and at most 1, but got '0'."),
+        ("std", "0.1,0", "`--std` must hold numbers above 0, but got '0.1,0'."),
+        ("mean", "x", "`--mean` must be a number, but got 'x'."),
+        ("size", "8x8x8", "`--size` must be an edge in pixels such as 224, or HEIGHTxWIDTH such as 224x160, but got"),
+        ("classes", "3", "`--classes` must name at least two classes, but got '3'."),
+        ("classes", "3,3", "`--classes` must name each class once, but got '3,3'."),
+        ("classes", "3,,4", "`--classes` must be class indices or class names separated by commas, but got '3,,4'."),
+        ("model_options", ("a",), "`--model-option` must be KEY=VALUE, but got 'a'."),
+        ("seed", "-1", "`--seed` must be a whole number of at least 0, but got '-1'."),
+        ("study", "a/b", "`--study` must not hold slashes or line breaks, but got 'a/b'."),
+        ("model", "resnet18", "`--model resnet18` needs images: pass `--data`, for example `--data folder:DIR`."),
+        ("data", "folder:x", "`--data folder:x` needs a network: pass `--model`, for example `--model resnet18`."),
+    ],
+)
+def test_bad_values_are_named_with_the_remedy(field, value, message):
+    with pytest.raises(ConfigurationError) as caught:
+        resolve({field: value})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("rates", ["0.1,0.5", "0,0.5,0.5", "0:1:0.1", "0", "x"])
+def test_rates_must_increase_from_0(rates):
+    with pytest.raises(PruningRatesError):
+        resolve({"rates": rates})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n_trails = 3", "Unknown key 'n_trails' in '{file}'. Did you mean 'n-trials'?"),
+        ("n-trials = true", "Key 'n-trials' of '{file}' must be a whole number of at least 1, but got True."),
+        ("seed = 1.5", "Key 'seed' of '{file}' must be a whole number of at least 0, but got 1.5."),
+        ("seed = ", "Configuration file '{file}' is not TOML: "),
+    ],
+)
+def test_bad_files_are_named_with_the_remedy(tmp_path, content, message):
+    file = write(tmp_path / "study.toml", content)
+    with pytest.raises(ConfigurationError) as caught:
+        resolve({}, file)
+    assert str(caught.value).startswith(message.format(file=file))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"Cannot read configuration file '.*nowhere\.toml': No such file"):
+        resolve({}, tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("my.nets:Tiny", True),
+        ("nets:Tiny", True),
+        ("folder:flowers", False),
+        ("resnet18", False),
+        ("hf-hub:a/b", False),
+    ],
+)
+def test_import_paths_are_told_from_names(text, expected):
+    assert is_import_path(text) is expected
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve({}).seed = 1

@@ -1,0 +1,123 @@
+import optuna
+import pytest
+
+from hpo.errors import SamplerError
+from hpo.samplers import SAMPLERS, GridSampler, ReseededSampler, make_sampler
+from search_spaces.errors import SpaceNotFiniteError
+from search_spaces.spaces import DiscreteSpace, load_space
+
+
+@pytest.fixture
+def space():
+    return load_space("cnn")
+
+
+def ask(study, space):
+    trial = study.ask()
+    return trial, space.suggest(trial).key
+
+
+def draws(sampler, space, count, study=None):
+    study = study or optuna.create_study(direction="maximize", sampler=sampler)
+    keys = []
+    for _ in range(count):
+        trial, key = ask(study, space)
+        study.tell(trial, len(key))
+        keys.append(key)
+    return keys
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_reseeded_samplers_repeat_a_seed_and_vary_between_seeds(name, space):
+    first, again, other = (draws(make_sampler(name, space, seed), space, 15) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(set(first)) > 5
+
+
+def test_a_draw_depends_on_the_history_and_not_on_the_process(space):
+    whole = draws(make_sampler("tpe", space, 3), space, 16)
+    study = optuna.create_study(direction="maximize", sampler=make_sampler("tpe", space, 3))
+    parts = draws(None, space, 9, study)
+    study.sampler = make_sampler("tpe", space, 3)
+    assert parts + draws(None, space, 7, study) == whole
+
+
+def test_parameters_have_draws_of_their_own():
+    space = load_space("cnn-continuous")
+    study = optuna.create_study(sampler=make_sampler("random", space, 0))
+    trial, _ = ask(study, space)
+    gammas = [value for name, value in trial.params.items() if name.endswith("_gamma")]
+    assert len(set(gammas)) == len(gammas) == 4
+
+
+def test_the_grid_serves_every_point_once_in_order(space):
+    study = optuna.create_study(sampler=make_sampler("grid", space, 0))
+    keys = draws(None, space, 40, study)
+    assert keys == [composite.key for composite in space.grid()[:40]]
+    assert study.sampler.n_left(study) == 1212 - 40
+
+
+def test_the_grid_leaves_no_hole_where_a_trial_waits(space):
+    study = optuna.create_study(sampler=GridSampler(space))
+    keys = draws(None, space, 2, study)
+    lost, key = ask(study, space)
+    study._storage.set_trial_state_values(lost._trial_id, optuna.trial.TrialState.WAITING)
+    assert study.sampler.n_left(study) == 1210
+    again, same = ask(study, space)
+    assert (again.number, same) == (lost.number, key)
+    assert key not in keys
+
+
+def test_an_exhausted_grid_says_so():
+    rules = dict.fromkeys(("LLR", "MLL", "HLL"), ("Epsilon",)) | {"FCL": ("Epsilon", "ZPlus")}
+    space = DiscreteSpace("two", rules, abs=(True,))
+    study = optuna.create_study(sampler=GridSampler(space))
+    draws(None, space, 2, study)
+    with pytest.raises(SamplerError, match="The grid of space 'two' has no value for parameter 'FCL'"):
+        ask(study, space)
+
+
+def test_a_continuous_space_has_no_grid():
+    with pytest.raises(SpaceNotFiniteError, match="tpe"):
+        make_sampler("grid", load_space("cnn-continuous"), 0)
+
+
+def test_other_samplers_are_imported_and_seeded(space):
+    first, again = (make_sampler("optuna.samplers:NSGAIISampler", space, 4) for _ in range(2))
+    assert type(first) is optuna.samplers.NSGAIISampler
+    assert draws(first, space, 3) == draws(again, space, 3)
+
+
+class WantsMore(optuna.samplers.RandomSampler):
+    def __init__(self, budget):
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tpo", "Unknown sampler 'tpo'. Did you mean 'tpe'? Known: grid, random, tpe. Other samplers: "),
+        ("no.such:Sampler", "Sampler 'no.such:Sampler' cannot be loaded: module 'no.such' cannot be imported"),
+        ("optuna.samplers:GridSampel", "Sampler 'optuna.samplers:GridSampel' cannot be loaded: module"),
+        ("optuna.trial:Trial", "Sampler 'optuna.trial:Trial' must be a subclass of optuna.samplers.BaseSampler"),
+        ("optuna.samplers:GridSampler", "Sampler 'optuna.samplers:GridSampler' cannot be built: TypeError: "),
+    ],
+)
+def test_bad_samplers_are_named_with_the_remedy(spec, message, space):
+    with pytest.raises(SamplerError) as caught:
+        make_sampler(spec, space, 0)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_registered_sampler_draws_points_of_the_space(name, space):
+    points = {composite.key for composite in space.grid()}
+    assert set(draws(make_sampler(name, space, 0), space, 12)) <= points
+
+
+def test_reseeded_samplers_pass_the_search_space_on(space):
+    sampler = ReseededSampler(lambda seed: optuna.samplers.TPESampler(seed=seed), 0)
+    study = optuna.create_study(sampler=sampler)
+    draws(None, space, 2, study)
+    trial = study.get_trials()[-1]
+    assert set(sampler.infer_relative_search_space(study, trial)) == {"LLR", "MLL", "HLL", "FCL", "abs", "epsilon"}
