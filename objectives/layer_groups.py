@@ -30,9 +30,7 @@ _STEM = "<stem>"
 _HEAD = "<head>"
 
 
-def group_layers(
-    network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, str]:
+def group_layers(network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
     """Group of every layer, by layer name in forward order.
 
     Args:
@@ -41,7 +39,7 @@ def group_layers(
             HLL, FCL counts. By default layers are grouped by depth.
 
     Raises:
-        UnsupportedNetworkError: a pattern matches no layer, or a layer no pattern.
+        UnsupportedNetworkError: a group isn't known, a pattern matches no layer, or a layer no pattern.
     """
     if patterns is not None:
         return _by_patterns(network, patterns)
@@ -49,15 +47,18 @@ def group_layers(
     groups = {layer.name: "FCL" for layer in layers if not layer.is_convolution}
     groups[network.classifier] = "FCL"
     convolutions = [layer for layer in layers if layer.name not in groups]
-    if not network.residual_scopes:
-        return _in_order(network, groups | _by_thirds(convolutions))
     stages = _stages(network, convolutions)
+    if not stages:
+        return _in_order(network, groups | _by_thirds(convolutions))
     if len(set(stages.values()) - {_STEM, _HEAD}) <= _MOST_NAMED_STAGES:
         return _in_order(network, groups | _by_stage(convolutions, stages))
     return _in_order(network, groups | _by_resolution(convolutions, stages))
 
 
 def _by_patterns(network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    for group in patterns:
+        if group not in GROUPS:
+            raise UnsupportedNetworkError(f"Unknown layer group {group!r}.{did_you_mean(group, GROUPS)}")
     groups: dict[str, str] = {}
     for group in GROUPS:
         for pattern in patterns.get(group, ()):
@@ -93,7 +94,9 @@ def _by_thirds(convolutions: Sequence[Layer]) -> dict[str, str]:
 
 def _covers_its_input(layer: Layer) -> bool:
     """Whether a convolution sees all positions at once, as a dense layer does: (C, H, W) to (C', 1, 1), H W > 1."""
-    return layer.output_shape[1:] == (1, 1) and layer.input_shape[1:] != (1, 1) and layer.kernel == layer.input_shape[1:]
+    return (
+        layer.output_shape[1:] == (1, 1) and layer.input_shape[1:] != (1, 1) and layer.kernel == layer.input_shape[1:]
+    )
 
 
 def _stages(network: CanonicalNetwork, convolutions: Sequence[Layer]) -> dict[str, str]:
@@ -102,11 +105,12 @@ def _stages(network: CanonicalNetwork, convolutions: Sequence[Layer]) -> dict[st
     A stage holds blocks, and a block holds a residual sum: `layer1.0` lies in stage `layer1`, `blocks.1.1` in
     `blocks.1`, `stages.1.blocks.0` in `stages.1`. A stage whose only block has no sum (`blocks.0`) is known by its
     siblings. Where all blocks lie in one container (torchvision's `features.3`) each block counts as a stage. A layer
-    between two stages belongs to the second.
+    between two stages belongs to the second. Empty where no module holds a residual sum and convolutions.
     """
-    known = {_stage_of(scope) for scope in network.residual_scopes}
+    scopes = {scope for scope in network.residual_scopes if scope}
+    known = {_stage_of(scope) for scope in scopes}
     if len(known) == 1:
-        known = set(network.residual_scopes)
+        known = scopes
     forms = {_form(stage) for stage in known}
     depths = sorted({stage.count(".") + 1 for stage in known}, reverse=True)
     found: list[str | None] = []
@@ -114,6 +118,8 @@ def _stages(network: CanonicalNetwork, convolutions: Sequence[Layer]) -> dict[st
         parts = layer.name.split(".")
         prefixes = [".".join(parts[:depth]) for depth in depths if depth < len(parts)]
         found.append(next((p for p in prefixes if p in known or _form(p) in forms), None))
+    if not known.intersection(found):
+        return {}
     # A sibling of one single layer before the first or behind the last known stage is the stem or the head.
     for end in (0, -1):
         if found[end] not in known and found.count(found[end]) == 1:

@@ -1,9 +1,10 @@
 """The canonical network: a functional copy of a classifier in which every step is known.
 
 `torch.export` captures the network as one graph of ATen operators; from it a copy is built with batch norm folded into
-the convolution before it (with its epsilon), residual sums, activations, average pooling and squeeze-and-excite gates as
-modules of their own. Attribution, grouping and slimming all read this one graph, so no list of architectures is needed.
-What the graph holds beyond the known steps is refused with the module's name: a wrong relevance is worse than none.
+the convolution before it (with its epsilon), residual sums, activations, average pooling and squeeze-and-excite gates
+as modules of their own. Attribution, grouping and slimming all read this one graph, so no list of architectures is
+needed. What the graph holds beyond the known steps is refused with the module's name: a wrong relevance is worse than
+none.
 
 The user's network is read, never changed.
 """
@@ -93,21 +94,6 @@ _MOVES = {
     aten.pad.default,
     aten.cat.default,
 }
-# In-place operators must not overwrite what a backward pass or a second reader needs.
-_OUT_OF_PLACE = {
-    aten.relu_.default: aten.relu.default,
-    aten.relu6_.default: aten.relu6.default,
-    aten.hardtanh_.default: aten.hardtanh.default,
-    aten.silu_.default: aten.silu.default,
-    aten.hardswish_.default: aten.hardswish.default,
-    aten.leaky_relu_.default: aten.leaky_relu.default,
-    aten.elu_.default: aten.elu.default,
-    aten.mish_.default: aten.mish.default,
-    aten.sigmoid_.default: aten.sigmoid.default,
-    aten.hardsigmoid_.default: aten.hardsigmoid.default,
-    aten.add_.Tensor: aten.add.Tensor,
-    aten.mul_.Tensor: aten.mul.Tensor,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +158,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["shape"])
 
 
-def canonize(
-    network: nn.Module, input_shape: Sequence[int], classes: Sequence[int] | None = None
-) -> CanonicalNetwork:
+def canonize(network: nn.Module, input_shape: Sequence[int], classes: Sequence[int] | None = None) -> CanonicalNetwork:
     """Copies a classifier into canonical form.
 
     Args:
@@ -199,14 +183,20 @@ def _capture(network: nn.Module, input_shape: tuple[int, int, int]) -> torch.exp
     example = torch.zeros(2, *input_shape, dtype=reference.dtype, device=reference.device)
     try:
         with torch.no_grad():
-            return torch.export.export(
+            program = torch.export.export(
                 network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
     except Exception as error:  # torch.export raises many kinds; all mean that the network can't be captured
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedNetworkError(
-            f"The network {type(network).__name__} can't be captured as a graph for images of shape {input_shape}: {reason}"
+            f"The network {type(network).__name__} can't be captured as a graph for images of shape {input_shape}: "
+            f"{reason}"
         ) from error
+    if not program.call_spec.out_spec.is_leaf():
+        raise UnsupportedNetworkError(
+            f"The network {type(network).__name__} returns more than one tensor of logits; wrap it to return one."
+        )
+    return program
 
 
 class _Builder:
@@ -228,16 +218,22 @@ class _Builder:
         self.environment: dict[fx.Node, fx.Node] = {}
         self.scopes: dict[fx.Node, str] = {}
         self.folded: dict[str, str] = {}
-        self.input_nodes: dict[fx.Node, fx.Node] = {}
+        self.from_images: set[fx.Node] = set()
+        self.positions = {node: position for position, node in enumerate(self.nodes)}
 
     def build(self, classes: Sequence[int] | None) -> CanonicalNetwork:
         for node in self.nodes:
             if node.op == "placeholder" and node.name not in self.parameter_names:
+                self.from_images.add(node)
                 self._record(node, self.graph.placeholder("images"))
             elif node.op == "call_function" and node.target not in _ASSERTIONS:
+                if not self.from_images.isdisjoint(node.all_input_nodes):
+                    self.from_images.add(node)
                 self._rewrite(node)
             elif node.op == "output":
                 (logits,) = node.args[0]
+                if logits not in self.from_images:
+                    raise UnsupportedNetworkError("The network's output doesn't depend on its images.")
                 self.graph.output(self.environment[logits])
         module = fx.GraphModule(self.root, self.graph, "CanonicalNetwork")
         module.graph.eliminate_dead_code()
@@ -249,7 +245,10 @@ class _Builder:
 
     def _rewrite(self, node: fx.Node) -> None:
         target = node.target
-        if target in _CONVOLUTIONS:
+        self._check_aliases(node)
+        if node not in self.from_images:  # made from parameters only, as a standardised weight is
+            self._copy(node)
+        elif target in _CONVOLUTIONS:
             self._convolution(node)
         elif target is aten.linear.default:
             self._linear(node)
@@ -263,8 +262,8 @@ class _Builder:
             self._operation(node, AveragePool, inputs=1)
         elif target in _SUMS and self._operands_are_images(node):
             self._operation(node, ResidualSum, inputs=2)
-        elif target in _PRODUCTS and self._gate_operand(node) is not None:
-            self._gate(node)
+        elif target in _PRODUCTS and (gate := self._gate_operand(node)) is not None:
+            self._gate(node, gate)
         else:
             self._copy(node)
 
@@ -279,78 +278,76 @@ class _Builder:
         _add_submodule(self.root, name, module)
         self._record(old, self.graph.call_module(name, tuple(self.environment[node] for node in inputs)))
 
-    def _tensor(self, node: Any) -> Tensor | None:
-        return self.tensors.get(node.name) if isinstance(node, fx.Node) else None
-
-    def _layer_name(self, node: fx.Node) -> str:
-        weight = node.args[1]
-        if self._tensor(weight) is None:
+    def _tensor(self, node: fx.Node, argument: fx.Node | None) -> Tensor | None:
+        """The parameter or buffer that a step takes as an argument, if it takes one."""
+        if argument is None:
+            return None
+        if argument.name not in self.tensors:
             raise UnsupportedNetworkError(
-                f"The weight of {_scope(node) or node.name!r} is computed in the forward pass (weight standardisation or "
-                "another reparametrisation); fold it into the parameter first."
+                f"A parameter of {_place(node)} is computed in the forward pass (weight standardisation or another "
+                "reparametrisation); fold it into the parameter first."
             )
-        name = self.parameter_names[weight.name].removesuffix(".weight")
+        return self.tensors[argument.name]
+
+    def _weight(self, node: fx.Node) -> tuple[str, Tensor]:
+        """Name of a layer, and its weight."""
+        argument = _arguments(node)[1]
+        weight = self._tensor(node, argument)
+        assert weight is not None
+        name = self.parameter_names[argument.name].removesuffix(".weight")
         if _has_submodule(self.root, name):
             raise UnsupportedNetworkError(
-                f"The module {name!r} is called twice in one forward pass (shared weights), which relevance propagation "
-                "doesn't support; give each call a module of its own."
+                f"The module {name!r} is called twice in one forward pass (shared weights), which relevance "
+                "propagation doesn't support; give each call a module of its own."
             )
-        return name
+        return name, weight
 
     def _convolution(self, node: fx.Node) -> None:
-        name = self._layer_name(node)
-        arguments = dict(
-            zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False)
-        )
-        arguments.update(node.kwargs)
-        weight = self._tensor(arguments["weight"])
-        bias = self._tensor(arguments.get("bias"))
-        assert weight is not None
+        name, weight = self._weight(node)
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         groups = arguments.get("groups", 1)
         padding = arguments.get("padding", 0)
         convolution = nn.Conv2d(
             weight.shape[1] * groups,
             weight.shape[0],
-            tuple(weight.shape[2:]),
+            _pair(weight.shape[2:]),
             stride=_pair(arguments.get("stride", 1)),
             padding=padding if isinstance(padding, str) else _pair(padding),
             dilation=_pair(arguments.get("dilation", 1)),
             groups=groups,
             device="meta",
         )
-        _set_parameters(convolution, weight, bias)
+        _set_parameters(convolution, weight, self._tensor(node, arguments.get("bias")))
         self._call(node, name, convolution, arguments["input"])
 
     def _linear(self, node: fx.Node) -> None:
-        name = self._layer_name(node)
-        weight = self._tensor(node.args[1])
-        assert weight is not None
+        name, weight = self._weight(node)
+        source, _, *bias = _arguments(node)
         linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        _set_parameters(linear, weight, self._tensor(node.args[2]) if len(node.args) > 2 else None)
-        self._call(node, name, linear, node.args[0])
+        _set_parameters(linear, weight, self._tensor(node, bias[0]) if bias else None)
+        self._call(node, name, linear, source)
 
     def _batch_norm(self, node: fx.Node) -> None:
-        source, weight, bias, mean, variance, training, _, epsilon = node.args[:8]
-        name = self.parameter_names.get(getattr(mean, "name", ""), _scope(node)).removesuffix(".running_mean")
-        before = self.environment[source]
-        if training or self._tensor(mean) is None:
+        source, weight, bias, running_mean, running_variance, training, _, epsilon = _arguments(node)[:8]
+        name = self.parameter_names.get(getattr(running_mean, "name", ""), _scope(node)).removesuffix(".running_mean")
+        mean, variance = self._tensor(node, running_mean), self._tensor(node, running_variance)
+        if training or mean is None or variance is None:
             raise UnsupportedNetworkError(
                 f"The batch norm {name!r} uses the batch's own statistics; relevance needs running statistics."
             )
-        layer = self.root.get_submodule(before.target) if before.op == "call_module" else None
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or len(source.users) > 1 or before.target in self.folded:
+        before = self.environment[source]
+        layer = self.root.get_submodule(str(before.target)) if before.op == "call_module" else None
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or self._is_shared(source) or before.target in self.folded:
             raise UnsupportedNetworkError(
                 f"The batch norm {name!r} doesn't follow a convolution or dense layer that it could be folded into "
                 "(pre-activation and densely connected networks), so its relevance can't be propagated correctly."
             )
-        mean, variance = self._tensor(mean), self._tensor(variance)
-        assert mean is not None
-        assert variance is not None
         scale = (variance + epsilon).rsqrt()
         shift = -mean * scale
-        if (gamma := self._tensor(weight)) is not None:
+        if (gamma := self._tensor(node, weight)) is not None:
             scale, shift = scale * gamma, shift * gamma
-        if (beta := self._tensor(bias)) is not None:
+        if (beta := self._tensor(node, bias)) is not None:
             shift = shift + beta
         old_bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach()
         _set_parameters(
@@ -361,23 +358,58 @@ class _Builder:
         self.folded[str(before.target)] = name
         self.environment[node] = before
 
+    def _is_shared(self, node: fx.Node) -> bool:
+        """Whether another step too reads a layer's output, here or before the identities in between."""
+        while True:
+            if sum(isinstance(user.meta.get("val"), Tensor) for user in node.users) > 1:
+                return True
+            if node.target not in _IDENTITIES | _CONVERSIONS:
+                return False
+            node = _arguments(node)[0]
+
+    def _check_aliases(self, node: fx.Node) -> None:
+        """Refuses a step that overwrites memory which a view still shows: the copy has no such views."""
+        if not _overwrites(node):
+            return
+        root = _arguments(node)[0]
+        while _is_alias(root):
+            root = _arguments(root)[0]
+        aliases: list[fx.Node] = [root]
+        for alias in aliases:
+            for user in alias.users:
+                if user is node or user.target in _ASSERTIONS:
+                    continue
+                if self.positions[user] > self.positions[node] and isinstance(user.meta.get("val"), Tensor):
+                    raise UnsupportedNetworkError(
+                        f"The in-place step {_name(node)!r} in {_place(node)} overwrites values that {_name(user)!r} "
+                        f"in {_place(user)} reads through a view; make it out of place."
+                    )
+                if _is_alias(user):
+                    aliases.append(user)
+
     def _identity(self, node: fx.Node) -> None:
         if "dropout" in str(node.target) and node.args[2]:
-            raise UnsupportedNetworkError(f"The dropout in {_scope(node)!r} is active in evaluation mode.")
-        self.environment[node] = self.environment[node.args[0]]
+            raise UnsupportedNetworkError(
+                f"The dropout in {_place(node)} is active; call `.eval()` on the whole network first."
+            )
+        self.environment[node] = self.environment[_arguments(node)[0]]
 
     def _operation(self, node: fx.Node, kind: type[Operation], inputs: int) -> None:
         if node.kwargs.get("alpha", 1) != 1:
-            raise UnsupportedNetworkError(f"The sum in {_scope(node)!r} scales a summand; only plain sums are known.")
-        target = _OUT_OF_PLACE.get(node.target, node.target)
+            raise UnsupportedNetworkError(f"The sum in {_place(node)} scales a summand; only plain sums are known.")
+        target = _out_of_place(node)
         keywords = {key: value for key, value in node.kwargs.items() if key != "alpha"}
-        operation = kind(target, node.args[inputs:], keywords)
-        self._call(node, f"{kind.__name__.lower()}_{node.name}", operation, *node.args[:inputs])
+        arguments = _arguments(node)
+        operation = kind(target, arguments[inputs:], keywords)
+        if kind is Activation and bool(operation.apply_operator(torch.zeros(1)) != 0):
+            raise UnsupportedNetworkError(
+                f"The activation {_name(node)!r} in {_place(node)} isn't 0 at 0: a pruned filter wouldn't stay silent."
+            )
+        self._call(node, f"{kind.__name__.lower()}_{node.name}", operation, *arguments[:inputs])
 
-    def _gate(self, node: fx.Node) -> None:
-        gate = self._gate_operand(node)
-        features = node.args[0] if node.args[1] is gate else node.args[1]
-        assert gate is not None
+    def _gate(self, node: fx.Node, gate: fx.Node) -> None:
+        left, right = _arguments(node)
+        features = left if right is gate else right
         self._call(node, f"constantgate_{node.name}", ConstantGate(aten.mul.Tensor), features, gate)
 
     def _copy(self, node: fx.Node) -> None:
@@ -390,25 +422,28 @@ class _Builder:
             return self.environment[argument]
 
         new = self.graph.node_copy(node, convert)
-        new.target = _OUT_OF_PLACE.get(node.target, node.target)
+        new.target = _out_of_place(node)
         new.meta.clear()
         self._record(node, new)
 
     def _operands_are_images(self, node: fx.Node) -> bool:
         shapes = [
             tuple(argument.meta["val"].shape)
-            for argument in node.args[:2]
-            if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor)
+            for argument in _arguments(node)[:2]
+            if argument in self.from_images and isinstance(argument.meta.get("val"), Tensor)
         ]
         return len(shapes) == 2 and shapes[0][1:] == shapes[1][1:]
 
     def _gate_operand(self, node: fx.Node) -> fx.Node | None:
-        """The operand that a bounded activation made: the gate."""
-        for operand in node.args[:2]:
+        """The operand that a bounded activation made: the gate; the other one is features."""
+        operands: tuple[fx.Node, ...] = _arguments(node)[:2]
+        if not self.from_images.issuperset(operands):
+            return None
+        for operand in operands:
             source = operand
-            while isinstance(source, fx.Node) and source.target in _MOVES | _IDENTITIES | _EXPANSIONS:
-                source = source.args[0]
-            if isinstance(source, fx.Node) and source.target in _GATE_ACTIVATIONS:
+            while source.target in (_MOVES | _IDENTITIES | _EXPANSIONS) - {aten.cat.default}:
+                source = _arguments(source)[0]
+            if source.target in _GATE_ACTIVATIONS:
                 return operand
         return None
 
@@ -457,25 +492,28 @@ class _Builder:
     def _check(self, module: fx.GraphModule, node: fx.Node) -> None:
         known = node.op in ("placeholder", "output", "call_module") or node.target in _MOVES
         if known and node.target in (aten.constant_pad_nd.default, aten.pad.default):
-            fill = node.args[2] if len(node.args) > 2 else node.kwargs.get("value")
-            known = (fill in (None, 0, 0.0) or fill == "constant") and (len(node.args) < 4 or not node.args[3])
+            mode_and_value = (*_arguments(node)[2:], *node.kwargs.values())
+            known = all(argument in (None, 0, "constant") for argument in mode_and_value)
         if known and node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Linear):
             known = len(shape_of(node)) == 1
+        if any(source.op == "get_attr" for source in node.all_input_nodes):
+            known = False  # a parameter that takes part otherwise than as a weight would take relevance unseen
         if not known:
-            name = getattr(node.target, "_opname", None) or str(node.target)
+            scope = self.scopes.get(node)
             raise UnsupportedNetworkError(
-                f"The step {name!r} in module {self.scopes.get(node) or 'the root'!r} has no relevance rule here, so the "
-                "network can't be attributed correctly."
+                f"The step {_name(node)!r} in {f'module {scope!r}' if scope else 'the root module'} has no relevance "
+                "rule here, so the network can't be attributed correctly."
             )
 
     def _classifier(self, module: fx.GraphModule, logits: fx.Node, layers: dict[str, Layer]) -> str:
         node = logits
         while not (node.op == "call_module" and node.target in layers):
-            if node.target not in _MOVES:
+            source = _arguments(node)[0] if node.target in _MOVES else None
+            if not isinstance(source, fx.Node):
                 raise UnsupportedNetworkError(
                     f"The logits aren't the outputs of a dense layer: they come from {node.name!r}."
                 )
-            node = node.args[0]  # type: ignore[assignment]
+            node = source
         name = str(node.target)
         if math.prod(shape_of(node)) != layers[name].width or math.prod(shape_of(logits)) != layers[name].width:
             raise UnsupportedNetworkError(f"The last layer {name!r} doesn't give one value a class.")
@@ -505,11 +543,17 @@ def _restrict(module: fx.GraphModule, layer: Layer, classes: Sequence[int]) -> L
     rows = torch.as_tensor(list(classes), device=classifier.weight.device)
     bias = None if classifier.bias is None else classifier.bias.detach()[rows]
     _set_parameters(classifier, classifier.weight.detach()[rows], bias)
-    behind = {next(node for node in module.graph.nodes if node.target == layer.name)}
-    for node in module.graph.nodes:
-        if "shape" in node.meta and (node in behind or not behind.isdisjoint(node.all_input_nodes)):
-            behind.add(node)
-            node.meta["shape"] = (len(rows), *shape_of(node)[1:])
+    # The steps between the classifier and the output only take its axes of size 1 away, some by the number of classes.
+    (node,) = (node for node in module.graph.nodes if node.target == layer.name)
+    node.meta["shape"] = (len(rows), *shape_of(node)[1:])
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    if output.args[0] is not node:
+        with module.graph.inserting_before(output):
+            logits = module.graph.call_function(aten.flatten.using_ints, (node, 1))
+        logits.meta["shape"] = (len(rows),)
+        output.args = (logits,)
+        module.graph.eliminate_dead_code()
+        module.recompile()
     return replace(layer, width=len(rows), output_shape=(len(rows), *layer.output_shape[1:]))
 
 
@@ -544,7 +588,7 @@ def _add_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _keeps_dtype(node: fx.Node) -> bool:
-    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    before, after = _arguments(node)[0].meta["val"], node.meta["val"]
     return bool(before.dtype == after.dtype)
 
 
@@ -552,6 +596,45 @@ def _scope(node: fx.Node) -> str:
     """Name of the innermost module whose forward made the node."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """A node's positional arguments, whose types its operator decides."""
+    return node.args
+
+
+def _place(node: fx.Node) -> str:
+    scope = _scope(node)
+    return f"module {scope!r}" if scope else "the root module"
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", None) or str(node.target)
+
+
+def _overwrites(node: fx.Node) -> bool:
+    """Whether an operator changes its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _out_of_place(node: fx.Node) -> Any:
+    """The operator that computes what an in-place one writes: a backward pass or a second reader needs its input."""
+    if not _overwrites(node):
+        return node.target
+    schema = node.target._schema  # type: ignore[union-attr]
+    packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+    plain = getattr(packet, schema.overload_name or "default", None)
+    if plain is None or plain._schema.is_mutable:
+        raise UnsupportedNetworkError(f"The in-place step {_name(node)!r} in {_place(node)} has no form that isn't.")
+    return plain
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether an operator's result shares memory with its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    shares = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return shares or "dropout" in str(node.target)
 
 
 def _pair(value: Any) -> tuple[int, int]:

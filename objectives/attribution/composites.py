@@ -28,11 +28,11 @@ from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.rules import RuleSpec
 
-__all__ = ["CanonicalForm", "describe_mismatch", "hook_of", "load_composite", "zennit_composite"]
+__all__ = ["CanonicalForm", "check_groups", "describe_mismatch", "hook_of", "load_composite", "zennit_composite"]
 
 
 def hook_of(rule: RuleSpec) -> Hook:
-    """zennit's hook for a rule."""
+    """The hook with which zennit serves a rule."""
     match rule.name:
         case "Epsilon":
             return Epsilon(epsilon=rule.epsilon)
@@ -69,7 +69,23 @@ def zennit_composite(
     return Composite(module_map=module_map, canonizers=[canonical_form] if canonical_form is not None else None)
 
 
-class CanonicalForm(Canonizer):
+def check_groups(network: CanonicalNetwork, layer_groups: Mapping[str, str]) -> None:
+    """Refuses groups that leave a layer without a rule, and so to the plain gradient.
+
+    Raises:
+        UnsupportedNetworkError: a layer has no group, or a group's layer isn't in the network.
+    """
+    for name in network.layers:
+        if name not in layer_groups:
+            raise UnsupportedNetworkError(
+                f"The layer {name!r} has no group, so that no rule would serve it; give it one."
+            )
+    for name in layer_groups:
+        if name not in network.layers:
+            raise UnsupportedNetworkError(f"The layer groups name {name!r}, which the network doesn't have.")
+
+
+class CanonicalForm(Canonizer):  # type: ignore[misc] # zennit has no types
     """A zennit canonizer that lets a network run in canonical form while it is registered.
 
     The canonical copy becomes a child of the network, whose `forward` it takes over; removal leaves the network bit for
@@ -114,6 +130,8 @@ class CanonicalForm(Canonizer):
 def load_composite(document: CompositeDocument, model: nn.Module) -> Composite:
     """The composite of an export document, for use with zennit in code of your own.
 
+    It holds the weights that the network has now: load it again after they or their device have changed.
+
     >>> composite = load_composite(load_document("best.json"), model)
     >>> with composite.context(model) as modified, torch.enable_grad():
     ...     output = modified(images.requires_grad_())
@@ -132,6 +150,12 @@ def load_composite(document: CompositeDocument, model: nn.Module) -> Composite:
     widths: Mapping[str, int] = document.model["component_widths"]
     if canonical.components != dict(widths):
         raise UnsupportedNetworkError(describe_mismatch(canonical, widths))
+    if canonical.n_outputs != document.model["num_classes"]:
+        raise UnsupportedNetworkError(
+            f"The document was made for a network whose layer {canonical.classifier!r} has "
+            f"{document.model['num_classes']} outputs; this one has {canonical.n_outputs}."
+        )
+    check_groups(canonical, document.layer_groups)
     return zennit_composite(document.composite, document.layer_groups, CanonicalForm(canonical))
 
 

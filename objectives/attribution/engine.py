@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import stabilize
 
-from objectives.attribution.composites import zennit_composite
+from objectives.attribution.composites import check_groups, zennit_composite
 from objectives.attribution.operations import STABILIZER
 from objectives.attribution.relevance import AbsScope, Relevance
 from objectives.datasets import LabelledImages
@@ -55,6 +55,9 @@ class ZennitAttribution:
         batch_size: part of a study's identity, since it changes rounding.
         abs_scope: where `abs` is taken.
         output_relevance: what relevance starts as.
+
+    Raises:
+        UnsupportedNetworkError: a layer has no group.
     """
 
     network: CanonicalNetwork
@@ -63,6 +66,9 @@ class ZennitAttribution:
     batch_size: int
     abs_scope: AbsScope = "sum"
     output_relevance: OutputRelevance = "one"
+
+    def __post_init__(self) -> None:
+        check_groups(self.network, self.layer_groups)
 
     def attribute(self, composite: CompositeSpec) -> Relevance:
         """See `Attribution.attribute`."""
@@ -84,14 +90,12 @@ class ZennitAttribution:
             magnitude = {name: parts.abs() for name, parts in signed_all.items()}
         return Relevance(signed_all, magnitude)
 
-    def _backward(
-        self, module: nn.Module, values: CapturedValues, images: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
+    def _backward(self, module: nn.Module, values: CapturedValues, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.enable_grad():
             logits = module(images.detach().clone().requires_grad_())
         start = torch.zeros_like(logits)
         chosen = logits.detach().gather(1, labels[:, None]) if self.output_relevance == "logit" else 1.0
-        start.scatter_(1, labels[:, None], chosen)  # type: ignore[arg-type]
+        start.scatter_(1, labels[:, None], chosen)
         names = list(self.network.components)
         sums = [tensor for branches, output in values.sums.values() for tensor in (*branches, output)]
         relevances = torch.autograd.grad(logits, [values.outputs[name] for name in names] + sums, start)
@@ -103,9 +107,11 @@ class ZennitAttribution:
 
     def _check_sum(self, name: str, output: Tensor, shares: list[Tensor], relevance: Tensor) -> None:
         """The branches of a residual sum receive its relevance, less what the stabilizer takes."""
-        expected = relevance * output / stabilize(output, STABILIZER)
-        error = (torch.stack(shares).sum(dim=0) - expected).abs().sum()
-        if bool(error > _BALANCE_TOLERANCE[output.dtype] * relevance.abs().sum()):
+        stacked = torch.stack(shares)
+        error = (stacked.sum(dim=0) - relevance * output / stabilize(output, STABILIZER)).abs().sum()
+        # Branches that nearly cancel have shares far above the relevance, and rounding in proportion to the shares.
+        scale = torch.maximum(relevance.abs().sum(), stacked.abs().sum())
+        if bool(error > _BALANCE_TOLERANCE[output.dtype] * scale):
             raise RelevanceError(
                 f"The branches of the residual sum {name!r} don't add up to its relevance: {float(error):.3g} of "
                 f"{float(relevance.abs().sum()):.3g} are lost."

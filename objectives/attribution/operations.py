@@ -1,8 +1,8 @@
 """Operations of a canonical network whose backward pass propagates relevance instead of gradients.
 
-Between hooked convolutions and dense layers, zennit's "gradient" is the relevance (design of zennit: Anders et al. 2021).
-The operations here give every other step of a convolutional network its rule by an autograd function of its own, so
-that no hook is needed and every version of zennit behaves alike:
+Between hooked convolutions and dense layers, zennit's "gradient" is the relevance (design of zennit: Anders et al.
+2021). The operations here give every other step of a convolutional network its rule by an autograd function of its own,
+so that no hook is needed and every version of zennit behaves alike:
 
 =====================  ============================================================================
 activation             relevance passes unchanged (the `Pass` rule)

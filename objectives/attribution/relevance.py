@@ -13,8 +13,8 @@ from objectives.errors import RelevanceError
 __all__ = ["AbsScope", "Relevance"]
 
 AbsScope = Literal["sum", "element"]
-"""Where the absolute value is taken: of each sample's sum over space (Hatefi et al. 2024), or of every element before any
-sum (Yeom et al. 2021)."""
+"""Where the absolute value is taken: of each sample's sum over space (Hatefi et al. 2024), or of every element before
+any sum (Yeom et al. 2021)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
