@@ -35,8 +35,8 @@ def group_layers(network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]
 
     Args:
         network: canonical.
-        patterns: a user's own grouping: shell-style name patterns for each group; the first match in the order LLR, MLL,
-            HLL, FCL counts. By default layers are grouped by depth.
+        patterns: a user's own grouping: shell-style name patterns for each group; the first match in the order LLR,
+            MLL, HLL, FCL counts. By default layers are grouped by depth.
 
     Raises:
         UnsupportedNetworkError: a group isn't known, a pattern matches no layer, or a layer no pattern.
@@ -72,8 +72,8 @@ def _by_patterns(network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]
     missing = [name for name in network.layers if name not in groups]
     if missing:
         raise UnsupportedNetworkError(
-            f"No group's pattern matches the layer {missing[0]!r} ({len(missing)} of {len(network.layers)} layers have no "
-            "group); add a pattern for it."
+            f"No group's pattern matches the layer {missing[0]!r} ({len(missing)} of {len(network.layers)} layers have "
+            "no group); add a pattern for it."
         )
     return _in_order(network, groups)
 

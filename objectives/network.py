@@ -633,8 +633,9 @@ def _out_of_place(node: fx.Node) -> Any:
 def _is_alias(node: fx.Node) -> bool:
     """Whether an operator's result shares memory with its first argument."""
     schema = getattr(node.target, "_schema", None)
-    shares = schema is not None and any(result.alias_info is not None for result in schema.returns)
-    return shares or "dropout" in str(node.target)
+    if schema is None:
+        return False
+    return any(result.alias_info is not None for result in schema.returns) or "dropout" in schema.name
 
 
 def _pair(value: Any) -> tuple[int, int]:
