@@ -7,13 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from objectives.errors import ObjectiveError
+from objectives.errors import DeviceError
 
-__all__ = ["DeviceError", "on_device", "resolve_device"]
-
-
-class DeviceError(ObjectiveError, ValueError):
-    """A device that doesn't exist on this machine."""
+__all__ = ["on_device", "resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,7 +24,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
-    if kind == "cuda" and (index or "0").isdecimal() and int(index or 0) < n_gpus:
+    if kind == "cuda" and (index or "0").isdecimal() and name != "cuda:" and int(index or 0) < n_gpus:
         return torch.device("cuda", int(index or 0))
     there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(n_gpus))])
     raise DeviceError(f"There is no device {name!r} on this machine; it has {there}.")

@@ -1,12 +1,18 @@
 """Errors of `objectives`.
 
+Every message is one line that names the offending value and the remedy; the command line prints it as it is.
+
     PruningHPOError
     └── ObjectiveError
-        ├── UnsupportedNetworkError (ValueError)    a network that cannot be attributed or slimmed correctly
-        ├── RelevanceError          (ArithmeticError)    relevance that is not finite, absent or unbalanced
-        ├── ModelError              (ValueError)    a model that cannot be built or loaded
-        │   └── CheckpointMismatchError    weights that do not fit the architecture
-        └── DataError               (ValueError)    images, labels or splits that cannot be used
+        ├── UnsupportedNetworkError    (ValueError)       a network that cannot be attributed or slimmed correctly
+        ├── RelevanceError             (ArithmeticError)  relevance that is not finite, absent or unbalanced
+        ├── ModelError                 (ValueError)       a model that cannot be built or loaded
+        │   └── CheckpointMismatchError                   weights that do not fit the architecture
+        ├── DataError                  (ValueError)       images, labels or splits that cannot be used
+        ├── OptionError                (ValueError)       an option of an objective or of pruning that cannot be used
+        │   ├── PruningRatesError                         rates that do not increase strictly from 0 to below 1
+        │   └── DeviceError                               a device that does not exist on this machine
+        └── SlimFileError              (OSError)          files of a slim network that cannot be written or read
 """
 
 from search_spaces.errors import PruningHPOError
@@ -14,9 +20,13 @@ from search_spaces.errors import PruningHPOError
 __all__ = [
     "CheckpointMismatchError",
     "DataError",
+    "DeviceError",
     "ModelError",
     "ObjectiveError",
+    "OptionError",
+    "PruningRatesError",
     "RelevanceError",
+    "SlimFileError",
     "UnsupportedNetworkError",
 ]
 
@@ -43,3 +53,19 @@ class CheckpointMismatchError(ModelError):
 
 class DataError(ObjectiveError, ValueError):
     """Images, labels or splits that cannot be used."""
+
+
+class OptionError(ObjectiveError, ValueError):
+    """An option of an objective or of pruning that cannot be used."""
+
+
+class PruningRatesError(OptionError):
+    """Rates that do not increase strictly from 0 to below 1."""
+
+
+class DeviceError(OptionError):
+    """A device that does not exist on this machine; the message lists those there are."""
+
+
+class SlimFileError(ObjectiveError, OSError):
+    """Files of a slim network that cannot be written or read."""

@@ -1,6 +1,6 @@
 """The objective: a composite becomes an evaluation.
 
-    composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> accuracy -> curve
+composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> accuracy -> curve
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from objectives.attribution.engine import OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope, Relevance
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
-from objectives.errors import DataError, ObjectiveError, UnsupportedNetworkError
+from objectives.errors import DataError, OptionError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.models import LoadedModel
 from objectives.network import CanonicalNetwork, canonize
@@ -32,8 +32,10 @@ from search_spaces.suggestions import did_you_mean
 
 __all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
 
+Dtype = Literal["fp32", "bf16"]
 ImageSet = Literal["search", "confirmation"]
 
+_CHOICES = {"abs_scope": get_args(AbsScope), "dtype": get_args(Dtype), "output_relevance": get_args(OutputRelevance)}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A canonical copy in float32 differs from its network by rounding only.
 _LOGIT_TOLERANCE = 1e-3
@@ -63,7 +65,7 @@ class ObjectiveOptions:
     procedure: str = "one_shot"
     abs_scope: AbsScope = "sum"
     output_relevance: OutputRelevance = "one"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Dtype = "fp32"
     batch_size: int = 100
     device: str = "auto"
     layer_groups: Mapping[str, Sequence[str]] | None = None
@@ -71,11 +73,13 @@ class ObjectiveOptions:
     def __post_init__(self) -> None:
         check_rates(self.rates)
         if self.procedure not in PROCEDURES:
-            raise ObjectiveError(f"Unknown procedure {self.procedure!r}.{did_you_mean(self.procedure, PROCEDURES)}")
-        if self.dtype not in _DTYPES:
-            raise ObjectiveError(f"Unknown dtype {self.dtype!r}.{did_you_mean(self.dtype, _DTYPES)}")
+            raise OptionError(f"Unknown procedure {self.procedure!r}.{did_you_mean(self.procedure, PROCEDURES)}")
+        for option, known in _CHOICES.items():
+            value = getattr(self, option)
+            if value not in known:
+                raise OptionError(f"Unknown {option} {value!r}.{did_you_mean(str(value), known)}")
         if self.batch_size < 1:
-            raise ObjectiveError(f"`batch_size` must be at least 1, but got {self.batch_size}.")
+            raise OptionError(f"`batch_size` must be at least 1, but got {self.batch_size}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ class Objective:
 
     Raises:
         UnsupportedNetworkError: the network can't be attributed correctly.
-        ObjectiveError: the device doesn't exist.
+        DeviceError: the device doesn't exist.
     """
 
     def __init__(self, model: LoadedModel, task: Task, options: ObjectiveOptions) -> None:
@@ -216,7 +220,8 @@ class Objective:
                 raise DataError(f"There are no {images} images; change `--confirmation-share`.")
             dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
             resident = LabelledImages(
-                labelled.images.to(self.device, dtype, memory_format=torch.channels_last), labelled.labels.to(self.device)
+                labelled.images.to(self.device, dtype, memory_format=torch.channels_last),
+                labelled.labels.to(self.device),
             )
             self._evaluators[images] = Evaluator(self.network, resident, self.options.batch_size, dtype)
         return self._evaluators[images]
@@ -254,8 +259,8 @@ class Objective:
             scale = float(expected.abs().max())
         if not difference <= _LOGIT_TOLERANCE * max(scale, 1.0):
             raise UnsupportedNetworkError(
-                f"The canonical copy's logits differ from the network's by {difference:.3g} (of {scale:.3g}); the network "
-                "computes something that its graph doesn't show."
+                f"The canonical copy's logits differ from the network's by {difference:.3g} (of {scale:.3g}); the "
+                "network computes something that its graph doesn't show."
             )
 
     def _unpruned(self, original: nn.Module) -> float:

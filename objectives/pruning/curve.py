@@ -23,9 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["FIGURES", "Curve", "area"]
+__all__ = ["FIGURES", "KEPT_SHARE", "Curve", "area", "keeps"]
 
 KEPT_SHARE = 0.95
+# Less than one image of a million: 19/53 is 95 % of 20/53, but not in floating point.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,9 @@ class Curve:
     collapsed_accuracy: float
 
     def __post_init__(self) -> None:
-        lengths = {len(getattr(self, key)) for key in ("rates", "accuracies", "class_accuracies", "parameters", "flops")}
+        lengths = {
+            len(getattr(self, key)) for key in ("rates", "accuracies", "class_accuracies", "parameters", "flops")
+        }
         if len(lengths) != 1:
             raise ValueError(f"A curve needs one value a rate in every field, but got lengths {sorted(lengths)}.")
 
@@ -79,6 +83,11 @@ def area(x: Sequence[float], y: Sequence[float]) -> float:
     return math.fsum((x[i + 1] - x[i]) * (y[i + 1] + y[i]) / 2 for i in range(len(x) - 1))
 
 
+def keeps(accuracy: float, share: float, unpruned: float) -> bool:
+    """Whether an accuracy is at least a share of the unpruned one; exactly that share counts, whatever its rounding."""
+    return accuracy >= share * unpruned - _ROUNDING
+
+
 def _trapezoid(curve: Curve) -> float:
     return area(curve.rates, curve.accuracies)
 
@@ -98,7 +107,7 @@ def _mean_accuracy(curve: Curve) -> float:
 def _top_rate(curve: Curve) -> float:
     top = 0.0
     for rate, accuracy in zip(curve.rates, curve.accuracies, strict=True):
-        if accuracy < KEPT_SHARE * curve.accuracies[0]:
+        if not keeps(accuracy, KEPT_SHARE, curve.accuracies[0]):
             break
         top = rate
     return top

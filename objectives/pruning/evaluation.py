@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -60,10 +61,11 @@ class Evaluator:
 
     def measure(self, masks: Masks) -> Measurement:
         """Accuracy and size under masks."""
-        key = torch.cat([mask.cpu() for mask in masks.values()]).numpy().tobytes()
+        kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
+        key = hashlib.blake2b(kept.tobytes(), digest_size=16).digest()  # a study measures tens of thousands of masks
         if key not in self._measured:
             module = slim(self.network, masks)
             size = cost(module)
-            module = module.to(dtype=self.dtype, memory_format=torch.channels_last)
+            module = module.to(self.dtype).to(memory_format=torch.channels_last)
             self._measured[key] = Measurement(correct_predictions(module, self.images, self.batch_size), size)
         return self._measured[key]

@@ -18,8 +18,8 @@ __all__ = ["masked"]
 def masked(network: nn.Module, layers: Mapping[str, Layer], masks: Masks) -> Iterator[nn.Module]:
     """The user's own network with the pruned components' outputs zero.
 
-    Zeroes the rows of the convolution or dense layer and of the batch norm behind it (else its shift leaks), its running
-    mean included. On exit every tensor is bit for bit what it was, and every Parameter the same object.
+    Zeroes the rows of the convolution or dense layer and of the batch norm behind it (else its shift leaks), its
+    running mean included. On exit every tensor is bit for bit what it was, and every Parameter the same object.
 
     Args:
         network: in evaluation mode.

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from objectives.attribution.composites import describe_mismatch
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device
-from objectives.errors import ObjectiveError, UnsupportedNetworkError
+from objectives.errors import OptionError, UnsupportedNetworkError
 from objectives.models import LoadedModel
 from objectives.network import canonize
 from objectives.objective import Columns, Objective, ObjectiveOptions
+from objectives.pruning.curve import keeps
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import Ranking, rank
@@ -41,6 +42,12 @@ __all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "prune"
 
 AmountKind = Literal["rate", "keep_accuracy", "parameters", "flops"]
 
+_OPTIONS: dict[AmountKind, str] = {
+    "rate": "--rate",
+    "keep_accuracy": "--keep-accuracy",
+    "parameters": "--params",
+    "flops": "--flops",
+}
 _ACCURACY_STEPS = 100
 _LATENCY_RUNS = 20
 
@@ -52,8 +59,9 @@ class PruneAmount:
     """How much to prune.
 
     Attributes:
-        kind: `rate`: this share of the components; `keep_accuracy`: as many as leave this share of the unpruned accuracy
-            at every smaller rate, on the search images; `parameters`, `flops`: until at most this share is left.
+        kind: `rate`: this share of the components; `keep_accuracy`: as many as leave this share of the unpruned
+            accuracy up to every whole percent, on the search images; `parameters`, `flops`: until at most this share is
+            left.
         value: a share.
     """
 
@@ -65,7 +73,7 @@ class PruneAmount:
         highest_fits = self.value < 1 if self.kind == "rate" else self.value <= 1
         if not (lowest_fits and highest_fits):
             bounds = "at least 0 and below 1" if self.kind == "rate" else "above 0 and at most 1"
-            raise ObjectiveError(f"--{self.kind.replace('_', '-')} must be {bounds}, but got {self.value}.")
+            raise OptionError(f"{_OPTIONS[self.kind]} must be {bounds}, but got {self.value}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +156,11 @@ def prune(
     Raises:
         UnsupportedNetworkError: the network isn't the document's, or can't be pruned.
         SlimFileError: the output exists or can't be written.
-        ObjectiveError: the amount can't be reached.
+        OptionError: the amount can't be reached.
     """
-    patterns = {group: [n for n, g in document.layer_groups.items() if g == group] for group in document.composite.rules}
+    patterns = {
+        group: [n for n, g in document.layer_groups.items() if g == group] for group in document.composite.rules
+    }
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure,
@@ -195,7 +205,7 @@ def _most_that_keep(objective: Objective, ranking: Ranking, share: float) -> int
         n = step * len(ranking) // _ACCURACY_STEPS
         accuracy = float(measure(ranking.masks(n)).correct.double().mean())
         start = accuracy if start is None else start
-        if accuracy < share * start:
+        if not keeps(accuracy, share, start):
             break
         kept = n
     return kept
@@ -210,8 +220,9 @@ def _fewest_that_fit(objective: Objective, ranking: Ranking, amount: PruneAmount
     limit = amount.value * size(0)
     n = bisect.bisect_left(range(len(ranking)), -limit, key=lambda n: -size(n))
     if n == len(ranking):
-        raise ObjectiveError(
-            f"--{amount.kind} {amount.value} can't be reached: {size(n - 1) / size(0):.3f} is left with one component."
+        left = size(n - 1) / size(0)
+        raise OptionError(
+            f"{_OPTIONS[amount.kind]} {amount.value} can't be reached: {left:.3f} is left with one component."
         )
     return n
 
@@ -255,7 +266,7 @@ class _Pruning:
             coupled=coupled_figures,
             n_removed_coupled=n_removed,
             warnings=tuple(self._warnings()),
-            files=tuple(str(target / path.name) for path in sorted(directory.iterdir())) + (str(target / "report.json"),),
+            files=(*(str(target / path.name) for path in sorted(directory.iterdir())), str(target / "report.json")),
         )
         (directory / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
         return report

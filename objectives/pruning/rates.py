@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from decimal import Decimal, InvalidOperation
 
-from objectives.errors import ObjectiveError
+from objectives.errors import PruningRatesError
 
-__all__ = ["DEFAULT_RATES", "PruningRatesError", "n_pruned", "parse_rates"]
+__all__ = ["DEFAULT_RATES", "check_rates", "n_pruned", "parse_rates"]
 
 DEFAULT_RATES = "0:0.95:0.05"
 
-
-class PruningRatesError(ObjectiveError, ValueError):
-    """Rates that don't increase strictly from 0 to below 1."""
+_MOST_RATES = 1000
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
@@ -24,28 +23,35 @@ def parse_rates(text: str) -> tuple[float, ...]:
     Raises:
         PruningRatesError: the rates don't start at 0, don't increase strictly, reach 1, or number fewer than two.
     """
+    separator = ":" if ":" in text else ","
     try:
-        if ":" in text:
-            start, stop, step = (Decimal(part) for part in text.split(":"))
-            if not step > 0:
-                raise PruningRatesError(f"The step of `--rates {text}` must be positive.")
-            if not stop.is_finite() or stop >= 1:
-                raise PruningRatesError(f"`--rates {text}` must end below 1.")
-            rates = [start + index * step for index in range(int((stop - start) / step) + 1)]
-        else:
-            rates = [Decimal(part) for part in text.split(",")]
-    except (InvalidOperation, ValueError) as error:
-        if isinstance(error, PruningRatesError):
-            raise
+        values = [Decimal(part) for part in text.split(separator)]
+    except InvalidOperation:
+        values = []
+    if not all(value.is_finite() for value in values) or len(values) < 2 or (separator == ":" and len(values) != 3):
         raise PruningRatesError(
-            f"`--rates {text}` isn't START:STOP:STEP or a comma-separated list; try 0:0.95:0.05."
-        ) from None
-    return check_rates(tuple(float(rate) for rate in rates))
+            f"`--rates {text}` isn't START:STOP:STEP or a comma-separated list; try {DEFAULT_RATES}."
+        )
+    return check_rates(tuple(map(float, _steps(text, *values) if separator == ":" else values)))
+
+
+def _steps(text: str, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+    if step <= 0:
+        raise PruningRatesError(f"The step of `--rates {text}` must be positive.")
+    if stop >= 1:
+        raise PruningRatesError(f"`--rates {text}` must end below 1.")
+    if (stop - start) / step >= _MOST_RATES:
+        raise PruningRatesError(f"`--rates {text}` are more than {_MOST_RATES} rates; use a larger step.")
+    return [start + index * step for index in range(int((stop - start) / step) + 1)]
 
 
 def check_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
-    """The rates, if they increase strictly from 0 and stay below 1."""
-    increasing = all(low < high for low, high in zip(rates, rates[1:], strict=False))
+    """The rates, if they increase strictly from 0 and stay below 1.
+
+    Raises:
+        PruningRatesError: they don't, or number fewer than two.
+    """
+    increasing = all(low < high for low, high in itertools.pairwise(rates))
     if len(rates) < 2 or rates[0] != 0 or not increasing or not rates[-1] < 1:
         raise PruningRatesError(
             f"Pruning rates must increase strictly from 0 and stay below 1, but got {', '.join(map(str, rates))}."

@@ -25,24 +25,22 @@ import torch
 from torch import nn
 
 import objectives.models  # noqa: F401 (registers this product's networks with timm)
-
-from objectives.errors import ModelError, ObjectiveError
+from objectives.errors import ModelError, SlimFileError
 from objectives.network import canonize
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import slim
 from search_spaces.documents import CompositeDocument
 
-__all__ = ["SlimFileError", "load_coupled", "load_slim", "new_directory", "write_program", "write_state", "write_weights"]
+__all__ = [
+    "load_coupled",
+    "load_slim",
+    "new_directory",
+    "write_program",
+    "write_state",
+    "write_weights",
+]
 
 _FORMAT = "pruning-hpo/slim/1"
-
-
-class SlimFileError(ObjectiveError, OSError):
-    """Files of a slim network that can't be written or read."""
-
-    def __str__(self) -> str:
-        """The message alone."""
-        return str(self.args[0])
 
 
 @contextlib.contextmanager
@@ -77,7 +75,9 @@ def write_program(module: nn.Module, input_shape: tuple[int, int, int], path: Pa
     """Writes an exported program of a module on the CPU, with a dynamic batch size."""
     example = torch.zeros(2, *input_shape)
     with torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+        program = torch.export.export(
+            module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+        )
     try:
         torch.export.save(program, path)
     except RuntimeError as error:  # torch's own writer of archives

@@ -1,9 +1,9 @@
 """Slimming: the physically smaller network that computes exactly what the masked one computes.
 
 Each value in the canonical graph carries a layout: which of its channels are stored. Rows of pruned filters are gone,
-the residual stream holds alive channels only, branches are added by index, and a layer whose inputs are all pruned still
-emits its bias. No layers need to be coupled. Where a step's effect on channels isn't known (in a gate, say) the value is
-filled up with zeros first: slower, never wrong.
+the residual stream holds alive channels only, branches are added by index, and a layer whose inputs are all pruned
+still emits its bias. No layers need to be coupled. Where a step's effect on channels isn't known (in a gate, say) the
+value is filled up with zeros first: slower, never wrong.
 
 Grouped convolutions keep their groups; only wholly dead groups go, other pruned rows stay as zeros.
 """
@@ -11,7 +11,7 @@ Grouped convolutions keep their groups; only wholly dead groups go, other pruned
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ aten = torch.ops.aten
 
 _POOLS = {aten.max_pool2d.default, aten.adaptive_max_pool2d.default}
 _GATE_ACTIVATIONS = {aten.sigmoid.default, aten.hardsigmoid.default}
+_PADS = {aten.constant_pad_nd.default, aten.pad.default}
+_SQUEEZES = {aten.squeeze.dims, aten.squeeze.dim}
 _FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
 
 
@@ -192,7 +194,8 @@ class _Slimmer:
     # Modules.
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
-        inputs = [self.values[argument] for argument in node.all_input_nodes]
+        operands: Any = node.args
+        inputs = [self.values[operand] for operand in operands]
         match module:
             case nn.Conv2d() if module.groups > 1:
                 self._grouped_convolution(node, module, inputs[0])
@@ -306,9 +309,10 @@ class _Slimmer:
             new = self._emit(aten.add.Tensor, left.node, right.node)
         else:
             places = torch.searchsorted(left.channels, right.channels)
+            assert right.node is not None
             if self._scatters_by_product(right, places, left.channels):
-                right_node = self._scattered(right.node, places, len(left.channels))
-                new = self._emit(aten.add.Tensor, left.node, right_node)
+                scattered = self._scattered(right.node, places, len(left.channels))
+                new = self._emit(aten.add.Tensor, left.node, scattered)
             else:
                 new = self._emit(aten.index_add.default, left.node, 1, self._index(places), right.node)
         self._store(node, _Value(new, left.channels, shape))
@@ -349,13 +353,12 @@ class _Slimmer:
             if node.target in _FLATTENS and self._is_flatten(node, value):
                 self._flatten(node, value)
                 return
-            if node.target in (aten.constant_pad_nd.default, aten.pad.default) and len(value.shape) == 3:
+            if self._pads_zeros(node, value):
                 self._pad(node, value)
                 return
-            if node.target in (aten.squeeze.dims, aten.squeeze.dim) and len(shape_of(node)) < len(value.shape):
-                if shape_of(node)[:1] == value.shape[:1]:
-                    self._elsewhere(node, value, value.channels, node.args[1:])
-                    return
+            if self._squeezes_space(node, value):
+                self._elsewhere(node, value, value.channels, node.args[1:])
+                return
         if node.target is aten.cat.default and self._concatenates_channels(node):
             self._concatenate(node)
             return
@@ -366,7 +369,17 @@ class _Slimmer:
         self._store(node, _Value(new, channels, shape_of(node)))
 
     def _slices_space(self, node: fx.Node, value: _Value) -> bool:
-        return node.target is aten.slice.Tensor and int(node.args[1]) >= 2  # type: ignore[arg-type]
+        return node.target is aten.slice.Tensor and len(node.args) > 1 and _is_spatial(node.args[1], value)
+
+    def _squeezes_space(self, node: fx.Node, value: _Value) -> bool:
+        if node.target not in _SQUEEZES:
+            return False
+        dimensions: Any = node.args[1] if node.target is aten.squeeze.dims else node.args[1:]
+        return all(_is_spatial(dimension, value) for dimension in dimensions)
+
+    def _pads_zeros(self, node: fx.Node, value: _Value) -> bool:
+        fills = {*node.args[2:], *node.kwargs.values()}
+        return node.target in _PADS and len(value.shape) == 3 and fills <= {"constant", None, 0}
 
     def _is_flatten(self, node: fx.Node, value: _Value) -> bool:
         return len(shape_of(node)) == 1 and math.prod(shape_of(node)) == math.prod(value.shape)
@@ -379,7 +392,8 @@ class _Slimmer:
 
     def _pad(self, node: fx.Node, value: _Value) -> None:
         """Zero padding; added channels are zero, so they aren't stored."""
-        amounts = [int(amount) for amount in node.args[1]]  # type: ignore[union-attr]
+        padding: Any = node.args[1]
+        amounts = [int(amount) for amount in padding]
         before = amounts[4] if len(amounts) > 4 else 0
         new = value.node
         if new is not None and any(amounts[:4]):
@@ -390,7 +404,8 @@ class _Slimmer:
         return len(node.args) > 1 and node.args[1] in (1, -len(shape_of(node)))
 
     def _concatenate(self, node: fx.Node) -> None:
-        values = [self.values[part] for part in node.args[0]]  # type: ignore[union-attr]
+        operands: Any = node.args[0]
+        values = [self.values[operand] for operand in operands]
         starts = [0]
         for value in values:
             starts.append(starts[-1] + value.shape[0])
@@ -411,7 +426,8 @@ class _Slimmer:
         if node.op == "call_module":
             module = self.source.get_submodule(str(node.target))
             assert isinstance(module, Operation)
-            inputs = [convert(argument) for argument in node.all_input_nodes]
+            operands: Any = node.args
+            inputs = [convert(operand) for operand in operands]
             new = self._emit(module.operator, *inputs, *module.arguments, **module.keywords)
         else:
             new = self.graph.node_copy(node, convert)
@@ -421,9 +437,12 @@ class _Slimmer:
             self.other[node] = new
 
 
+def _is_spatial(dimension: Any, value: _Value) -> bool:
+    return int(dimension) % (len(value.shape) + 1) >= 2
+
+
 def _averages_space_only(module: Operation, n_dimensions: int) -> bool:
-    dimensions = {int(d) % (n_dimensions + 1) for d in module.arguments[0]}
-    return 1 not in dimensions and 0 not in dimensions
+    return all(int(dimension) % (n_dimensions + 1) >= 2 for dimension in module.arguments[0])
 
 
 def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:

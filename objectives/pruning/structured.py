@@ -22,6 +22,7 @@ from objectives.network import CanonicalNetwork
 
 __all__ = ["CoupledNetwork", "prune_coupled"]
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CoupledNetwork:
     """A network from which coupled groups were removed.
@@ -39,7 +40,7 @@ class CoupledNetwork:
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What can be removed at once: one channel of a coupled group, or one position in every group of a grouped convolution.
+    """What is removed at once: one channel of a coupled group, or one position in all groups of a grouped convolution.
 
     Attributes:
         score: mean of its components' scores.
@@ -120,9 +121,7 @@ def _check_runs(network: nn.Module, canonical: CanonicalNetwork) -> None:
         ) from error
 
 
-def _coupled_groups(
-    graph: tp.DependencyGraph, classifier: nn.Module, names: Mapping[nn.Module, str]
-) -> list[tp.Group]:
+def _coupled_groups(graph: tp.DependencyGraph, classifier: nn.Module, names: Mapping[nn.Module, str]) -> list[tp.Group]:
     """One full group of every set of coupled layers that holds components."""
     groups = graph.get_all_groups(ignored_layers=[classifier], root_module_types=[nn.Conv2d, nn.Linear])
     return [group for group in groups if any(_component_layer(graph, item, names) for item in group)]

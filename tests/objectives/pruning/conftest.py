@@ -1,0 +1,145 @@
+"""Networks with random weights and lively batch-norm statistics, in float64, on small images."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import objectives.models  # noqa: F401 (registers this product's networks with timm)
+from objectives.datasets import LabelledImages, Task, load_task
+from objectives.models import LoadedModel, load_model
+from objectives.network import CanonicalNetwork, canonize
+from objectives.objective import Objective, ObjectiveOptions
+from objectives.pruning.ranking import Ranking, rank
+from search_spaces.composites import CompositeSpec
+from search_spaces.documents import CompositeDocument
+
+# A VGG's first dense layer would be 100 million weights.
+OPTIONS: dict[str, dict[str, Any]] = {"vgg11_bn": {"mlp_ratio": 1 / 64}, "vgg16_bn": {"mlp_ratio": 1 / 64}}
+
+
+@dataclass(frozen=True, eq=False)
+class Prunable:
+    """A network, its canonical form and images (4, 3, H, W)."""
+
+    network: nn.Module
+    canonical: CanonicalNetwork
+    images: Tensor
+
+    def ranking(self, seed: int = 0) -> Ranking:
+        generator = torch.Generator().manual_seed(seed)
+        return rank({name: torch.rand(n, generator=generator) for name, n in self.canonical.components.items()})
+
+
+def enliven(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Random batch-norm statistics, scales and shifts, so that nothing that leaks through one is hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.5, 0.5),
+            ):
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return network.double().eval().requires_grad_(False)
+
+
+class Inception(nn.Module):
+    """Branches concatenated, pooled, and concatenated with themselves, as in GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.narrow = nn.Conv2d(8, 6, 1)
+        self.wide = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 10, 5, padding=2))
+        self.pooled = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), nn.Conv2d(8, 5, 1, bias=False))
+        self.mix = nn.Sequential(nn.Conv2d(21, 12, 3, groups=3, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.hidden = nn.Linear(24, 16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(torch.cat([self.narrow(x), self.wide(x), self.pooled(x)], dim=1))
+        x = self.mix(x)
+        x = torch.cat([x, x], dim=1).mean((2, 3))
+        return self.fc(torch.relu(self.hidden(x)))
+
+
+@functools.cache
+def _prunable(name: str) -> Prunable:
+    torch.manual_seed(0)
+    if name == "inception":
+        network = enliven(Inception())
+    else:
+        network = enliven(timm.create_model(name, num_classes=10, **OPTIONS.get(name, {})))
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return Prunable(network, canonize(network, (3, 32, 32)), images)
+
+
+@pytest.fixture(scope="session")
+def prunable() -> Iterator[Callable[[str], Prunable]]:
+    """Builds the network of a name, once."""
+    yield _prunable
+    _prunable.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def digits_model(_own_cache: None) -> LoadedModel:
+    return load_model("digits_cnn")
+
+
+@pytest.fixture(scope="session")
+def digits_task(digits_model: LoadedModel) -> Task:
+    return load_task("digits", digits_model, evaluation_images=200)
+
+
+@pytest.fixture(scope="session")
+def small_task(digits_task: Task) -> Task:
+    """Fewer confirmation images, for what only has to run."""
+    return Task(
+        references=digits_task.references,
+        search=digits_task.search,
+        confirmation=LabelledImages(digits_task.confirmation.images[:100], digits_task.confirmation.labels[:100]),
+        classes=digits_task.classes,
+        class_names=digits_task.class_names,
+        source=digits_task.source,
+        fingerprint=digits_task.fingerprint,
+        preprocessing=digits_task.preprocessing,
+        reference_indices=digits_task.reference_indices,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_document() -> Callable[..., CompositeDocument]:
+    """Makes the document that `hpo export` would write for a model and a task."""
+
+    def make(model: LoadedModel, task: Task, composite: CompositeSpec, **changed: Any) -> CompositeDocument:
+        objective = Objective(model, task, ObjectiveOptions(rates=(0.0, 0.5)))
+        content: dict[str, Any] = {
+            "composite": composite,
+            "layer_groups": objective.layer_groups,
+            "abs_scope": "sum",
+            "output_relevance": "one",
+            "rates": (0.0, 0.5),
+            "preprocessing": task.preprocessing.to_json(),
+            "references": {"per_class": 10, "seed": 0, "sha256": "0" * 64, "source": task.source},
+            "model": {
+                "name": model.name,
+                "options": dict(model.options),
+                "fingerprint": model.fingerprint,
+                "num_classes": model.num_classes,
+                "component_widths": objective.component_widths,
+            },
+            "data": {"source": task.source, "fingerprint": task.fingerprint, "classes": list(task.classes)},
+            "versions": {},
+        }
+        return CompositeDocument(**(content | changed))
+
+    return make
