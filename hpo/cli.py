@@ -406,6 +406,7 @@ def export(
     console = _start(verbose)
     from hpo.export import choose_trials, export_paths, export_trials
     from hpo.progress import make_progress
+    from hpo.report import configuration_of, prune_command
     from search_spaces.documents import write_document
 
     with _open(storage) as store, make_progress("AUC", console) as progress:
@@ -422,7 +423,7 @@ def export(
     for path, document in zip(paths, documents, strict=True):
         assert document.study is not None, "it is from a study"
         _print(f"Wrote {path}: trial {document.study['trial']}, {document.composite.label}.")
-    _print(f"Next:\n  hpo prune {shlex.quote(str(paths[0]))} --rate 0.4 -o slim")
+    _print(f"Next:\n  {prune_command(str(paths[0]), configuration_of(loaded))}")
 
 
 @cli.command(
@@ -738,11 +739,11 @@ def main() -> NoReturn:
     try:
         cli(prog_name="hpo")
     except SystemExit as exit:
-        if exit.code == _EXIT_INTERRUPTED:
+        if exit.code:
             # The worker's thread may be inside a long computation, which nothing can end but the process.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(_EXIT_INTERRUPTED)
+            os._exit(exit.code if isinstance(exit.code, int) else 1)
         raise
     raise AssertionError("click ends with SystemExit")
 

@@ -18,7 +18,7 @@ from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path as _has_import_form
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["OPTIONS", "LaunchConfiguration", "Option", "Section", "is_import_path", "resolve"]
+__all__ = ["LaunchConfiguration", "OPTIONS", "Option", "Section", "is_import_path", "resolve"]
 
 Section = Literal["study", "search", "model", "data", "objective"]
 

@@ -37,11 +37,6 @@ class Problem(Protocol):
         """Number of images that the search never sees."""
         ...
 
-    @property
-    def unpruned_accuracy(self) -> float:
-        """Accuracy of the network as it is, on the search images."""
-        ...
-
     def identity(self) -> dict[str, Any]:
         """Everything about the problem that a value depends on, as JSON."""
         ...
@@ -73,11 +68,6 @@ class LoadedProblem:
     def n_confirmation_images(self) -> int:
         """See `Problem.n_confirmation_images`."""
         return len(self.task.confirmation)
-
-    @property
-    def unpruned_accuracy(self) -> float:
-        """See `Problem.unpruned_accuracy`."""
-        return self.objective.unpruned_accuracy
 
     def identity(self) -> dict[str, Any]:
         """See `Problem.identity`."""

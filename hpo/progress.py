@@ -99,18 +99,16 @@ class LogProgress:
 class LiveProgress:
     """One line at the bottom of the terminal: phase, trials done of all, best against best heuristic, time left."""
 
-    def __init__(self, metric: str, console: "Console") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self._metric = metric
         self._bar = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[values]}"),
-            TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
@@ -133,11 +131,11 @@ class LiveProgress:
         self._bar.update(
             self._task,
             completed=self._done,
-            values=f"{self._metric}: best {_value(report.best)}, best heuristic {_value(report.best_heuristic)}",
+            values=f"best {_value(report.best)}, heuristic {_value(report.best_heuristic)}",
             left=self._time_left(),
         )
         if report.value is None:
-            self._bar.console.print(f"Trial {report.number} failed: {report.remark}", highlight=False, markup=False)
+            self._bar.console.print(f"Trial {report.number} {report.remark}", highlight=False, markup=False)
 
     def _time_left(self) -> str:
         if self._total is None:
@@ -146,7 +144,7 @@ class LiveProgress:
         seconds = (time.monotonic() - self._began) / self._evaluated * max(0, self._total - self._done)
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours:d}:{minutes:02d}:{seconds:02d} left"
+        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -160,7 +158,7 @@ class LiveProgress:
 
 def make_progress(metric: str, console: "Console") -> Progress:
     """The display that suits the console: live on a terminal, log lines elsewhere."""
-    return LiveProgress(metric, console) if console.is_terminal else LogProgress(metric)
+    return LiveProgress(console) if console.is_terminal else LogProgress(metric)
 
 
 def _value(value: float | None) -> str:

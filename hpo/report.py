@@ -1,5 +1,6 @@
 """Reports on studies: what the store says, as values, JSON and tables."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo import trials
-from hpo.config import LaunchConfiguration
+from hpo.config import LaunchConfiguration, is_import_path
 from hpo.confirmation import Confirmation
 from hpo.driver import CONFIRMATION
 from hpo.errors import NothingFoundError
@@ -32,6 +33,7 @@ __all__ = [
     "evaluation_tables",
     "next_commands",
     "plain_table",
+    "prune_command",
     "prune_parts",
     "studies_json",
     "studies_table",
@@ -130,8 +132,11 @@ class StudyReport:
         }
 
     def parts(self) -> "list[Table | str]":
-        """Headline, table and verdict, to be printed one after another."""
-        return [self.headline(), self.table(), *filter(None, [self.verdict()]), LEGEND]
+        """Headline, best composite, table and verdict, to be printed one after another."""
+        best = (
+            [] if self.best is None else [f"Best: trial {self.best.number}, {self.best.composite} (LLR/MLL/HLL/FCL)."]
+        )
+        return [self.headline(), *best, self.table(), *filter(None, [self.verdict()])]
 
     def headline(self) -> str:
         """How far the study is, in a line."""
@@ -142,12 +147,13 @@ class StudyReport:
         return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {self.metric}."
 
     def table(self) -> "Table":
-        """The best composite against the heuristics."""
-        table = plain_table("", "composite", numbers=self._columns())
+        """The best composite against the heuristics: AUC on both sets of images, and by how much the best is better."""
+        own = [] if self.metric == "auc" else [self.metric]
+        table = plain_table("", numbers=[*own, "AUC search", "confirmation", "best - this [95 %]"])
         if self.best is not None:
-            table.add_row(f"best: trial {self.best.number}", self.best.composite, *self._cells(self.best), style="bold")
+            table.add_row(f"best: trial {self.best.number}", *self._cells(self.best), style="bold")
         for heuristic in self.heuristics:
-            table.add_row(heuristic.heuristic, heuristic.composite, *self._cells(heuristic))
+            table.add_row(heuristic.heuristic, *self._cells(heuristic))
         return table
 
     def verdict(self) -> str:
@@ -166,17 +172,13 @@ class StudyReport:
             f"{difference.high:+.4f})."
         )
 
-    def _columns(self) -> list[str]:
-        own = [] if self.metric == "auc" else [f"{self.metric} search"]
-        return [*own, "AUC search", "AUC confirmation", "best - this (95 %)"]
-
     def _cells(self, report: TrialSummary) -> list[str]:
         own = [] if self.metric == "auc" else [f"{report.value:.4f}"]
         cells = [*own, f"{report.auc:.4f}", _number(report.confirmation_auc)]
         if self.confirmation is None or report.heuristic is None or report is self.best:
             return [*cells, ""]
         difference = self.confirmation.differences[report.heuristic]
-        return [*cells, f"{difference.difference:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"]
+        return [*cells, f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"]
 
 
 def configuration_of(study: "Study") -> LaunchConfiguration:
@@ -196,12 +198,25 @@ def next_commands(report: StudyReport, default_storage: str) -> list[str]:
     from storage.urls import without_user_information
 
     storage = report.configuration.storage
-    elsewhere = "" if storage == without_user_information(default_storage) else f" --storage {storage}"
+    elsewhere = [] if storage == without_user_information(default_storage) else ["--storage", storage]
     return [
-        f"hpo export {report.name} -o best.json{elsewhere}",
-        "hpo prune best.json --rate 0.4 -o slim",
-        f"hpo dashboard{elsewhere}",
+        shlex.join(["hpo", "export", report.name, "-o", "best.json", *elsewhere]),
+        prune_command("best.json", report.configuration),
+        shlex.join(["hpo", "dashboard", *elsewhere]),
     ]
+
+
+def prune_command(document: str, configuration: LaunchConfiguration) -> str:
+    """The command that prunes with a document, with the options that the document does not hold or may not decide."""
+    options: list[str] = []
+    for option in ("model", "data"):
+        if is_import_path(path := getattr(configuration, option)):
+            options += [f"--{option}", path]
+    if configuration.checkpoint is not None:
+        options += ["--checkpoint", configuration.checkpoint]
+    if configuration.class_map is not None:
+        options += ["--class-map", configuration.class_map]
+    return shlex.join(["hpo", "prune", document, "--rate", "0.4", "-o", "slim", *options])
 
 
 def configuration_table(configuration: LaunchConfiguration) -> "Table":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from search_spaces.spaces import SearchSpace
 
-__all__ = ["SAMPLERS", "GridSampler", "ReseededSampler", "make_sampler"]
+__all__ = ["GridSampler", "ReseededSampler", "SAMPLERS", "make_sampler"]
 
 SAMPLERS: dict[str, Callable[["SearchSpace", int], BaseSampler]] = {}
 """Makers of the samplers that have a name, from a search space and a seed."""

@@ -1,6 +1,5 @@
 """Studies: from a configuration to a search that is finished, or can be resumed."""
 
-import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,12 +21,9 @@ from storage.store import StudyStore
 
 if TYPE_CHECKING:
     from hpo.config import LaunchConfiguration
-    from hpo.problem import Problem
     from hpo.progress import Progress
 
 __all__ = ["launch", "stop_on_signals"]
-
-_log = logging.getLogger("hpo")
 
 
 def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
@@ -50,7 +46,6 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
     _check_store(configuration)
     progress.phase("Loading network and images")
     problem = load_problem(configuration, space.layer_groups)
-    _warn_of_chance(problem)
     with (
         study_lease(configuration.storage, configuration.study),
         StudyStore.open(configuration.storage) as store,
@@ -102,15 +97,3 @@ def _check_store(configuration: "LaunchConfiguration") -> None:
         return
     with study_lease(configuration.storage, configuration.study):
         pass
-
-
-def _warn_of_chance(problem: "Problem") -> None:
-    chance = 1 / len(problem.class_names)
-    if problem.unpruned_accuracy < 2 * chance:
-        _log.warning(
-            "The unpruned network's accuracy is %.3f, below twice chance (%.3f). Likely causes: wrong preprocessing "
-            "(`--size`, `--mean`, `--std`, `--crop`), wrong order of classes (`--class-map`), wrong weights "
-            "(`--checkpoint`).",
-            problem.unpruned_accuracy,
-            chance,
-        )

@@ -30,7 +30,6 @@ class StandInProblem:
 
     class_names = ("cat", "dog")
     n_confirmation_images = 40
-    unpruned_accuracy = 0.9
 
     def __init__(self, *, data: str = "d0", seconds: float = 0.0) -> None:
         self.data = data

@@ -1,0 +1,38 @@
+import threading
+
+import pytest
+from matplotlib.image import imread
+
+from hpo.plots import curve_csv, curve_png, study_png
+from search_spaces.heuristics import HEURISTICS
+
+
+@pytest.fixture
+def curve(make_problem):
+    return make_problem().evaluate(HEURISTICS["zplus"], "search").curve
+
+
+def test_the_table_has_a_row_per_rate(curve):
+    header, first, *rest = curve_csv(curve, ("cat", "a,b")).decode().splitlines()
+    assert header == 'rate,accuracy,parameters,flops,accuracy cat,"accuracy a,b"'
+    assert first == f"0.0,{curve.accuracies[0]},100,1000,{curve.accuracies[0]},{curve.accuracies[0]}"
+    assert len(rest) == 3
+
+
+@pytest.mark.parametrize("draw", [lambda curve: curve_png(curve, "a\nb"), lambda c: study_png({"a": c}, {"b": c}, "s")])
+def test_pictures_are_pictures(curve, draw, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(draw(curve))
+    pixels = imread(path)
+    assert pixels.shape[0] == 400
+    assert pixels[..., :3].min() < 0.5 < pixels[..., :3].max()
+
+
+def test_pictures_are_drawn_on_any_thread(curve):
+    drawn = []
+    threads = [threading.Thread(target=lambda: drawn.append(curve_png(curve, "t"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(drawn)) == 1

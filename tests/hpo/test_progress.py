@@ -1,0 +1,46 @@
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from hpo.progress import LiveProgress, LogProgress, TrialReport, make_progress
+
+COMPLETE = TrialReport(12, "ZPlus/ZPlus/ZPlus/ZPlus", 0.25, 1.24, "", 0.5, 0.4)
+REUSED = TrialReport(13, "ZPlus/ZPlus/ZPlus/ZPlus", 0.25, None, "equals trial 12", 0.5, None)
+FAILED = TrialReport(14, "ZPlus/ZPlus/ZPlus/ZPlus", None, None, "failed: no memory", None, None)
+
+
+def test_a_log_line_per_trial(caplog):
+    caplog.set_level(logging.INFO, "hpo")
+    with LogProgress("auc") as progress:
+        progress.phase("Loading")
+        progress.phase("Search", 60, 2)
+        for report in (COMPLETE, REUSED, FAILED):
+            progress.trial(report)
+    assert caplog.messages == [
+        "Loading",
+        "Search (2 of 60 done)",
+        "3/60  trial 12  auc 0.2500  best 0.5000  best heuristic 0.4000  1.2 s  ZPlus/ZPlus/ZPlus/ZPlus",
+        "4/60  trial 13  auc 0.2500  (equals trial 12)  best 0.5000  best heuristic -  ZPlus/ZPlus/ZPlus/ZPlus",
+        "5/60  trial 14  failed: no memory  best -  best heuristic -  ZPlus/ZPlus/ZPlus/ZPlus",
+    ]
+
+
+def test_a_live_line_on_a_terminal():
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=140)
+    with make_progress("auc", console) as progress:
+        assert isinstance(progress, LiveProgress)
+        progress.phase("Search", 60, 2)
+        progress.trial(FAILED)
+        progress.trial(COMPLETE)
+        progress._bar.refresh()
+    shown = text.getvalue()
+    for part in ("Search", "4/60", "best 0.5000, heuristic 0.4000", " left", "Trial 14 failed: no memory"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, LiveProgress), (False, LogProgress)])
+def test_the_display_suits_the_console(terminal, kind):
+    assert type(make_progress("auc", Console(file=io.StringIO(), force_terminal=terminal))) is kind

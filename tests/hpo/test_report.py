@@ -1,0 +1,88 @@
+import dataclasses
+
+import pytest
+
+from hpo.confirmation import Difference
+from hpo.errors import NothingFoundError
+from hpo.report import StudyReport, configuration_of, next_commands, prune_command
+from storage.store import StudyStore
+
+
+@pytest.fixture
+def report(drive, load, make_problem, narrow):
+    drive(make_problem(), space=narrow, sampler_name="grid", n_trials=4)
+    return StudyReport.of(load())
+
+
+def test_a_report_counts_and_ranks(report):
+    assert report.headline() == "Study s: 4 of 4 trials, 10 heuristics, metric auc."
+    assert report.n_trials == {"running": 0, "complete": 4, "pruned": 0, "fail": 0, "waiting": 0}
+    values = [heuristic.value for heuristic in report.heuristics]
+    assert values == sorted(values, reverse=True)
+    assert report.best.confirmation_auc == report.confirmation.auc
+
+
+def test_the_headline_names_what_is_not_complete(report):
+    states = {**report.n_trials, "complete": 2, "fail": 1, "waiting": 1}
+    assert (
+        dataclasses.replace(report, n_trials=states)
+        .headline()
+        .startswith("Study s: 3 of 4 trials (1 fail, 1 waiting),")
+    )
+
+
+def test_the_verdict_is_about_the_best_heuristic(report):
+    rival = report.heuristics[0].heuristic
+    differences = {**report.confirmation.differences, rival: Difference(0.0123, -0.001, 0.02)}
+    confirmation = dataclasses.replace(report.confirmation, differences=differences)
+    best = dataclasses.replace(report.best, composite="another")
+    assert dataclasses.replace(report, best=best, confirmation=confirmation).verdict() == (
+        f"On 40 images that the search never saw, the best composite's AUC differs from {rival}'s by +0.0123 "
+        "(95 % interval -0.0010 to +0.0200)."
+    )
+
+
+def test_the_verdict_says_when_searching_did_not_pay(report):
+    best = dataclasses.replace(report.heuristics[0])
+    name = best.heuristic
+    assert dataclasses.replace(report, best=best).verdict() == (
+        f"The search found nothing better than the heuristic {name}."
+    )
+    assert dataclasses.replace(report, confirmation=None).verdict() == ""
+
+
+def test_a_confirmation_of_a_former_best_is_not_shown(report, drive, load, make_problem, url):
+    with StudyStore.open(url) as store:
+        study = store.load("s")
+        study.set_user_attr("confirmation", {**study.user_attrs["confirmation"], "trial": 9999})
+    stale = StudyReport.of(load())
+    assert stale.confirmation is None
+    assert stale.best.confirmation_auc is None
+
+
+def test_studies_of_other_programs_are_refused(url):
+    import optuna
+
+    with StudyStore.open(url) as store:
+        study = optuna.create_study(storage=store.storage, study_name="other")
+        with pytest.raises(NothingFoundError, match="Study 'other' was not made by `hpo launch`"):
+            configuration_of(study)
+
+
+def test_next_commands_can_be_typed(report, url):
+    assert next_commands(report, url) == [
+        "hpo export s -o best.json",
+        "hpo prune best.json --rate 0.4 -o slim",
+        "hpo dashboard",
+    ]
+    elsewhere = next_commands(report, "sqlite:///other.db")
+    assert elsewhere[0] == f"hpo export s -o best.json --storage {url}"
+
+
+def test_what_a_document_does_not_hold_is_added(report):
+    configuration = dataclasses.replace(
+        report.configuration, model="my.nets:Tiny", checkpoint="/w/a b.pt", data="folder:/f", class_map="/m.json"
+    )
+    assert prune_command("x.json", configuration) == (
+        "hpo prune x.json --rate 0.4 -o slim --model my.nets:Tiny --checkpoint '/w/a b.pt' --class-map /m.json"
+    )
