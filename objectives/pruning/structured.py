@@ -1,15 +1,19 @@
 """Coupled pruning: torch-pruning's dependency graph removes whole groups of channels that depend on each other.
 
-The result is another function than the masked network: writers of one residual stream lose the same channels, though
-their rankings differ. Its accuracy is therefore measured, never derived. In exchange it is an ordinary network of the
-user's own class.
+The result is another function than the network masked by the ranking: writers of one residual stream lose the same
+channels, though their rankings differ. Its accuracy is therefore measured, never derived. In exchange it is an ordinary
+network of the user's own class.
+
+What must hold is that it equals the network whose coupled channels are masked, since they are zero wherever they were
+written. That is checked on every result, so that a coupling which torch-pruning misses is noticed.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +23,11 @@ from torch import Tensor, nn
 
 from objectives.errors import UnsupportedNetworkError
 from objectives.network import CanonicalNetwork
+from objectives.pruning.masking import masked
 
 __all__ = ["CoupledNetwork", "prune_coupled"]
+
+_LOGIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +53,13 @@ class _Unit:
         score: mean of its components' scores.
         group: number of the coupled group.
         indices: channels of the group's root layer.
-        size: components that it couples.
+        components: that it couples, as layer and index.
     """
 
     score: float
     group: int
     indices: tuple[int, ...]
-    size: int
+    components: tuple[tuple[str, int], ...]
 
 
 def prune_coupled(
@@ -70,55 +77,90 @@ def prune_coupled(
         n_pruned: components to remove; never more are removed.
 
     Raises:
-        UnsupportedNetworkError: torch-pruning can't follow the network.
+        UnsupportedNetworkError: torch-pruning can't follow the network, or misses one of its couplings.
     """
     pruned = copy.deepcopy(network)
     for parameter in pruned.parameters():
         parameter.requires_grad_(True)  # torch-pruning traces the autograd graph
-    graph = _dependency_graph(pruned, canonical)
+    with _followed(network):
+        graph = _dependency_graph(pruned, canonical)
     names = {module: name for name, module in pruned.named_modules() if name in canonical.components}
     groups = _coupled_groups(graph, pruned.get_submodule(canonical.classifier), names)
     units = [unit for number, group in enumerate(groups) for unit in _units(graph, number, group, names, scores)]
-    chosen: dict[int, list[int]] = {}
-    n_removed = 0
-    for unit in sorted(units, key=lambda unit: (unit.score, unit.group, unit.indices)):
-        taken = chosen.setdefault(unit.group, [])
-        is_last = len(taken) + len(unit.indices) >= _width(groups[unit.group])
-        if n_removed + unit.size <= n_pruned and not is_last:
-            taken.extend(unit.indices)
-            n_removed += unit.size
-    for number, indices in chosen.items():
+    chosen = _least_relevant(units, [_width(group) for group in groups], n_pruned)
+    for number, group in enumerate(groups):
+        indices = sorted(index for unit in chosen if unit.group == number for index in unit.indices)
         if indices:
-            root = groups[number][0].dep
-            graph.get_pruning_group(root.target.module, root.handler, idxs=sorted(indices)).prune()
+            root = group[0].dep
+            with _followed(network):
+                graph.get_pruning_group(root.target.module, root.handler, idxs=indices).prune()
     pruned.requires_grad_(False)
-    _check_runs(pruned, canonical)
+    removed = [component for unit in chosen for component in unit.components]
+    _check_equal(pruned, network, canonical, removed)
     widths = {name: _out_width(pruned.get_submodule(name)) for name in canonical.components}
-    return CoupledNetwork(pruned, n_removed, widths)
+    return CoupledNetwork(pruned, len(removed), widths)
+
+
+def _least_relevant(units: Iterable[_Unit], widths: Sequence[int], n_pruned: int) -> list[_Unit]:
+    """As many units as fit, none of which is its group's last."""
+    chosen = []
+    n_removed = 0
+    left = list(widths)
+    for unit in sorted(units, key=lambda unit: (unit.score, unit.group, unit.indices)):
+        if n_removed + len(unit.components) <= n_pruned and left[unit.group] > len(unit.indices):
+            chosen.append(unit)
+            n_removed += len(unit.components)
+            left[unit.group] -= len(unit.indices)
+    return chosen
 
 
 def _dependency_graph(network: nn.Module, canonical: CanonicalNetwork) -> tp.DependencyGraph:
     parameter = next(network.parameters())
     example = torch.zeros(1, *canonical.input_shape, dtype=parameter.dtype, device=parameter.device)
+    return tp.DependencyGraph().build_dependency(network, example_inputs=example)
+
+
+@contextmanager
+def _followed(network: nn.Module) -> Iterator[None]:
     try:
-        return tp.DependencyGraph().build_dependency(network, example_inputs=example)
-    except Exception as error:  # it raises many kinds; all mean that the network can't be followed
+        yield
+    except Exception as error:  # torch-pruning raises many kinds; all mean that it can't follow the network
         raise UnsupportedNetworkError(
-            f"torch-pruning can't follow the network {type(network).__name__} ({error}); prune without `--coupled`."
+            f"torch-pruning can't follow the network {type(network).__name__} ({_first_line(error)}); prune without "
+            "`--coupled`."
         ) from error
 
 
-def _check_runs(network: nn.Module, canonical: CanonicalNetwork) -> None:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_equal(
+    pruned: nn.Module, network: nn.Module, canonical: CanonicalNetwork, removed: Iterable[tuple[str, int]]
+) -> None:
     """Some couplings aren't in the graph, such as the zero-padded shortcuts of CIFAR ResNets."""
     parameter = next(network.parameters())
+    images = torch.randn(2, *canonical.input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+    masks = {name: torch.ones(width, dtype=torch.bool) for name, width in canonical.components.items()}
+    for name, index in removed:
+        masks[name][index] = False
     try:
         with torch.inference_mode():
-            network(torch.zeros(1, *canonical.input_shape, dtype=parameter.dtype, device=parameter.device))
-    except RuntimeError as error:
-        raise UnsupportedNetworkError(
-            f"torch-pruning doesn't follow every coupling of {type(network).__name__}: the resized network doesn't run "
-            f"({str(error).splitlines()[0]}); prune without `--coupled`."
-        ) from error
+            logits = pruned(images)
+    except Exception as error:  # whatever layers of sizes that don't match raise
+        raise _missed_coupling(network, f"doesn't run ({_first_line(error)})") from error
+    with torch.inference_mode(), masked(copy.deepcopy(network), canonical.layers, masks) as reference:
+        expected = reference(images)
+    difference, scale = float((logits - expected).abs().max()), float(expected.abs().max())
+    if not difference <= _LOGIT_TOLERANCE * max(scale, 1.0):
+        raise _missed_coupling(network, f"computes something else (logits differ by {difference:.3g} of {scale:.3g})")
+
+
+def _missed_coupling(network: nn.Module, symptom: str) -> UnsupportedNetworkError:
+    return UnsupportedNetworkError(
+        f"torch-pruning doesn't follow every coupling of {type(network).__name__}: the resized network {symptom}; "
+        "prune without `--coupled`."
+    )
 
 
 def _coupled_groups(graph: tp.DependencyGraph, classifier: nn.Module, names: Mapping[nn.Module, str]) -> list[tp.Group]:
@@ -148,7 +190,7 @@ def _units(
                 members.setdefault(root % positions, {})[layer, index] = float(scores[layer][index])
     for position, values in members.items():
         indices = tuple(range(position, _width(group), positions))
-        yield _Unit(sum(values.values()) / len(values), number, indices, len(values))
+        yield _Unit(math.fsum(values.values()) / len(values), number, indices, tuple(values))
 
 
 def _conv_groups(group: tp.Group) -> int:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -49,7 +51,7 @@ def test_slim_equals_masked_and_shrinks_at_every_rate(prunable, name, rates):
         costs.append(cost(module))
         predictions.append(logits)
     assert costs[0] == cost(subject.canonical.module)
-    for before, after in zip(costs, costs[1:], strict=False):
+    for before, after in itertools.pairwise(costs):
         assert after.parameters < before.parameters
         assert after.flops < before.flops
     # The test would prove little on networks that say the same of all images or under all masks.
