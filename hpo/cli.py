@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from hpo.config import OPTIONS, Section, resolve
+from hpo.config import OPTIONS, Section, given_fields, resolve
 from hpo.errors import Interrupted
 from search_spaces.errors import PruningHPOError
+from search_spaces.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,6 +88,14 @@ class _Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            raise click.UsageError(f"No such command {name!r}.{did_you_mean(name, self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -700,11 +709,7 @@ def _resolve_with(
     from hpo.problem import refuse_imports
 
     configuration = resolve(options, config, document_options(document))
-    # A local --config may name imports: it is part of this command line.
-    given = resolve(options, config, {"model": "", "data": "", "space": ""})
-    refuse_imports(
-        configuration, {field for field in ("model", "data", "space") if getattr(given, field)}, "The document"
-    )
+    refuse_imports(configuration, given_fields(options, config), "The document")
     return configuration
 
 

@@ -18,7 +18,7 @@ from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path as _has_import_form
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["LaunchConfiguration", "OPTIONS", "Option", "Section", "is_import_path", "resolve"]
+__all__ = ["LaunchConfiguration", "OPTIONS", "Option", "Section", "given_fields", "is_import_path", "resolve"]
 
 Section = Literal["study", "search", "model", "data", "objective"]
 
@@ -465,12 +465,25 @@ def resolve(
     Raises:
         ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
     """
-    values = dict(fallback or {}) | ({} if file is None else _read_file(file))
+    return _checked(LaunchConfiguration(**_defaults({**(fallback or {}), **_given(command_line, file)})))
+
+
+def given_fields(command_line: Mapping[str, Any], file: Path | None = None) -> frozenset[str]:
+    """Names of the fields that the user gives, on the command line or in a file.
+
+    Raises:
+        ConfigurationError: As `resolve`.
+    """
+    return frozenset(_given(command_line, file))
+
+
+def _given(command_line: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
+    values = {} if file is None else _read_file(file)
     for option in OPTIONS.values():
         value = command_line.get(option.field)
         if value is not None and value != ():
             values[option.field] = _read(option, value, f"`--{option.name}`")
-    return _checked(LaunchConfiguration(**_defaults(values)))
+    return values
 
 
 def _read_file(file: Path) -> dict[str, Any]:

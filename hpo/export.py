@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo import trials
-from hpo.config import LaunchConfiguration, resolve
+from hpo.config import LaunchConfiguration, given_fields, resolve
 from hpo.confirmation import Confirmed, compare, read_confirmed
 from hpo.driver import DESCRIPTION
 from hpo.errors import ConfigurationError, NothingFoundError
@@ -112,10 +112,9 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
 
 
 def _load(study: "Study", saved: LaunchConfiguration, options: Mapping[str, Any], progress: "Progress") -> "Problem":
-    given = {field: value for field, value in options.items() if value not in (None, ())}
     fallback = {field.name: getattr(saved, field.name) for field in fields(saved)}
-    configuration = resolve(given, fallback=fallback)
-    refuse_imports(configuration, given, f"Study {study.study_name!r}")
+    configuration = resolve(options, fallback=fallback)
+    refuse_imports(configuration, given_fields(options), f"Study {study.study_name!r}")
     progress.phase("Loading network and images")
     problem = load_problem(configuration, load_space(configuration.space).layer_groups)
     if different := differences(study.user_attrs[IDENTITY]["objective"], problem.identity()):

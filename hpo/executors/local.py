@@ -61,6 +61,6 @@ class LocalExecutor:
             return Outcome(job, evaluation=self._evaluate(job.composite, job.images))
         except PruningHPOError as error:
             return Outcome(job, failure=str(error))
-        except Exception as error:  # whatever a network does, the study goes on
+        except BaseException as error:  # whatever a network does, even `sys.exit`, this thread must answer
             _log.debug("Trial %d failed.", job.number, exc_info=True)
             return Outcome(job, failure=f"{type(error).__name__}: {error}")

@@ -28,7 +28,11 @@ def test_nothing_has_ended_yet(make_problem):
 
 @pytest.mark.parametrize(
     ("error", "failure"),
-    [(SpaceError("Write it so."), "Write it so."), (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0")],
+    [
+        (SpaceError("Write it so."), "Write it so."),
+        (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0"),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
 )
 def test_an_error_is_an_outcome(error, failure):
     def evaluate(composite, images):
