@@ -7,4 +7,4 @@ from objectives.datasets import digits, folder, npz, timm_readers  # noqa: F401 
 from objectives.datasets.sources import SOURCES, ImageSource, SourcePair
 from objectives.datasets.tasks import LabelledImages, Task, load_task
 
-__all__ = ["SOURCES", "ImageSource", "LabelledImages", "SourcePair", "Task", "load_task"]
+__all__ = ["ImageSource", "LabelledImages", "SOURCES", "SourcePair", "Task", "load_task"]

@@ -16,9 +16,9 @@ from objectives.datasets.labels import LabelSet
 from objectives.preprocessing import RawImage
 
 __all__ = [
-    "SOURCES",
     "ArraySource",
     "ImageSource",
+    "SOURCES",
     "SourceLoader",
     "SourcePair",
     "decode_image",

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["FIGURES", "KEPT_SHARE", "Curve", "area", "keeps"]
+__all__ = ["Curve", "FIGURES", "KEPT_SHARE", "area", "keeps"]
 
 KEPT_SHARE = 0.95
 # Less than one image of a million: 19/53 is 95 % of 20/53, but not in floating point.
