@@ -85,7 +85,7 @@ class ConstantGate(Operation):
 
     def forward(self, features: Tensor, gate: Tensor) -> Tensor:
         """`features` is (N, C, H, W), `gate` broadcasts to it."""
-        output: Tensor = _GateFunction.apply(features, gate)
+        output: Tensor = _GateFunction.apply(features, gate.detach())
         return output
 
 

@@ -1,0 +1,186 @@
+"""Networks that attribution is proven on, and a tracer of the relevance at every step of a canonical one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, fx, nn
+
+import objectives.cifar_resnets  # noqa: F401 (registers its networks with timm)
+from objectives.network import CanonicalNetwork, canonize
+
+_SLIM_HEAD = {"mlp_ratio": 1 / 32}  # the 4096-wide dense layers would take a gigabyte in float64
+_ZOO: dict[str, tuple[int, dict[str, Any]]] = {
+    "vgg11_bn": (32, _SLIM_HEAD),
+    "vgg16": (64, _SLIM_HEAD),
+    "vgg16_bn": (32, _SLIM_HEAD),
+    "resnet18": (64, {}),
+    "resnet50": (64, {}),
+    "mobilenetv2_100": (64, {}),
+    "mobilenetv3_small_100": (64, {}),
+    "efficientnet_b0": (64, {}),
+    "regnety_002": (64, {}),
+    "cifar_resnet20": (32, {}),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Classifier:
+    """A network in float64 with random weights, its canonical copy and a few images."""
+
+    name: str
+    network: nn.Module
+    canonical: CanonicalNetwork
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """Values and relevances at one step of a forward pass; a relevance is None where none arrives."""
+
+    node: fx.Node
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    relevance_in: tuple[Tensor | None, ...]
+    relevance_out: Tensor
+
+
+def _lively(network: nn.Module, seed: int) -> nn.Module:
+    """Gives batch norms and biases values that would be noticed if they were lost."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                uniform(module.running_mean, -0.3, 0.3)
+                uniform(module.running_var, 0.5, 2.0)
+                uniform(module.weight, 0.5, 1.5)
+                module.weight[::5] *= -1
+                uniform(module.bias, -0.3, 0.3)
+            elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                uniform(module.bias, -0.2, 0.2)
+    return network.double().eval()
+
+
+@pytest.fixture(scope="session")
+def lively() -> Callable[..., nn.Module]:
+    """Puts a network of random weights into float64 and gives its batch norms and biases lively values."""
+    return lambda network, seed=0: _lively(network, seed)
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., nn.Module]:
+    """Builds a network by timm's name, with random weights, in float64."""
+
+    def build(name: str, **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return _lively(timm.create_model(name, **{"num_classes": 10, **options}), seed=0)
+
+    return build
+
+
+@pytest.fixture(scope="session", params=list(_ZOO))
+def classifier(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Classifier:
+    """Every network that the product promises to attribute correctly; one at a time is in memory."""
+    size, options = _ZOO[request.param]
+    network = build(request.param, **options)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return Classifier(request.param, network, canonize(network, (3, size, size)), images, torch.tensor([3, 7]))
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[nn.Module], list[Any]]:
+    """All that attribution must leave as it was: values bit for bit, identities, hooks, modes, attributes."""
+    plain = (bool, int, float, str, tuple, list)  # torch.export puts equal copies in place of containers
+
+    def tensors(named: dict[str, Tensor | None]) -> list[Any]:
+        return [
+            (
+                name,
+                id(tensor),
+                tensor.data_ptr(),
+                tensor._version,
+                tensor.requires_grad,
+                tensor.numpy(force=True).tobytes(),
+            )
+            for name, tensor in named.items()
+            if tensor is not None
+        ]
+
+    def attributes(module: nn.Module) -> list[tuple[str, Any]]:
+        return [(key, value) for key, value in vars(module).items() if not isinstance(value, dict | set)]
+
+    def snapshot(network: nn.Module) -> list[Any]:
+        return [
+            (
+                name,
+                type(module),
+                {key: value if isinstance(value, plain) else id(value) for key, value in attributes(module)},
+                [(key, list(value)) for key, value in vars(module).items() if key.endswith("_hooks")],
+                [(key, id(child)) for key, child in module._modules.items()],
+                list(module._parameters),
+                tensors(module._parameters),
+                tensors(module._buffers),
+            )
+            for name, module in network.named_modules()
+        ]
+
+    return snapshot
+
+
+class _Tracer(fx.Interpreter):
+    """Runs a graph so that each step's inputs are views of their own, whose gradient is what the step gives them."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.steps: list[tuple[fx.Node, list[Tensor], Tensor]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op not in ("call_module", "call_function"):
+            return super().run_node(n)
+        views: list[Tensor] = []
+
+        def part(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value = value.view_as(value)
+                views.append(value)
+            return value
+
+        arguments, keywords = self.fetch_args_kwargs_from_env(n)
+        output = getattr(self, n.op)(n.target, fx.node.map_aggregate(arguments, part), keywords)
+        if views and isinstance(output, Tensor):
+            self.steps.append((n, views, output))
+        return output
+
+
+@pytest.fixture(scope="session")
+def trace() -> Callable[..., dict[str, Step]]:
+    """Values and relevances at every step that relevance reaches, by the name of the step's node.
+
+    Called with a canonical graph module, a zennit composite, images (N, C, H, W) and labels (N,).
+    """
+
+    def trace(module: fx.GraphModule, rules: Any, images: Tensor, labels: Tensor) -> dict[str, Step]:
+        tracer = _Tracer(module)
+        with rules.context(module):
+            logits = tracer.run(images.clone().requires_grad_())
+            start = nn.functional.one_hot(labels, logits.shape[1]).to(logits)
+            wanted = [tensor for _, views, output in tracer.steps for tensor in (*views, output)]
+            relevances = iter(torch.autograd.grad(logits, wanted, start, allow_unused=True))
+        steps = {}
+        for node, views, output in tracer.steps:
+            arriving = tuple(next(relevances) for _ in views)
+            relevance = next(relevances)
+            if relevance is not None:
+                inputs = tuple(view.detach() for view in views)
+                steps[node.name] = Step(node, inputs, output.detach(), arriving, relevance)
+        return steps
+
+    return trace
