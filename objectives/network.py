@@ -188,6 +188,8 @@ def _capture(network: nn.Module, input_shape: tuple[int, int, int]) -> torch.exp
             )
     except Exception as error:  # torch.export raises many kinds; all mean that the network can't be captured
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if reason.startswith("Constraints violated"):
+            reason = "its forward pass fixes the batch size; write `x.shape[0]`, not `len(x)`."
         raise UnsupportedNetworkError(
             f"The network {type(network).__name__} can't be captured as a graph for images of shape {input_shape}: "
             f"{reason}"

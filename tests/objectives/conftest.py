@@ -29,10 +29,11 @@ _ZOO: dict[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Classifier:
-    """A network in float64 with random weights, its canonical copy and a few images."""
+    """A network in float64 with random weights, its canonical copy, a few images and what it was before the copy."""
 
     name: str
     network: nn.Module
+    before: list[Any]
     canonical: CanonicalNetwork
     images: Tensor
     labels: Tensor
@@ -58,7 +59,7 @@ def _lively(network: nn.Module, seed: int) -> nn.Module:
 
     with torch.no_grad():
         for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
                 uniform(module.running_mean, -0.3, 0.3)
                 uniform(module.running_var, 0.5, 2.0)
                 uniform(module.weight, 0.5, 1.5)
@@ -87,12 +88,16 @@ def build() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session", params=list(_ZOO))
-def classifier(request: pytest.FixtureRequest, build: Callable[..., nn.Module]) -> Classifier:
+def classifier(
+    request: pytest.FixtureRequest, build: Callable[..., nn.Module], snapshot: Callable[[nn.Module], list[Any]]
+) -> Classifier:
     """Every network that the product promises to attribute correctly; one at a time is in memory."""
     size, options = _ZOO[request.param]
     network = build(request.param, **options)
     images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return Classifier(request.param, network, canonize(network, (3, size, size)), images, torch.tensor([3, 7]))
+    before = snapshot(network)
+    canonical = canonize(network, (3, size, size))
+    return Classifier(request.param, network, before, canonical, images, torch.tensor([3, 7]))
 
 
 @pytest.fixture(scope="session")
