@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -22,10 +23,11 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import objectives.models  # noqa: F401 (registers this product's networks with timm)
-from objectives.errors import ModelError, SlimFileError
+from objectives.attribution.composites import describe_mismatch
+from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError, UnsupportedNetworkError
 from objectives.network import canonize
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import slim
@@ -45,30 +47,29 @@ _FORMAT = "pruning-hpo/slim/1"
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory that appears whole at `target` when the block ends well, and not at all otherwise.
+    """A directory that appears whole at `target` when the block ends well; otherwise nothing is left behind.
 
     Raises:
-        SlimFileError: `target` exists, or there is no room or permission.
+        SlimFileError: `target` exists and isn't empty, or there is no room or permission.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise SlimFileError(f"The output {str(target)!r} already exists; choose another directory or remove it.")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise SlimFileError(f"The output {str(target)!r} already exists; choose another directory or remove it.")
+        existing = next(parent for parent in target.absolute().parents if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=existing) as temporary:
             content = Path(temporary) / "content"
             content.mkdir()
             yield content
+            target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rmdir()
             os.replace(content, target)
     except SlimFileError:
         raise
     except OSError as error:
-        raise _cannot_write(target, error) from error
-
-
-def _cannot_write(path: Path, error: Exception) -> SlimFileError:
-    return SlimFileError(f"{str(path)!r} can't be written ({_first_line(error)}); make room or choose another path.")
+        raise SlimFileError(
+            f"{str(target)!r} can't be written ({_first_line(error)}); make room or choose another path."
+        ) from error
 
 
 def write_program(module: nn.Module, input_shape: tuple[int, int, int], path: Path) -> None:
@@ -78,10 +79,9 @@ def write_program(module: nn.Module, input_shape: tuple[int, int, int], path: Pa
         program = torch.export.export(
             module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
         )
-    try:
-        torch.export.save(program, path)
-    except RuntimeError as error:  # torch's own writer of archives
-        raise _cannot_write(path, error) from error
+    archive = io.BytesIO()  # torch's own writer of files ends the process where a disk is full
+    torch.export.save(program, archive)
+    path.write_bytes(archive.getbuffer())
 
 
 def write_weights(
@@ -100,10 +100,7 @@ def write_weights(
 def write_state(module: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a state dict as safetensors."""
     state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
-    try:
-        safetensors.torch.save_file(state, path, metadata=metadata)
-    except safetensors.SafetensorError as error:
-        raise _cannot_write(path, error) from error
+    path.write_bytes(safetensors.torch.save(state, metadata=metadata))
 
 
 def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -111,7 +108,8 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: written by `hpo prune`.
-        network: of the original architecture, with any weights; needed where the document names no timm model.
+        network: of the original architecture, with any weights, in evaluation mode; it isn't changed. Needed where the
+            document names no timm model.
 
     Returns:
         (N, C, H, W) -> logits (N, classes), in evaluation mode.
@@ -119,33 +117,51 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     Raises:
         SlimFileError: the file isn't a slim network's.
         ModelError: the architecture isn't known by name; pass `network`.
+        UnsupportedNetworkError: `network` is of another architecture.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise SlimFileError(f"{str(path)!r} can't be read ({_first_line(error)}).") from error
+    state, metadata = _read(path)
     if metadata.get("format") != _FORMAT:
         raise SlimFileError(f"{str(path)!r} holds no slim network of format {_FORMAT}; `hpo prune` writes one.")
     document = CompositeDocument.from_json(json.loads(metadata["document"]))
     model: Mapping[str, Any] = document.model
     if network is None:
-        if ":" in model["name"]:
-            raise ModelError(f"The slim network was made from {model['name']!r}; pass a network of that class.")
-        network = timm.create_model(
-            model["name"], **{"num_classes": model["num_classes"], **model.get("options", {}), "pretrained": False}
-        )
-    kept = json.loads(metadata["kept"])
-    masks = {}
-    for name, width in model["component_widths"].items():
-        masks[name] = torch.zeros(width, dtype=torch.bool)
-        masks[name][kept[name]] = True
+        network = _build(model)
     size = document.preprocessing["size"]
-    canonical = canonize(network.eval(), (len(document.preprocessing["mean"]), *size), json.loads(metadata["classes"]))
+    canonical = canonize(network, (len(document.preprocessing["mean"]), *size), json.loads(metadata["classes"]))
+    if canonical.components != model["component_widths"]:
+        raise UnsupportedNetworkError(describe_mismatch(canonical, model["component_widths"]))
+    masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in canonical.components.items()}
+    for name, indices in json.loads(metadata["kept"]).items():
+        masks[name][indices] = True
     module = slim(canonical, masks)
     module.load_state_dict(state)
     return module
+
+
+def _build(model: Mapping[str, Any]) -> nn.Module:
+    name = model["name"]
+    if ":" in name:  # an import path, or a download
+        raise ModelError(f"The slim network was made from {name!r}; pass a network of that class.")
+    options = {"num_classes": model["num_classes"], **model.get("options", {}), "pretrained": False}
+    try:
+        network: nn.Module = timm.create_model(name, **options)
+    except Exception as error:  # timm raises many kinds
+        raise ModelError(
+            f"The slim network's architecture {name!r} can't be built ({_first_line(error)}); pass a network of that "
+            "class."
+        ) from error
+    return network.eval()
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SlimFileError(
+            f"{str(path)!r} can't be read ({_first_line(error)}); pass a file that `hpo prune` wrote."
+        ) from error
 
 
 def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
@@ -154,8 +170,18 @@ def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
     Args:
         path: written by `hpo prune --coupled`.
         network: of the original architecture, with as many outputs as the file's classifier; it is changed.
+
+    Raises:
+        SlimFileError: the file can't be read.
+        CheckpointMismatchError: `network` is of another architecture.
     """
-    state = safetensors.torch.load_file(path)
+    state, _ = _read(path)
+    differing = sorted(state.keys() ^ network.state_dict().keys())
+    if differing:
+        raise CheckpointMismatchError(
+            f"{str(path)!r} doesn't fit {type(network).__name__}: only one of them has {differing[0]!r} "
+            f"({len(differing)} such); pass a network of the class that was pruned."
+        )
     for name, module in network.named_modules():
         weight = state.get(f"{name}.weight")
         if weight is None:
@@ -165,7 +191,7 @@ def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
                 setattr(module, key, nn.Parameter(torch.empty_like(state[f"{name}.{key}"]), requires_grad=False))
         if isinstance(module, nn.Conv2d):
             if 1 < module.groups == module.in_channels:
-                module.groups = weight.shape[0]
+                module.groups = weight.shape[0] * module.in_channels // module.out_channels
             module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = weight.shape
