@@ -3,27 +3,24 @@
 Nothing heavy is imported before a command runs, so that `--help` appears at once.
 """
 
-import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from hpo.config import OPTIONS, Section, given_fields, resolve
+from hpo.command_line import ARGUMENTS, EXIT_INTERRUPTED, Group, Option, configuration_options, file_option
+from hpo.config import given_fields, resolve
 from hpo.errors import Interrupted
-from search_spaces.errors import PruningHPOError
-from search_spaces.suggestions import did_you_mean
+from hpo.terminal import print_json, print_parts, start_logging
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from hpo.config import LaunchConfiguration
     from hpo.problem import LoadedProblem
     from objectives.pruning.prune import AmountKind
@@ -33,123 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "main"]
 
-_EXIT_INTERRUPTED = 130
-_WIDTH_WITHOUT_TERMINAL = 140
-_ARGUMENTS = "arguments"
-_PACKAGES = ("hpo", "objectives", "search_spaces", "storage")
-
-_log = logging.getLogger(__name__)
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-# The frame: help in sections, errors in a line
-
-
-class _Option(click.Option):
-    """An option that stands under a heading in `--help`."""
-
-    def __init__(self, *arguments: Any, heading: str = "Options", **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.heading = heading
-
-
-class _Command(click.Command):
-    """A command with examples, whose options stand under headings."""
-
-    def __init__(self, *arguments: Any, examples: str = "", **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.examples = examples
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[_ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(getattr(parameter, "heading", "Options"), []).append(record)
-        # What is common to all commands comes last.
-        for heading in sorted(sections, key=lambda heading: heading == "Options"):
-            with formatter.section(heading):
-                formatter.write_dl(sections[heading])
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if self.examples:
-            with formatter.section("Examples"):
-                for line in self.examples.strip().splitlines():
-                    formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
-
-
-class _Group(click.Group):
-    """The command group; turns what a user can cause into one line and an exit status."""
-
-    command_class = _Command
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in self.commands and not name.startswith("-"):
-            raise click.UsageError(f"No such command {name!r}.{did_you_mean(name, self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except PruningHPOError as error:
-            _log.debug("The error's origin:", exc_info=True)
-            raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            ctx.exit(_EXIT_INTERRUPTED)
-
-
-_HEADINGS: dict[Section, str] = {
-    "study": "Study",
-    "search": "Search",
-    "model": "Network",
-    "data": "Images",
-    "objective": "Pruning and evaluation",
-}
-
-
-def _configuration_options(*sections: Section, only: Sequence[str] = ()) -> Callable[[_F], _F]:
-    """Decorator: the options of a configuration's sections, or only some of them."""
-    chosen = [option for option in OPTIONS.values() if option.section in sections and (not only or option.name in only)]
-
-    def decorate(command: _F) -> _F:
-        for option in reversed(chosen):
-            default = f"  [default: {option.default}]" if option.default.strip() else ""
-            command = click.option(
-                f"--{option.name}",
-                option.field,
-                cls=_Option,
-                heading=_HEADINGS[option.section],
-                metavar=option.metavar,
-                multiple=option.multiple,
-                help=f"{option.help}{default}",
-            )(command)
-        return command
-
-    return decorate
-
-
-def _file(name: str, help: str, **keywords: Any) -> Callable[[_F], _F]:
-    return click.option(name, type=click.Path(path_type=Path, dir_okay=False), help=help, **keywords)
-
-
-_config = _file("--config", "TOML file whose keys are the names of these options.", metavar="FILE")
+_config = file_option("--config", "TOML file whose keys are the names of these options.", metavar="FILE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on standard output.")
 _verbose = click.option("-v", "--verbose", is_flag=True, help="Log more, with the origin of errors.")
 _study = click.argument("study", required=False)
-_storage = _configuration_options("study", only=["storage"])
+_storage = configuration_options("study", only=["storage"])
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="pruning-hpo", prog_name="hpo")
 def cli() -> None:
     """Find the LRP composite with which a trained image classifier prunes best, and prune it.
@@ -170,7 +58,7 @@ def cli() -> None:
     hpo launch --config study.toml --device cuda:0
     """
 )
-@_configuration_options("study", "search", "model", "data", "objective")
+@configuration_options("study", "search", "model", "data", "objective")
 @_config
 @_verbose
 @click.pass_context
@@ -180,7 +68,7 @@ def launch(ctx: click.Context, /, config: Path | None, verbose: bool, **options:
     Evaluates the published heuristics, searches for a better composite, and confirms the best on images that the search
     never saw. The same command resumes a study that was interrupted; a larger --n-trials extends one that is finished.
     """
-    console = _start(verbose)
+    console = start_logging(verbose)
     configuration = resolve(options, config)
     from hpo.progress import make_progress
     from hpo.study import launch as run
@@ -191,7 +79,7 @@ def launch(ctx: click.Context, /, config: Path | None, verbose: bool, **options:
     except KeyboardInterrupt:
         click.echo("Interrupted: no finished trial is lost. To go on:", err=True)
         click.echo(f"  {_same_command(ctx)}", err=True)
-        ctx.exit(_EXIT_INTERRUPTED)
+        ctx.exit(EXIT_INTERRUPTED)
     _print_study(configuration, finished_before=not worked)
 
 
@@ -210,15 +98,15 @@ def status(study: str | None, storage: str | None, as_json: bool, verbose: bool)
 
     STUDY may be left out where there is only one.
     """
-    _start(verbose)
+    start_logging(verbose)
     from hpo.report import StudyReport, configuration_table
 
     with _open(storage) as store:
         report = StudyReport.of(_load(store, study))
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
-    _print(*report.parts(), configuration_table(report.configuration))
+    print_parts(*report.parts(), configuration_table(report.configuration))
 
 
 @cli.command(
@@ -233,17 +121,17 @@ def status(study: str | None, storage: str | None, as_json: bool, verbose: bool)
 @_verbose
 def list_(storage: str | None, as_json: bool, verbose: bool) -> None:
     """List the studies of a store."""
-    _start(verbose)
+    start_logging(verbose)
     from hpo.report import studies_json, studies_table
 
     with _open(storage) as store:
         summaries = store.summaries()
     if as_json:
-        _print_json(studies_json(summaries))
+        print_json(studies_json(summaries))
     elif not summaries:
-        _print("No studies yet; start one with `hpo launch`.")
+        print_parts("No studies yet; start one with `hpo launch`.")
     else:
-        _print(studies_table(summaries))
+        print_parts(studies_table(summaries))
 
 
 @cli.command(
@@ -253,7 +141,7 @@ def list_(storage: str | None, as_json: bool, verbose: bool) -> None:
     """
 )
 @click.argument("trial", type=click.IntRange(min=0))
-@_configuration_options("study")
+@configuration_options("study")
 @_json
 @_verbose
 def show(trial: int, study: str | None, storage: str | None, as_json: bool, verbose: bool) -> None:
@@ -261,7 +149,7 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
 
     --study may be left out where there is only one.
     """
-    _start(verbose)
+    start_logging(verbose)
     from hpo.errors import NothingFoundError
     from hpo.report import trial_json, trial_tables
 
@@ -271,9 +159,9 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
     if trial >= len(trials):
         raise NothingFoundError(f"Study {loaded.study_name!r} has {len(trials)} trials, but none of number {trial}.")
     if as_json:
-        _print_json(trial_json(trials[trial]))
+        print_json(trial_json(trials[trial]))
     else:
-        _print(*trial_tables(trials[trial]))
+        print_parts(*trial_tables(trials[trial]))
 
 
 @cli.command(
@@ -284,12 +172,12 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
     """
 )
 @click.option(
-    "--composite", cls=_Option, heading="Composite", metavar="FILE", help="Export document to take the composite from."
+    "--composite", cls=Option, heading="Composite", metavar="FILE", help="Export document to take the composite from."
 )
-@click.option("--heuristic", cls=_Option, heading="Composite", metavar="NAME", help="Published composite.")
+@click.option("--heuristic", cls=Option, heading="Composite", metavar="NAME", help="Published composite.")
 @click.option(
     "--rules",
-    cls=_Option,
+    cls=Option,
     heading="Composite",
     metavar="RULES",
     help="A rule for each layer group: LLR=RULE,MLL=RULE,HLL=RULE,FCL=RULE.",
@@ -298,19 +186,19 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
     "--abs",
     "absolute",
     is_flag=True,
-    cls=_Option,
+    cls=Option,
     heading="Composite",
     help="With --rules: rank by absolute relevance.",
 )
 @click.option(
     "--epsilon",
     type=float,
-    cls=_Option,
+    cls=Option,
     heading="Composite",
     help="With --rules: epsilon of the Epsilon rules.  [default: 1e-06]",
 )
-@_configuration_options("model", "data", "objective")
-@_configuration_options("search", only=["space"])
+@configuration_options("model", "data", "objective")
+@configuration_options("search", only=["space"])
 @click.option(
     "--images",
     type=click.Choice(["search", "confirmation"]),
@@ -342,7 +230,7 @@ def evaluate(
         raise click.UsageError("Give one of --composite, --heuristic and --rules.")
     if rules is None and (absolute or epsilon is not None):
         raise click.UsageError("--abs and --epsilon go with --rules.")
-    console = _start(verbose)
+    console = start_logging(verbose)
     from hpo.progress import make_progress
     from hpo.report import evaluation_tables
 
@@ -356,7 +244,7 @@ def evaluate(
         evaluation = problem.evaluate(spec, images)
     if as_json:
         curve = evaluation.curve
-        _print_json(
+        print_json(
             {
                 "rates": list(curve.rates),
                 "accuracies": list(curve.accuracies),
@@ -371,7 +259,7 @@ def evaluate(
             }
         )
         return
-    _print(f"{spec.label} on {len(evaluation.image_auc)} {images} images", *evaluation_tables(evaluation))
+    print_parts(f"{spec.label} on {len(evaluation.image_auc)} {images} images", *evaluation_tables(evaluation))
 
 
 @cli.command(
@@ -383,14 +271,14 @@ def evaluate(
     """
 )
 @_study
-@_file("-o", "File to write; may be left out with --json.", metavar="FILE", default=None)
+@file_option("-o", "File to write; may be left out with --json.", metavar="FILE", default=None)
 @click.option("--trial", type=click.IntRange(min=0), metavar="N", help="This trial instead of the best.")
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="The K best composites, each in a file.")
 @_storage
-@_configuration_options("model", only=["model", "checkpoint", "model-option"])
-@_configuration_options("data", only=["data", "class-map"])
-@_configuration_options("search", only=["space"])
-@_configuration_options("objective", only=["device"])
+@configuration_options("model", only=["model", "checkpoint", "model-option"])
+@configuration_options("data", only=["data", "class-map"])
+@configuration_options("search", only=["space"])
+@configuration_options("objective", only=["device"])
 @_json
 @_verbose
 def export(
@@ -412,7 +300,7 @@ def export(
         raise click.UsageError("Give --trial or --top, not both.")
     if o is None and not as_json:
         raise click.UsageError("Name the file to write with -o FILE, or pass --json.")
-    console = _start(verbose)
+    console = start_logging(verbose)
     from hpo.export import choose_trials, export_paths, export_trials
     from hpo.progress import make_progress
     from hpo.report import configuration_of, prune_command
@@ -427,12 +315,12 @@ def export(
         write_document(path, document)
     if as_json:
         contents = [document.to_json() for document in documents]
-        _print_json(contents if top is not None else contents[0])
+        print_json(contents if top is not None else contents[0])
         return
     for path, document in zip(paths, documents, strict=True):
         assert document.study is not None, "it is from a study"
-        _print(f"Wrote {path}: trial {document.study['trial']}, {document.composite.label}.")
-    _print(f"Next:\n  {prune_command(str(paths[0]), configuration_of(loaded))}")
+        print_parts(f"Wrote {path}: trial {document.study['trial']}, {document.composite.label}.")
+    print_parts(f"Next:\n  {prune_command(str(paths[0]), configuration_of(loaded))}")
 
 
 @cli.command(
@@ -445,7 +333,7 @@ def export(
 @click.argument("document", metavar="DOCUMENT")
 @click.option(
     "--rate",
-    cls=_Option,
+    cls=Option,
     heading="Amount (give one)",
     type=click.FloatRange(0, 1, max_open=True),
     metavar="SHARE",
@@ -453,7 +341,7 @@ def export(
 )
 @click.option(
     "--keep-accuracy",
-    cls=_Option,
+    cls=Option,
     heading="Amount (give one)",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
@@ -461,7 +349,7 @@ def export(
 )
 @click.option(
     "--params",
-    cls=_Option,
+    cls=Option,
     heading="Amount (give one)",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
@@ -469,7 +357,7 @@ def export(
 )
 @click.option(
     "--flops",
-    cls=_Option,
+    cls=Option,
     heading="Amount (give one)",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
@@ -483,8 +371,8 @@ def export(
     help="New directory to write slim.pt2, slim.safetensors and report.json to.",
 )
 @click.option("--coupled", is_flag=True, help="Also prune whole coupled groups (torch-pruning), measured anew.")
-@_configuration_options("model", "data")
-@_configuration_options("objective", only=["batch-size", "device"])
+@configuration_options("model", "data")
+@configuration_options("objective", only=["batch-size", "device"])
 @_config
 @_json
 @_verbose
@@ -515,7 +403,7 @@ def prune(
     given = {kind: value for kind, value in amounts.items() if value is not None}
     if len(given) != 1:
         raise click.UsageError("Give one of --rate, --keep-accuracy, --params and --flops.")
-    console = _start(verbose)
+    console = start_logging(verbose)
     from hpo.problem import load_model_and_task
     from hpo.progress import make_progress
     from hpo.report import prune_parts
@@ -540,9 +428,9 @@ def prune(
             batch_size=configuration.batch_size,
         )
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        _print(*prune_parts(report))
+        print_parts(*prune_parts(report))
 
 
 @cli.command(
@@ -560,7 +448,7 @@ def prune(
 @_verbose
 def dashboard(storage: str | None, host: str, port: int, allow_writes: bool, verbose: bool) -> None:
     """Show the studies in the browser with optuna-dashboard, until Ctrl-C."""
-    _start(verbose)
+    start_logging(verbose)
     from storage.dashboard import serve
 
     def announce(address: str) -> None:
@@ -579,67 +467,16 @@ def dashboard(storage: str | None, host: str, port: int, allow_writes: bool, ver
 @_verbose
 def spaces(as_json: bool, verbose: bool) -> None:
     """List what can be searched: spaces, heuristics, samplers and metrics."""
-    _start(verbose)
+    start_logging(verbose)
     from hpo.catalogue import catalogue, catalogue_tables
 
     if as_json:
-        _print_json(catalogue())
+        print_json(catalogue())
     else:
-        _print(*catalogue_tables())
+        print_parts(*catalogue_tables())
 
 
 # What commands share
-
-
-def _start(verbose: bool) -> "Console":
-    """Set up logging to standard error; the console that progress and log share."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, markup=False)
-    handler = _ConsoleHandler(console)
-    # torch's own trace logger passes everything on, whatever the root's level.
-    handler.setLevel(logging.DEBUG if verbose else logging.INFO)
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(logging.WARNING)
-    for name in _PACKAGES:
-        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
-    return console
-
-
-class _ConsoleHandler(logging.Handler):
-    """Log records above the progress display."""
-
-    def __init__(self, console: "Console") -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
-        try:
-            self._console.print(f"{prefix}{self.format(record)}", soft_wrap=True)
-        except Exception:
-            self.handleError(record)
-
-
-def _print(*parts: Any) -> None:
-    """Print texts and tables on standard output."""
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, markup=False, width=_WIDTH_WITHOUT_TERMINAL)
-    for part in parts:
-        if part != "":
-            console.print(part, soft_wrap=isinstance(part, str))
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    click.echo(json.dumps(value, indent=2))
 
 
 def _print_study(configuration: "LaunchConfiguration", *, finished_before: bool) -> None:
@@ -650,9 +487,9 @@ def _print_study(configuration: "LaunchConfiguration", *, finished_before: bool)
     with StudyStore.open(configuration.storage, read_only=True) as store:
         report = StudyReport.of(store.load(configuration.study))
     if finished_before:
-        _print(f"Study {configuration.study} is finished; a larger --n-trials goes on with it.")
+        print_parts(f"Study {configuration.study} is finished; a larger --n-trials goes on with it.")
     commands = next_commands(report, default_storage_url())
-    _print(*report.parts(), "\n".join(["Next:", *(f"  {line}" for line in commands)]))
+    print_parts(*report.parts(), "\n".join(["Next:", *(f"  {line}" for line in commands)]))
 
 
 def _storage_url(storage: str | None) -> str:
@@ -731,7 +568,7 @@ def _same_command(ctx: click.Context) -> str:
     """This command as it was typed, but for passwords."""
     from storage.urls import mask_password
 
-    return shlex.join([*ctx.command_path.split(), *map(mask_password, ctx.meta[_ARGUMENTS])])
+    return shlex.join([*ctx.command_path.split(), *map(mask_password, ctx.meta[ARGUMENTS])])
 
 
 def main() -> NoReturn:
