@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from objectives.attribution.composites import describe_mismatch
 from objectives.datasets import LabelledImages, Task
@@ -34,7 +34,7 @@ from objectives.pruning.masking import masked
 from objectives.pruning.ranking import Ranking, rank
 from objectives.pruning.rates import n_pruned
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
-from objectives.pruning.slimming import Cost, cost, slim
+from objectives.pruning.slimming import Cost, cost, depends_on_images, slim
 from objectives.pruning.structured import prune_coupled
 from search_spaces.documents import CompositeDocument
 
@@ -265,7 +265,7 @@ class _Pruning:
             exact=self._figures(slim_network, slim_network, cost(slim_network)),
             coupled=coupled_figures,
             n_removed_coupled=n_removed,
-            warnings=tuple(self._warnings()),
+            warnings=tuple(self._warnings(slim_network)),
             files=(*(str(target / path.name) for path in sorted(directory.iterdir())), str(target / "report.json")),
         )
         (directory / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
@@ -299,7 +299,7 @@ class _Pruning:
             latency_ms=_latency_ms(network, self._images().images[:1].to(self.objective.device)),
         )
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, slim_network: fx.GraphModule) -> list[str]:
         objective, document = self.objective, self.document
         warnings = []
         if objective.model.fingerprint != document.model["fingerprint"]:
@@ -308,7 +308,7 @@ class _Pruning:
             warnings.append("The images aren't those that the document was made for.")
         if objective.task.preprocessing.to_json() != document.preprocessing:
             warnings.append("The preprocessing isn't the document's.")
-        if cost(slim(objective.network, self.ranking.masks(self.n_pruned))).flops == 0:
+        if not depends_on_images(slim_network):
             warnings.append("No path from the image to the logits is left: the network always gives the same answer.")
         for warning in warnings:
             _log.warning(warning)

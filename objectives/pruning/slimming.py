@@ -22,12 +22,13 @@ from objectives.attribution.operations import Activation, AveragePool, ConstantG
 from objectives.network import CanonicalNetwork, shape_of
 from objectives.pruning.ranking import Masks
 
-__all__ = ["Cost", "cost", "slim"]
+__all__ = ["Cost", "cost", "depends_on_images", "slim"]
 
 aten = torch.ops.aten
 
 _POOLS = {aten.max_pool2d.default, aten.adaptive_max_pool2d.default}
 _GATE_ACTIVATIONS = {aten.sigmoid.default, aten.hardsigmoid.default}
+_READ_SIZES_ONLY = {aten.sym_size.int, aten.new_zeros.default}
 _PADS = {aten.constant_pad_nd.default, aten.pad.default}
 _SQUEEZES = {aten.squeeze.dims, aten.squeeze.dim}
 _FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
@@ -61,6 +62,20 @@ def cost(module: fx.GraphModule) -> Cost:
         elif node.op == "get_attr" and node.meta.get("bias_only"):
             parameters += math.prod(getattr(module, str(node.target)).shape)
     return Cost(parameters, flops)
+
+
+def depends_on_images(module: fx.GraphModule) -> bool:
+    """Whether anything but the number of images reaches the logits of a slim network."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    seen, queue = set(), [output]
+    while queue:
+        node = queue.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen and node.target not in _READ_SIZES_ONLY:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return False
 
 
 def slim(network: CanonicalNetwork, masks: Masks) -> fx.GraphModule:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import objectives.models  # noqa: F401 (registers this product's networks with timm)
-from objectives.datasets import LabelledImages, Task, load_task
+from objectives.datasets import Task, load_task
 from objectives.models import LoadedModel, load_model
 from objectives.network import CanonicalNetwork, canonize
 from objectives.objective import Objective, ObjectiveOptions
@@ -98,22 +98,6 @@ def digits_model(_own_cache: None) -> LoadedModel:
 @pytest.fixture(scope="session")
 def digits_task(digits_model: LoadedModel) -> Task:
     return load_task("digits", digits_model, evaluation_images=200)
-
-
-@pytest.fixture(scope="session")
-def small_task(digits_task: Task) -> Task:
-    """Fewer confirmation images, for what only has to run."""
-    return Task(
-        references=digits_task.references,
-        search=digits_task.search,
-        confirmation=LabelledImages(digits_task.confirmation.images[:100], digits_task.confirmation.labels[:100]),
-        classes=digits_task.classes,
-        class_names=digits_task.class_names,
-        source=digits_task.source,
-        fingerprint=digits_task.fingerprint,
-        preprocessing=digits_task.preprocessing,
-        reference_indices=digits_task.reference_indices,
-    )
 
 
 @pytest.fixture(scope="session")

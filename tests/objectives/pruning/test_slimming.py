@@ -7,7 +7,7 @@ from torch import nn
 from objectives.network import canonize
 from objectives.pruning.masking import masked
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
-from objectives.pruning.slimming import Cost, cost, slim
+from objectives.pruning.slimming import Cost, cost, depends_on_images, slim
 
 SMALL = ["cifar_resnet20", "inception", "mobilenetv3_small_100", "regnety_002", "resnet18", "seresnet18"]
 LARGE = ["efficientnet_b0", "mobilenetv2_100", "resnet50", "vgg11_bn", "vgg16_bn"]
@@ -298,3 +298,20 @@ def test_slim_is_never_larger_than_the_layers_allow(prunable):
     module, _ = check_equal(subject, kept(subject.canonical, dict.fromkeys(layers, slice(1, None))))
     widths = {name: tuple(module.get_submodule(name).weight.shape[:2]) for name in layers}
     assert set(widths.values()) == {(1, 1), (1, 3)}
+
+
+def test_whether_images_still_count(prunable):
+    """A layer behind a dead one goes on computing from its bias alone."""
+    subject = prunable("cifar_resnet20")
+    canonical, layers = subject.canonical, list(subject.canonical.components)
+    for pruned, expected in (
+        ({}, True),
+        (dict.fromkeys(layers[1:], slice(None)), True),  # by way of the shortcuts
+        ({"conv1": slice(0, 15)}, True),
+        ({"conv1": slice(None)}, False),
+        (dict.fromkeys(layers, slice(None)), False),
+    ):
+        module = slim(canonical, kept(canonical, pruned))
+        assert depends_on_images(module) == expected
+        logits = module(subject.images)
+        assert torch.allclose(logits, logits[:1], rtol=1e-12, atol=1e-12) != expected
