@@ -64,7 +64,7 @@ class Evaluator:
         kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
         key = hashlib.blake2b(kept.tobytes(), digest_size=16).digest()  # a study measures tens of thousands of masks
         if key not in self._measured:
-            module = slim(self.network, masks)
+            module = slim(self.network, masks, scatter="product")
             size = cost(module)
             module = module.to(self.dtype).to(memory_format=torch.channels_last)
             self._measured[key] = Measurement(correct_predictions(module, self.images, self.batch_size), size)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from objectives.attribution.operations import Activation, AveragePool, ConstantG
 from objectives.network import CanonicalNetwork, shape_of
 from objectives.pruning.ranking import Masks
 
-__all__ = ["Cost", "cost", "depends_on_images", "slim"]
+__all__ = ["Cost", "Scatter", "cost", "depends_on_images", "slim"]
 
 aten = torch.ops.aten
 
@@ -33,6 +33,8 @@ _PADS = {aten.constant_pad_nd.default, aten.pad.default}
 _SQUEEZES = {aten.squeeze.dims, aten.squeeze.dim}
 _FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
 
+
+Scatter = Literal["index", "product"]
 
 # Entries of the 0/1 matrix up to which a product is faster than `index_add` (measured on a CPU with AVX-512).
 _LARGEST_SCATTER = 2**14
@@ -78,17 +80,19 @@ def depends_on_images(module: fx.GraphModule) -> bool:
     return False
 
 
-def slim(network: CanonicalNetwork, masks: Masks) -> fx.GraphModule:
+def slim(network: CanonicalNetwork, masks: Masks, *, scatter: Scatter = "index") -> fx.GraphModule:
     """The network without its pruned components.
 
     Args:
         network: canonical; it isn't changed.
         masks: kept components of every layer that has any pruned.
+        scatter: how channels get to their places in a residual sum: by `index`, which moves values and costs no
+            multiply-add, or on narrow layers by the `product` with a 0/1 matrix, which a CPU computes faster.
 
     Returns:
         (N, C, H, W) -> logits (N, classes), equal to the masked network's up to rounding.
     """
-    return _Slimmer(network, masks).build()
+    return _Slimmer(network, masks, scatter).build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +115,9 @@ class _Value:
 
 
 class _Slimmer:
-    def __init__(self, network: CanonicalNetwork, masks: Masks) -> None:
+    def __init__(self, network: CanonicalNetwork, masks: Masks, scatter: Scatter) -> None:
         self.network = network
+        self.scatter = scatter
         self.masks = {name: mask.cpu() for name, mask in masks.items()}
         self.source = network.module
         self.root = nn.Module()
@@ -193,7 +198,8 @@ class _Slimmer:
         return self._emit(aten.index_copy.default, zeros, 1, self._index(places), node)
 
     def _scatters_by_product(self, value: _Value, places: Tensor, channels: Tensor) -> bool:
-        return len(value.shape) == 3 and len(places) * len(channels) <= _LARGEST_SCATTER
+        is_narrow = len(value.shape) == 3 and len(places) * len(channels) <= _LARGEST_SCATTER
+        return self.scatter == "product" and is_narrow
 
     def _scattered(self, node: fx.Node, places: Tensor, n_channels: int) -> fx.Node:
         """Channels moved to their places by a 0/1 matrix: exact, and faster than an index on narrow layers."""

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from objectives.network import canonize
 from objectives.pruning.masking import masked
@@ -55,7 +56,7 @@ def test_slim_equals_masked_and_shrinks_at_every_rate(prunable, name, rates):
         assert after.parameters < before.parameters
         assert after.flops < before.flops
     # The test would prove little on networks that say the same of all images or under all masks.
-    assert (predictions[0].std(dim=0) > 1e-6 * predictions[0].abs().max()).all()
+    assert (predictions[0].std(dim=0) > 1e-2 * predictions[0].abs().max()).all()
     assert not torch.allclose(predictions[0], predictions[1], rtol=1e-3)
 
 
@@ -106,14 +107,24 @@ def test_random_shares_of_every_layer(prunable, name):
         check_equal(subject, masks)
 
 
-def test_the_scatter_by_index_equals_that_by_product(prunable, monkeypatch):
-    subject = prunable("seresnet18")
-    masks = subject.ranking().masks(len(subject.ranking()) // 2)
-    by_product = slim(subject.canonical, masks)
-    monkeypatch.setattr("objectives.pruning.slimming._LARGEST_SCATTER", 0)
+@pytest.mark.parametrize("name", ["cifar_resnet20", "seresnet18"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_scatter_by_product_equals_that_by_index(prunable, name, share):
+    subject = prunable(name)
+    masks = subject.ranking().masks(int(share * len(subject.ranking())))
     by_index, logits = check_equal(subject, masks)
+    by_product = slim(subject.canonical, masks, scatter="product")
     torch.testing.assert_close(by_product(subject.images), logits, rtol=1e-12, atol=1e-12)
     assert cost(by_index) == cost(by_product)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+def test_flops_are_those_that_torch_counts(prunable, share):
+    subject = prunable("cifar_resnet20")
+    module = slim(subject.canonical, subject.ranking().masks(int(share * len(subject.ranking()))))
+    with FlopCounterMode(display=False) as counter:
+        module(subject.images)
+    assert counter.get_total_flops() == 2 * len(subject.images) * cost(module).flops
 
 
 def test_restricted_classes_lose_their_rows():
