@@ -39,7 +39,8 @@ def main() -> None:
     launch += ["--space", str(HERE / f"{STUDY}.toml"), "--dtype", "bf16", "--evaluation-images", "1000"]
     launch += ["--model", "cifar_resnet20", "--checkpoint", str(pack / "weights" / "cifar10_resnet20.safetensors")]
     launch += ["--data", f"npz:{pack / 'cifar10' / 'train_10k.npz'},{pack / 'cifar10' / 'test_dev.npz'}"]
-    cli(launch, prog_name="hpo", standalone_mode=False)
+    if status := cli(launch, prog_name="hpo", standalone_mode=False):
+        sys.exit(status)  # interrupted: the same command goes on
     with StudyStore.open(url, read_only=True) as store:
         study = store.load(STUDY)
         finished = [trial for trial in study.trials if trial.value is not None]
