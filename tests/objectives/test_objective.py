@@ -1,4 +1,3 @@
-import copy
 import json
 import logging
 from dataclasses import replace
@@ -50,31 +49,6 @@ def task(model):
 @pytest.fixture(scope="module")
 def objective(model, task):
     return Objective(model, task, OPTIONS)
-
-
-def _snapshot(network):
-    return {
-        "state": copy.deepcopy(network.state_dict()),
-        "parameters": {name: id(parameter) for name, parameter in network.named_parameters()},
-        "requires_grad": [parameter.requires_grad for parameter in network.parameters()],
-        "gradients": [parameter.grad for parameter in network.parameters()],
-        "modules": {name: id(module) for name, module in network.named_modules()},
-        "training": [module.training for module in network.modules()],
-        "forwards": [vars(module).get("forward") for module in network.modules()],
-        "hooks": [
-            len(hooks)
-            for module in network.modules()
-            for key, hooks in vars(module).items()
-            if key.endswith("hooks") and hooks is not None
-        ],
-    }
-
-
-def _assert_same(before, after):
-    state, other = before.pop("state"), after.pop("state")
-    assert list(state) == list(other)
-    assert all(torch.equal(state[name], other[name]) and state[name].dtype == other[name].dtype for name in state)
-    assert before == after
 
 
 def test_the_curve_starts_at_the_unpruned_accuracy(objective, model, task):
@@ -148,15 +122,15 @@ def test_relevances_are_kept_for_a_few_composites_only(model, task):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_users_network_is_bit_for_bit_what_it_was(task, training):
+def test_the_users_network_is_bit_for_bit_what_it_was(task, training, snapshot):
     model = load_model("digits_cnn")
     model.network.requires_grad_(training)
-    before = _snapshot(model.network)
+    before = snapshot(model.network)
     objective = Objective(model, task, OPTIONS)
     for composite in (EPSILON, HEURISTICS["epsilon-alpha2-beta1"], HEURISTICS["epsilon-gamma"]):
         objective.evaluate(composite)
     objective.evaluate(ZPLUS, "confirmation")
-    _assert_same(before, _snapshot(model.network))
+    assert snapshot(model.network) == before
     assert not model.network.training
 
 

@@ -1,16 +1,14 @@
 """Networks with random weights and lively batch-norm statistics, in float64, on small images."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
-import objectives.models  # noqa: F401 (registers this product's networks with timm)
 from objectives.datasets import Task, load_task
 from objectives.models import LoadedModel, load_model
 from objectives.network import CanonicalNetwork, canonize
@@ -36,21 +34,6 @@ class Prunable:
         return rank({name: torch.rand(n, generator=generator) for name, n in self.canonical.components.items()})
 
 
-def enliven(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Random batch-norm statistics, scales and shifts, so that nothing that leaks through one is hidden."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.5, 1.5),
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.5, 0.5),
-            ):
-                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
-    return network.double().eval().requires_grad_(False)
-
-
 class Inception(nn.Module):
     """Branches concatenated, pooled, and concatenated with themselves, as in GoogLeNet."""
 
@@ -72,22 +55,35 @@ class Inception(nn.Module):
         return self.fc(torch.relu(self.hidden(x)))
 
 
-@functools.cache
-def _prunable(name: str) -> Prunable:
-    torch.manual_seed(0)
-    if name == "inception":
-        network = enliven(Inception())
-    else:
-        network = enliven(timm.create_model(name, num_classes=10, **OPTIONS.get(name, {})))
-    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return Prunable(network, canonize(network, (3, 32, 32)), images)
+def _calibrate(network: nn.Module, images: Tensor) -> None:
+    """Brings batch-norm statistics near those of the images, or deep networks would say the same of all."""
+
+    def fit(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        norm.running_mean.mul_(variance.sqrt()).add_(mean)
+        norm.running_var.mul_(variance + 1e-3)
+
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    handles = [norm.register_forward_pre_hook(fit) for norm in norms]
+    network(images)
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture(scope="session")
-def prunable() -> Iterator[Callable[[str], Prunable]]:
+def prunable(build: Callable[..., nn.Module], lively: Callable[..., nn.Module]) -> Callable[[str], Prunable]:
     """Builds the network of a name, once."""
-    yield _prunable
-    _prunable.cache_clear()
+
+    @functools.cache
+    def prunable(name: str) -> Prunable:
+        torch.manual_seed(0)
+        network = lively(Inception()) if name == "inception" else build(name, **OPTIONS.get(name, {}))
+        network.requires_grad_(False)
+        images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        _calibrate(network, images)
+        return Prunable(network, canonize(network, (3, 32, 32)), images)
+
+    return prunable
 
 
 @pytest.fixture(scope="session")
