@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import stabilize
 
-__all__ = ["STABILIZER", "Activation", "AveragePool", "ConstantGate", "Operation", "ResidualSum"]
+__all__ = ["Activation", "AveragePool", "ConstantGate", "Operation", "ResidualSum", "STABILIZER"]
 
 STABILIZER = 1e-6
 """Added to every denominator with its sign, as zennit's rules do by default."""
