@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from hpo.command_line import ARGUMENTS, EXIT_INTERRUPTED, Group, Option, configuration_options, file_option
-from hpo.config import given_fields, resolve
-from hpo.errors import Interrupted
+from hpo.config import OPTIONS, given_fields, resolve
+from hpo.errors import ConfigurationError, Interrupted
 from hpo.terminal import print_json, print_parts, start_logging
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from hpo.config import LaunchConfiguration
     from hpo.problem import LoadedProblem
     from objectives.pruning.prune import AmountKind
@@ -236,10 +238,10 @@ def evaluate(
 
     document = None if composite is None else _read_document(composite)
     spec = document.composite if document is not None else _composite(heuristic, rules, absolute, epsilon)
-    configuration = _resolve_with(document, options, config)
+    configuration, given = _resolve_with(document, options, config)
     with make_progress(configuration.metric, console) as progress:
         progress.phase("Loading network and images")
-        problem = _load_problem(configuration, document)
+        problem = _load_problem(configuration, document, given)
         progress.phase("Evaluating")
         evaluation = problem.evaluate(spec, images)
     if as_json:
@@ -400,8 +402,8 @@ def prune(
         "parameters": params,
         "flops": flops,
     }
-    given = {kind: value for kind, value in amounts.items() if value is not None}
-    if len(given) != 1:
+    wanted = {kind: value for kind, value in amounts.items() if value is not None}
+    if len(wanted) != 1:
         raise click.UsageError("Give one of --rate, --keep-accuracy, --params and --flops.")
     console = start_logging(verbose)
     from hpo.problem import load_model_and_task
@@ -411,12 +413,12 @@ def prune(
     from objectives.pruning.prune import prune as run
 
     content = _read_document(document)
-    configuration = _resolve_with(content, options, config)
+    configuration, given = _resolve_with(content, options, config)
     with make_progress("AUC", console) as progress:
         progress.phase("Loading network and images")
-        model, task = load_model_and_task(configuration)
+        model, task = load_model_and_task(configuration, given)
         progress.phase("Pruning")
-        ((kind, value),) = given.items()
+        ((kind, value),) = wanted.items()
         report = run(
             model,
             task,
@@ -533,24 +535,40 @@ def _composite(heuristic: str | None, rules: str | None, absolute: bool, epsilon
     if heuristic is not None:
         return named(heuristic)
     assert rules is not None, "one of the three is given"
-    return CompositeSpec.parse_rules(rules, abs=absolute, epsilon=epsilon)
+    spec = CompositeSpec.parse_rules(rules, abs=absolute, epsilon=epsilon)
+    if epsilon is not None and spec.epsilon is None:
+        raise ConfigurationError(f"`--epsilon {epsilon:g}` is for the Epsilon rule, which --rules lacks; leave it out.")
+    return spec
 
 
 def _resolve_with(
     document: "CompositeDocument | None", options: dict[str, Any], config: Path | None
-) -> "LaunchConfiguration":
-    """The configuration, in which a document's settings hold over the defaults."""
+) -> "tuple[LaunchConfiguration, Container[str]]":
+    """The configuration, in which a document's settings hold over the defaults, and the fields that may run code.
+
+    Raises:
+        ConfigurationError: As `resolve`, or the file has a key that is no option of this command.
+    """
+    in_file = given_fields({}, config)
+    if ignored := [option.name for option in OPTIONS.values() if option.field in in_file - set(options)]:
+        raise ConfigurationError(
+            f"Key {ignored[0]!r} of {str(config)!r} is no option of `{click.get_current_context().command_path}`; "
+            "leave it out."
+        )
     if document is None:
-        return resolve(options, config)
+        return resolve(options, config), ("model", "data", "space")
     from hpo.export import document_options
     from hpo.problem import refuse_imports
 
     configuration = resolve(options, config, document_options(document))
-    refuse_imports(configuration, given_fields(options, config), "The document")
-    return configuration
+    given = given_fields(options, config)
+    refuse_imports(configuration, given, "The document")
+    return configuration, given
 
 
-def _load_problem(configuration: "LaunchConfiguration", document: "CompositeDocument | None") -> "LoadedProblem":
+def _load_problem(
+    configuration: "LaunchConfiguration", document: "CompositeDocument | None", given: "Container[str]"
+) -> "LoadedProblem":
     from hpo.problem import check_shape, load_problem
     from search_spaces.spaces import load_space
 
@@ -559,7 +577,7 @@ def _load_problem(configuration: "LaunchConfiguration", document: "CompositeDocu
     groups: dict[str, tuple[str, ...]] = {}
     for layer, group in document.layer_groups.items():
         groups[group] = (*groups.get(group, ()), layer)
-    problem = load_problem(configuration, groups)
+    problem = load_problem(configuration, groups, given)
     check_shape(problem, document)
     return problem
 

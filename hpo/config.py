@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from hpo.errors import ConfigurationError
 from search_spaces.errors import PruningHPOError
-from search_spaces.imports import is_import_path as _has_import_form
+from search_spaces.imports import is_import_path
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["LaunchConfiguration", "OPTIONS", "Option", "Section", "given_fields", "is_import_path", "resolve"]
+__all__ = ["LaunchConfiguration", "OPTIONS", "Option", "Section", "given_fields", "resolve"]
 
 Section = Literal["study", "search", "model", "data", "objective"]
 
@@ -33,8 +33,6 @@ _DTYPES = ("fp32", "bf16")
 _EXECUTORS = ("local",)
 _OUTPUT_RELEVANCES = ("one", "logit")
 _SAMPLES = ("random", "first")
-
-_SCHEMES = ("folder", "npz", "optunahub", "timm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +263,7 @@ class LaunchConfiguration:
     )
     timeout_s: float | None = _option(
         "search",
-        "Start no trial after this time: seconds, or 90s, 30m, 2h. The best found is still confirmed.",
+        "Search no longer than this: seconds, or 90s, 30m, 2h. Heuristics and confirmation always run.",
         read=_seconds,
         metavar="TIME",
         name="timeout",
@@ -409,11 +407,6 @@ class LaunchConfiguration:
         "objective", "Device to compute on.", read=_device, metavar="auto|cpu|cuda[:N]", default="auto"
     )
 
-    @property
-    def is_embedded_default(self) -> bool:
-        """Whether this is the digits network on the digits."""
-        return self.model == _DEFAULT_MODEL and self.data == _DEFAULT_DATA
-
     def to_json(self) -> dict[str, Any]:
         """JSON form, by option names; the storage URL without user information."""
         from storage.urls import without_user_information
@@ -445,11 +438,6 @@ OPTIONS: dict[str, Option] = {
         for field in dataclasses.fields(LaunchConfiguration)
     )
 }
-
-
-def is_import_path(text: str) -> bool:
-    """Whether a model, data source, space or sampler is `package.module:object`, whose import runs code."""
-    return _has_import_form(text) and text.partition(":")[0] not in _SCHEMES
 
 
 def resolve(

@@ -114,9 +114,12 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
 def _load(study: "Study", saved: LaunchConfiguration, options: Mapping[str, Any], progress: "Progress") -> "Problem":
     fallback = {field.name: getattr(saved, field.name) for field in fields(saved)}
     configuration = resolve(options, fallback=fallback)
-    refuse_imports(configuration, given_fields(options), f"Study {study.study_name!r}")
+    given = given_fields(options)
+    refuse_imports(configuration, given, f"Study {study.study_name!r}")
     progress.phase("Loading network and images")
-    problem = load_problem(configuration, load_space(configuration.space).layer_groups)
+    problem = load_problem(
+        configuration, load_space(configuration.space, allow_imports="space" in given).layer_groups, given
+    )
     if different := differences(study.user_attrs[IDENTITY]["objective"], problem.identity()):
         raise StudyIdentityError(
             f"Study {study.study_name!r} searched on something else; pass the options that it was launched with "

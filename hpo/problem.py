@@ -3,12 +3,14 @@
 import hashlib
 import json
 import platform
+import shlex
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpo.config import LaunchConfiguration, is_import_path
+from hpo.config import LaunchConfiguration
 from hpo.errors import ImportRefusedError
 from hpo.executors import Images
+from search_spaces.imports import Named, runs_code
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping
@@ -29,7 +31,7 @@ class Problem(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Name of each class of the task, in the order of a curve's class accuracies."""
+        """Name of each class that has search images, in the order of a curve's class accuracies."""
         ...
 
     @property
@@ -62,7 +64,7 @@ class LoadedProblem:
     @property
     def class_names(self) -> tuple[str, ...]:
         """See `Problem.class_names`."""
-        return tuple(self.task.class_names)
+        return self.objective.present_classes
 
     @property
     def n_confirmation_images(self) -> int:
@@ -119,20 +121,23 @@ class LoadedProblem:
 
 
 def load_problem(
-    configuration: LaunchConfiguration, layer_groups: "Mapping[str, tuple[str, ...]] | None"
+    configuration: LaunchConfiguration,
+    layer_groups: "Mapping[str, tuple[str, ...]] | None",
+    given: "Container[str]" = ("model", "data"),
 ) -> LoadedProblem:
     """Load what the configuration names.
 
     Args:
         configuration: A resolved configuration.
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
+        given: As for `load_model_and_task`.
 
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
     """
     from objectives.objective import Objective, ObjectiveOptions
 
-    model, task = load_model_and_task(configuration)
+    model, task = load_model_and_task(configuration, given)
     options = ObjectiveOptions(
         rates=configuration.rates,
         abs_scope=configuration.abs_scope,
@@ -159,8 +164,14 @@ def check_shape(problem: LoadedProblem, document: "CompositeDocument") -> None:
         raise UnsupportedNetworkError(describe_mismatch(problem.objective.network, widths))
 
 
-def load_model_and_task(configuration: LaunchConfiguration) -> "tuple[LoadedModel, Task]":
+def load_model_and_task(
+    configuration: LaunchConfiguration, given: "Container[str]" = ("model", "data")
+) -> "tuple[LoadedModel, Task]":
     """The network and the images that the configuration names.
+
+    Args:
+        configuration: A resolved configuration.
+        given: Fields that the command line gives; what others name must not run code.
 
     Raises:
         ObjectiveError: They cannot be used.
@@ -177,6 +188,7 @@ def load_model_and_task(configuration: LaunchConfiguration) -> "tuple[LoadedMode
         std=configuration.std,
         crop=configuration.crop,
         interpolation=configuration.interpolation,
+        allow_imports="model" in given,
     )
     task = load_task(
         configuration.data,
@@ -188,6 +200,7 @@ def load_model_and_task(configuration: LaunchConfiguration) -> "tuple[LoadedMode
         seed=configuration.seed,
         class_map=configuration.class_map,
         sample=configuration.sample,
+        allow_imports="data" in given,
     )
     return model, task
 
@@ -201,12 +214,13 @@ def refuse_imports(configuration: LaunchConfiguration, given: "Container[str]", 
         origin: Where the others are from, such as `Study 'digits'`.
 
     Raises:
-        ImportRefusedError: Another field is an import path.
+        ImportRefusedError: Another field is an import path, or data whose reader runs code.
     """
-    for field in ("model", "data", "space"):
-        path = getattr(configuration, field)
-        if field not in given and is_import_path(path):
+    fields: tuple[Named, ...] = ("model", "data", "space")
+    for field in fields:
+        text = getattr(configuration, field)
+        if field not in given and runs_code(field, text):
             raise ImportRefusedError(
-                f"{origin} names the import path {path!r}, which is not imported from there; "
-                f"pass `--{field} {path}` if you trust it."
+                f"{origin} names {text!r}, which runs code and is not loaded from there; "
+                f"pass `--{field} {shlex.quote(text)}` if you trust it."
             )

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo import trials
-from hpo.config import LaunchConfiguration, is_import_path
+from hpo.config import LaunchConfiguration
 from hpo.confirmation import Confirmation
 from hpo.driver import CONFIRMATION
 from hpo.errors import NothingFoundError
+from search_spaces.imports import Named, runs_code
 from storage.store import CONFIGURATION
 from storage.trials import FAILURE
 
@@ -141,7 +142,9 @@ class StudyReport:
     def headline(self) -> str:
         """How far the study is, in a line."""
         wanted = self.configuration.n_trials
-        counted = f"{self.n_finished}" if wanted is None else f"{self.n_finished} of {wanted}"
+        # A grid asks its failed points again, and these count here.
+        beyond = wanted is None or self.n_finished > wanted
+        counted = f"{self.n_finished}" if beyond else f"{self.n_finished} of {wanted}"
         others = [f"{self.n_trials[state]} {state}" for state in ("fail", "running", "waiting") if self.n_trials[state]]
         remark = f" ({', '.join(others)})" if others else ""
         return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {self.metric}."
@@ -209,14 +212,15 @@ def next_commands(report: StudyReport, default_storage: str) -> list[str]:
 def prune_command(document: str, configuration: LaunchConfiguration) -> str:
     """The command that prunes with a document, with the options that the document does not hold or may not decide."""
     options: list[str] = []
-    for option in ("model", "data"):
-        if is_import_path(path := getattr(configuration, option)):
-            options += [f"--{option}", path]
+    fields: tuple[Named, ...] = ("model", "data")
+    for option in fields:
+        if runs_code(option, text := getattr(configuration, option)):
+            options += [f"--{option}", text]
     if configuration.checkpoint is not None:
         options += ["--checkpoint", configuration.checkpoint]
     if configuration.class_map is not None:
         options += ["--class-map", configuration.class_map]
-    return shlex.join(["hpo", "prune", document, "--rate", "0.4", "-o", "slim", *options])
+    return shlex.join(["hpo", "prune", document, "--keep-accuracy", "0.95", "-o", "slim", *options])
 
 
 def configuration_table(configuration: LaunchConfiguration) -> "Table":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import logging
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +18,17 @@ from torch import Tensor, nn
 import objectives.cifar_resnets
 import objectives.digits
 from objectives.checkpoints import load_weights, read_checkpoint
-from objectives.errors import ModelError, ObjectiveError
+from objectives.errors import ModelError
 from objectives.fingerprints import state_fingerprint
 from objectives.preprocessing import Preprocessing
+from search_spaces.imports import import_object, is_import_path
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["LoadedModel", "OptionValue", "import_object", "importable_working_directory", "load_model", "parse_option"]
+__all__ = ["LoadedModel", "OptionValue", "load_model", "parse_option"]
 
 _logger = logging.getLogger(__name__)
 
 OptionValue = bool | int | float | str
-_IMPORT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TIMM_SOURCES = ("hf-hub:", "local-dir:")
 
 
@@ -73,6 +70,7 @@ def load_model(
     crop: float | None = None,
     interpolation: str | None = None,
     device: str | torch.device = "cpu",
+    allow_imports: bool = True,
 ) -> LoadedModel:
     """Loads a trained classifier.
 
@@ -80,8 +78,8 @@ def load_model(
         10
 
     Args:
-        name: A timm name, or `package.module:factory`, a callable that returns the network (the working directory is
-            importable meanwhile).
+        name: A timm name, or `package.module:factory`, a callable that returns the network; modules in the working
+            directory can be named.
         checkpoint: A safetensors or torch file of weights. Without it, a timm network gets its pretrained weights and a
             factory's network stays as it is. The number of outputs follows the checkpoint's head.
         options: Arguments of the network's constructor or of the factory.
@@ -91,14 +89,17 @@ def load_model(
         crop: Overrides the share that the preprocessing's crop keeps.
         interpolation: Overrides how the preprocessing resizes.
         device: Where to put the network.
+        allow_imports: False refuses import paths; pass it for names that come from a document or a store.
 
     Raises:
         ModelError: The network can't be built, its weights can't be had, or it doesn't classify images.
         CheckpointMismatchError: The checkpoint doesn't fit the network.
     """
+    if is_import_path(name) and not allow_imports:
+        raise ModelError(f"The model {name!r} is not imported from here; pass it as `--model` on the command line.")
     given = dict(options or {})
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    if _IMPORT.fullmatch(name):
+    if is_import_path(name):
         network, configuration = _from_factory(name, given), None
     else:
         network = _from_timm(name, given, state)
@@ -154,52 +155,19 @@ def parse_option(text: str) -> tuple[str, OptionValue]:
     return name, value
 
 
-@contextlib.contextmanager
-def importable_working_directory() -> Iterator[None]:
-    """Lets modules in the working directory be imported inside the block, as `python` alone does."""
-    directory = str(Path.cwd())
-    sys.path.insert(0, directory)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the imported module may have edited the path itself
-            sys.path.remove(directory)
-
-
-def import_object(spec: str, error: type[ObjectiveError]) -> Any:
-    """The object that `package.module:name` names; call it inside `importable_working_directory`.
-
-    Args:
-        spec: Of that form; the name may have dots.
-        error: Raised when the module can't be imported or lacks the name.
-    """
-    module_name, _, path = spec.partition(":")
-    try:
-        value: Any = importlib.import_module(module_name)
-    except Exception as cause:  # a user's module may raise anything while it is imported
-        raise error(
-            f"{spec!r} can't be imported: {_describe(cause)}; "
-            f"write package.module:name of a module that is installed or lies in {str(Path.cwd())!r}."
-        ) from cause
-    for attribute in path.split("."):
-        if not hasattr(value, attribute):
-            known = [name for name in vars(value) if not name.startswith("_")] if hasattr(value, "__dict__") else []
-            raise error(f"{module_name!r} has no {path!r}.{did_you_mean(attribute, known)}")
-        value = getattr(value, attribute)
-    return value
-
-
 def _from_factory(spec: str, options: Mapping[str, OptionValue]) -> nn.Module:
-    with importable_working_directory():
-        factory = import_object(spec, ModelError)
-        if not callable(factory):
-            raise ModelError(f"{spec!r} is a {type(factory).__name__}; name a callable that returns the network.")
-        try:
-            network = factory(**options)
-        except Exception as error:  # a user's factory may raise anything
-            raise ModelError(
-                f"{spec!r} failed with the options {dict(options)}: {_describe(error)}; check --model-option."
-            ) from error
+    try:
+        factory = import_object(spec)
+    except ImportError as error:
+        raise ModelError(f"The model {spec!r} can't be imported: {error}.") from error
+    if not callable(factory):
+        raise ModelError(f"{spec!r} is a {type(factory).__name__}; name a callable that returns the network.")
+    try:
+        network = factory(**options)
+    except Exception as error:  # a user's factory may raise anything
+        raise ModelError(
+            f"{spec!r} failed with the options {dict(options)}: {_describe(error)}; check --model-option."
+        ) from error
     if not isinstance(network, nn.Module):
         raise ModelError(f"{spec!r} returned a {type(network).__name__}; it must return a torch.nn.Module.")
     return network

@@ -18,7 +18,7 @@ from search_spaces.errors import (
     UnknownSpaceError,
 )
 from search_spaces.heuristics import HEURISTICS, heuristic
-from search_spaces.imports import import_object, is_import_path
+from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchSpace, load_space, register
 from search_spaces.suggestions import did_you_mean
@@ -29,12 +29,14 @@ __all__ = [
     "CompositeError",
     "CompositeSpec",
     "ContinuousSpace",
+    "DATA_SCHEMES",
     "DiscreteSpace",
     "DocumentError",
     "DocumentVersionError",
     "DocumentWriteError",
     "GROUPS",
     "HEURISTICS",
+    "Named",
     "OutsideSpaceError",
     "PruningHPOError",
     "RULE_DEFAULTS",
@@ -56,5 +58,6 @@ __all__ = [
     "load_document",
     "load_space",
     "register",
+    "runs_code",
     "write_document",
 ]

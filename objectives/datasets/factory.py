@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from objectives.datasets.sources import SourcePair
 from objectives.errors import DataError
-from objectives.models import import_object, importable_working_directory
+from search_spaces.imports import import_object
 
 __all__ = ["open_factory"]
 
 
 def open_factory(spec: str) -> SourcePair:
-    """Calls a factory without arguments; the working directory is importable meanwhile.
+    """Calls a factory without arguments; modules in the working directory can be named.
 
     It returns a `SourcePair`, or two `ImageSource`s: of training and of evaluation images.
 
     Raises:
         DataError: It can't be imported, fails or returns something else.
     """
-    with importable_working_directory():
-        factory = import_object(spec, DataError)
-        if not callable(factory):
-            raise DataError(f"{spec!r} is a {type(factory).__name__}; name a callable that returns two sources.")
-        try:
-            pair = factory()
-        except Exception as error:  # a user's factory may raise anything
-            raise DataError(f"{spec!r} failed ({type(error).__name__}: {error}); correct it.") from error
+    try:
+        factory = import_object(spec)
+    except ImportError as error:
+        raise DataError(f"The data {spec!r} can't be imported: {error}.") from error
+    if not callable(factory):
+        raise DataError(f"{spec!r} is a {type(factory).__name__}; name a callable that returns two sources.")
+    try:
+        pair = factory()
+    except Exception as error:  # a user's factory may raise anything
+        raise DataError(f"{spec!r} failed ({type(error).__name__}: {error}); correct it.") from error
     if isinstance(pair, SourcePair):
         return pair
     if (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from objectives.errors import DataError
 from objectives.fingerprints import pixels_fingerprint, selection_fingerprint
 from objectives.models import LoadedModel
 from objectives.preprocessing import Preprocessing
+from search_spaces.imports import is_import_path, runs_code
 from search_spaces.suggestions import did_you_mean
 
 __all__ = ["LabelledImages", "Task", "load_task"]
@@ -32,7 +32,6 @@ __all__ = ["LabelledImages", "Task", "load_task"]
 _logger = logging.getLogger(__name__)
 
 _MAX_THREADS = 8
-_IMPORT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +94,7 @@ def load_task(
     seed: int = 0,
     class_map: str | Path | Mapping[str, int] | None = None,
     sample: Literal["first", "random"] = "random",
+    allow_imports: bool = True,
 ) -> Task:
     """Opens the data, selects the study's images and prepares them; only selected images are decoded.
 
@@ -111,10 +111,14 @@ def load_task(
         seed: Of the draw of references and of the split.
         class_map: JSON file or mapping from class name to output index.
         sample: "first" takes the first references of each class in the source's order instead of a draw.
+        allow_imports: False refuses what runs code of the source's choice; pass it for sources that come from a
+            document or a store.
 
     Raises:
         DataError: The data can't be read, a class has too few images, or a reference is also evaluated on.
     """
+    if isinstance(source, str) and not allow_imports and runs_code("data", source):
+        raise DataError(f"The data {source!r} are not opened from here; pass them as `--data` on the command line.")
     mapping = read_class_map(class_map) if isinstance(class_map, str | Path) else class_map
     label_set = LabelSet.of(model, mapping)
     pair = _open(source, label_set) if isinstance(source, str) else source
@@ -181,11 +185,11 @@ def _open(source: str, labels: LabelSet) -> SourcePair:
     name, _, argument = source.partition(":")
     if name in SOURCES:
         return SOURCES[name](argument, labels)
-    if _IMPORT.fullmatch(source):
+    if is_import_path(source):
         try:
             return open_factory(source)
         except DataError as error:
-            if isinstance(error.__cause__, ModuleNotFoundError):  # `floder:DIR` has the form of an import
+            if isinstance(error.__cause__, ImportError):  # `floder:DIR` has the form of an import
                 raise DataError(f"{error}{did_you_mean(name, SOURCES)}") from error
             raise
     raise DataError(

@@ -116,6 +116,10 @@ def test_launch_offers_every_option():
     assert all(f"--{name} " in text for name in OPTIONS)
 
 
+def test_the_timeout_says_what_it_does_not_end():
+    assert "Heuristics and confirmation always run." in " ".join(hpo("launch", "--help").output.split())
+
+
 def test_version():
     assert hpo("--version").output.startswith("hpo, version 0.")
 
@@ -133,7 +137,7 @@ def test_launch_ends_with_a_table(study):
     assert lines[-4:] == [
         "Next:",
         "  hpo export quick -o best.json",
-        "  hpo prune best.json --rate 0.4 -o slim",
+        "  hpo prune best.json --keep-accuracy 0.95 -o slim",
         "  hpo dashboard",
     ]
 
@@ -206,7 +210,7 @@ def test_export_says_what_comes_next(document, tmp_path):
     result = hpo("export", "-o", path)
     first, *rest = result.stdout.splitlines()
     assert first.startswith(f"Wrote {path}: trial ")
-    assert rest == ["Next:", f"  hpo prune {path} --rate 0.4 -o slim"]
+    assert rest == ["Next:", f"  hpo prune {path} --keep-accuracy 0.95 -o slim"]
     content = json.loads(path.read_text())
     assert content["study"]["name"] == "quick"
     assert set(content["confirmation"]["differences"]) == set(HEURISTICS)
@@ -339,6 +343,10 @@ def test_launch_refuses(arguments, message):
             "Unknown rule 'Epsilom'. Did you mean 'Epsilon'?",
         ),
         (["--rules", "LLR=Epsilon"], "Layer group MLL has no rule"),
+        (
+            ["--rules", "LLR=ZPlus,MLL=ZPlus,HLL=ZPlus,FCL=ZPlus", "--epsilon", "0.3"],
+            "`--epsilon 0.3` is for the Epsilon rule, which --rules lacks; leave it out.",
+        ),
         (["--composite", "nowhere.json"], "nowhere.json: document cannot be read: No such file"),
     ],
 )
@@ -368,18 +376,44 @@ def test_bad_documents_are_refused(document, tmp_path, command, change, message)
     assert not (tmp_path / "slim").exists()
 
 
-@pytest.mark.parametrize("field", ["model", "data"])
 @pytest.mark.parametrize("command", ["evaluate", "prune"])
-def test_a_document_imports_nothing(document, tmp_path, command, field):
+@pytest.mark.parametrize(
+    ("field", "text", "options"),
+    [
+        ("model", "tempfile:mkdtemp", {}),
+        ("model", "timm:data.dataset.os.system", {"command": "touch PWNED"}),
+        ("model", "folder:os.system", {"command": "touch PWNED"}),
+        ("model", "évil:run", {}),
+        ("data", "tempfile:mkdtemp", {}),
+        ("data", "évil:run", {}),
+        ("data", "timm:wds/x?train_split=pipe:touch PWNED;1..2.tar", {}),
+        ("data", "timm:HFDS/x?trust_remote_code=true", {}),
+    ],
+)
+def test_a_document_runs_no_code(document, tmp_path, monkeypatch, command, field, text, options):
+    (tmp_path / "évil.py").write_text("open('PWNED', 'w').close()")
+    monkeypatch.chdir(tmp_path)
     content = json.loads(document.read_text())
-    content[field]["name" if field == "model" else "source"] = "tempfile:mkdtemp"
+    content[field]["name" if field == "model" else "source"] = text
+    content["model"]["options"] = options
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(content))
     arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
-    assert refused(command, *arguments) == (
-        "The document names the import path 'tempfile:mkdtemp', which is not imported from there; "
-        f"pass `--{field} tempfile:mkdtemp` if you trust it."
-    )
+    message = f"The document names {text!r}, which runs code and is not loaded from there; pass `--{field} "
+    assert refused(command, *arguments).startswith(message)
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_odd_module_names_are_no_imports(document, tmp_path, monkeypatch):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "1x.py").write_text("open('PWNED', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    content = json.loads(document.read_text())
+    content["model"]["name"] = "evil.1x:f"
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    assert "Unknown model 'evil.1x:f'" in refused("prune", path, "--rate", 0.4, "-o", tmp_path / "slim")
+    assert not (tmp_path / "PWNED").exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "prune"])
@@ -391,6 +425,19 @@ def test_a_document_of_another_network_is_refused(document, tmp_path, command):
     path.write_text(json.dumps(content))
     arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
     assert layer in refused(command, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "key"), [("prune", "rates"), ("prune", "abs-scope"), ("prune", "timeout"), ("evaluate", "n-trials")]
+)
+def test_keys_that_would_be_ignored_are_refused(document, tmp_path, command, key):
+    path = tmp_path / "study.toml"
+    value = {"rates": "[0, 0.5]", "abs-scope": '"sum"', "timeout": '"5m"', "n-trials": "3"}[key]
+    path.write_text(f"batch-size = 50\n{key} = {value}\n")
+    arguments = ["--composite", document] if command == "evaluate" else [document, "--rate", 0.4, "-o", tmp_path / "s"]
+    assert refused(command, *arguments, "--config", path) == (
+        f"Key '{key}' of '{path}' is no option of `hpo {command}`; leave it out."
+    )
 
 
 def test_prune_wants_one_amount(document, tmp_path):

@@ -63,7 +63,7 @@ def test_confirming_on_another_problem_is_refused(study):
 def test_a_store_imports_nothing(drive, load, make_problem):
     drive(make_problem(), n_trials=3, model="tempfile:mkdtemp", data="digits")
     trial = next(trial for trial in load().get_trials()[10:] if f"confirmed:{trial.number}" not in load().user_attrs)
-    with pytest.raises(ImportRefusedError, match="Study 's' names the import path 'tempfile:mkdtemp'"):
+    with pytest.raises(ImportRefusedError, match="Study 's' names 'tempfile:mkdtemp', which runs code"):
         export_trials(load(), [trial], {}, LogProgress("auc"))
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from search_spaces import import_object, is_import_path
+from search_spaces import Named, import_object, is_import_path, runs_code
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,40 @@ from search_spaces import import_object, is_import_path
 )
 def test_form(text: str, expected: bool) -> None:
     assert is_import_path(text) is expected
+
+
+@pytest.mark.parametrize("kind", ["model", "space"])
+@pytest.mark.parametrize("text", ["own:x", "timm:data.dataset.os.system", "folder:x", "npz:x", "digits:x"])
+def test_import_paths_of_models_and_spaces_run_code(kind: Named, text: str) -> None:
+    assert runs_code(kind, text)
+
+
+@pytest.mark.parametrize("text", ["resnet18", "hf-hub:a/b", "evil.1x:f", "cnn", "mine.toml"])
+def test_names_run_no_code(text: str) -> None:
+    assert not runs_code("model", text)
+    assert not runs_code("space", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("digits", False),
+        ("folder:flowers", False),
+        ("npz:a,b", False),
+        ("timm:?root=DIR", False),
+        ("timm:folder?root=a/b", False),
+        ("timm:torch/cifar10?root=DIR", False),
+        ("timm:TORCH/cifar10?trust_remote_code=1", True),
+        ("timm:hfds/x", True),
+        ("timm:HFIDS/x", True),
+        ("timm:tfds/x", True),
+        ("timm:wds/?root=pipe:x", True),
+        ("own.images:load", True),
+        ("optunahub:x", True),
+    ],
+)
+def test_data_that_run_code(text: str, expected: bool) -> None:
+    assert runs_code("data", text) is expected
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from objectives.datasets import SOURCES, SourcePair, load_task
 from objectives.datasets.sources import ArraySource
 from objectives.errors import DataError
 from objectives.models import load_model
+from search_spaces.imports import DATA_SCHEMES
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,19 @@ def test_unknown_data_in_the_form_of_an_import_is_named(model):
         DataError, match=r"'floder:DIR' can't be imported.* Did you mean 'folder'\? Known: digits, folder"
     ):
         load_task("floder:DIR", model)
+
+
+def test_the_schemes_that_are_no_imports_are_the_registered_sources():
+    assert sorted(SOURCES) == sorted(DATA_SCHEMES)
+
+
+def test_code_is_not_run_where_imports_are_not_allowed(model, tmp_path, monkeypatch):
+    (tmp_path / "own_marker.py").write_text("open('PWNED', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    for source in ("own_marker:data", "timm:hfds/x?trust_remote_code=true"):
+        with pytest.raises(DataError, match="are not opened from here; pass them as `--data`"):
+            load_task(source, model, allow_imports=False)
+    assert not (tmp_path / "PWNED").exists()
 
 
 def test_images_are_prepared_in_order(model):
