@@ -569,17 +569,12 @@ def _resolve_with(
 def _load_problem(
     configuration: "LaunchConfiguration", document: "CompositeDocument | None", given: "Container[str]"
 ) -> "LoadedProblem":
-    from hpo.problem import check_shape, load_problem
+    from hpo.problem import load_problem
     from search_spaces.spaces import load_space
 
     if document is None:
         return load_problem(configuration, load_space(configuration.space).layer_groups)
-    groups: dict[str, tuple[str, ...]] = {}
-    for layer, group in document.layer_groups.items():
-        groups[group] = (*groups.get(group, ()), layer)
-    problem = load_problem(configuration, groups, given)
-    check_shape(problem, document)
-    return problem
+    return load_problem(configuration, None, given, document)
 
 
 def _same_command(ctx: click.Context) -> str:

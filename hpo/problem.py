@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import shlex
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from search_spaces.composites import CompositeSpec
     from search_spaces.documents import CompositeDocument
 
-__all__ = ["LoadedProblem", "Problem", "check_shape", "load_model_and_task", "load_problem", "refuse_imports"]
+__all__ = ["LoadedProblem", "Problem", "load_model_and_task", "load_problem", "refuse_imports"]
 
 _VERSIONED = ("numpy", "optuna", "pruning-hpo", "timm", "torch", "zennit")
 
@@ -85,6 +86,7 @@ class LoadedProblem:
             "layer_groups": dict(self.objective.layer_groups),
             "abs_scope": configuration.abs_scope,
             "output_relevance": configuration.output_relevance,
+            "procedure": self.objective.options.procedure,
             "rates": list(configuration.rates),
             "preprocessing": task.preprocessing.to_json(),
             "references": {
@@ -124,6 +126,7 @@ def load_problem(
     configuration: LaunchConfiguration,
     layer_groups: "Mapping[str, tuple[str, ...]] | None",
     given: "Container[str]" = ("model", "data"),
+    document: "CompositeDocument | None" = None,
 ) -> LoadedProblem:
     """Load what the configuration names.
 
@@ -131,6 +134,7 @@ def load_problem(
         configuration: A resolved configuration.
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
         given: As for `load_model_and_task`.
+        document: The export document that the network must fit; layers have its groups, and its procedure is followed.
 
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
@@ -147,21 +151,9 @@ def load_problem(
         device=configuration.device,
         layer_groups=layer_groups,
     )
-    return LoadedProblem(configuration, Objective(model, task, options))
-
-
-def check_shape(problem: LoadedProblem, document: "CompositeDocument") -> None:
-    """Refuse a network that is not of the document's shape.
-
-    Raises:
-        UnsupportedNetworkError: A layer has another number of components.
-    """
-    from objectives.attribution.composites import describe_mismatch
-    from objectives.errors import UnsupportedNetworkError
-
-    widths = document.model["component_widths"]
-    if problem.objective.component_widths != widths:
-        raise UnsupportedNetworkError(describe_mismatch(problem.objective.network, widths))
+    if document is not None:
+        options = replace(options, procedure=document.procedure)
+    return LoadedProblem(configuration, Objective(model, task, options, document))
 
 
 def load_model_and_task(

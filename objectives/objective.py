@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from objectives.attribution.composites import check_groups, check_shape
 from objectives.attribution.engine import OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope, Relevance
 from objectives.datasets import LabelledImages, Task
@@ -28,6 +29,7 @@ from objectives.pruning.curve import Curve, area
 from objectives.pruning.evaluation import Evaluator, Measurement, correct_predictions
 from objectives.pruning.rates import check_rates
 from search_spaces.composites import CompositeSpec
+from search_spaces.documents import CompositeDocument
 from search_spaces.suggestions import did_you_mean
 
 __all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
@@ -108,13 +110,16 @@ class Objective:
         model: loaded.
         task: reference samples and evaluation images.
         options: what to measure.
+        document: an export document that the network must fit; layers have its groups, not the options'.
 
     Raises:
-        UnsupportedNetworkError: the network can't be attributed correctly.
+        UnsupportedNetworkError: the network can't be attributed correctly, or isn't of the document's shape.
         DeviceError: the device doesn't exist.
     """
 
-    def __init__(self, model: LoadedModel, task: Task, options: ObjectiveOptions) -> None:
+    def __init__(
+        self, model: LoadedModel, task: Task, options: ObjectiveOptions, document: CompositeDocument | None = None
+    ) -> None:
         self.model = model
         self.task = task
         self.options = options
@@ -123,7 +128,14 @@ class Objective:
         original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
         self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), restricted)
-        self.layer_groups: dict[str, str] = group_layers(self.network, options.layer_groups)
+        self.layer_groups: dict[str, str]
+        if document is None:
+            self.layer_groups = group_layers(self.network, options.layer_groups)
+        else:
+            # Before the groups: of another network these would be refused by a less telling message.
+            check_shape(self.network, model.num_classes, document)
+            check_groups(self.network, document.layer_groups)
+            self.layer_groups = {name: document.layer_groups[name] for name in self.network.layers}
         references = task.references.to(self.device)
         self._check_copy(original, references)
         self.attribution = ZennitAttribution(

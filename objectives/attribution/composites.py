@@ -28,7 +28,7 @@ from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.rules import RuleSpec
 
-__all__ = ["CanonicalForm", "check_groups", "describe_mismatch", "hook_of", "load_composite", "zennit_composite"]
+__all__ = ["CanonicalForm", "check_groups", "check_shape", "hook_of", "load_composite", "zennit_composite"]
 
 
 def hook_of(rule: RuleSpec) -> Hook:
@@ -147,24 +147,34 @@ def load_composite(document: CompositeDocument, model: nn.Module) -> Composite:
     height, width = document.preprocessing["size"]
     channels = len(document.preprocessing["mean"])
     canonical = canonize(model, (channels, height, width))
-    widths: Mapping[str, int] = document.model["component_widths"]
-    if canonical.components != dict(widths):
-        raise UnsupportedNetworkError(describe_mismatch(canonical, widths))
-    if canonical.n_outputs != document.model["num_classes"]:
-        raise UnsupportedNetworkError(
-            f"The document was made for a network whose layer {canonical.classifier!r} has "
-            f"{document.model['num_classes']} outputs; this one has {canonical.n_outputs}."
-        )
+    check_shape(canonical, canonical.n_outputs, document)
     check_groups(canonical, document.layer_groups)
     return zennit_composite(document.composite, document.layer_groups, CanonicalForm(canonical))
 
 
-def describe_mismatch(network: CanonicalNetwork, widths: Mapping[str, int]) -> str:
-    """One line that names the first layer in which a network differs from a document's."""
+def check_shape(network: CanonicalNetwork, n_outputs: int, document: CompositeDocument) -> None:
+    """Refuses a network that isn't of the document's shape.
+
+    Args:
+        network: canonical, with all or some of its outputs.
+        n_outputs: of the network that it was made from.
+        document: what the network must fit.
+
+    Raises:
+        UnsupportedNetworkError: another number of components or outputs; the message names the first such layer.
+    """
+    widths: Mapping[str, int] = document.model["component_widths"]
+    made_for = "The document was made for a network"
     for name, width in widths.items():
-        if network.components.get(name) != width:
-            found = network.components.get(name)
+        found = network.components.get(name)
+        if found != width:
             has = f"has {found}" if found is not None else "has no such layer"
-            return f"The document was made for a network whose layer {name!r} has {width} components; this one {has}."
-    extra = next(name for name in network.components if name not in widths)
-    return f"The document was made for a network without the layer {extra!r}; pass the `--model` it names."
+            raise UnsupportedNetworkError(f"{made_for} whose layer {name!r} has {width} components; this one {has}.")
+    for name in network.components:
+        if name not in widths:
+            raise UnsupportedNetworkError(f"{made_for} without the layer {name!r}; pass the `--model` it names.")
+    expected = document.model["num_classes"]
+    if n_outputs != expected:
+        raise UnsupportedNetworkError(
+            f"{made_for} whose layer {network.classifier!r} has {expected} outputs; this one has {n_outputs}."
+        )

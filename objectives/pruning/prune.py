@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from objectives.attribution.composites import describe_mismatch
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device
-from objectives.errors import OptionError, UnsupportedNetworkError
+from objectives.errors import OptionError
 from objectives.models import LoadedModel
 from objectives.network import canonize
 from objectives.objective import Columns, Objective, ObjectiveOptions
@@ -158,9 +157,6 @@ def prune(
         SlimFileError: the output exists or can't be written.
         OptionError: the amount can't be reached.
     """
-    patterns = {
-        group: [n for n, g in document.layer_groups.items() if g == group] for group in document.composite.rules
-    }
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure,
@@ -168,22 +164,12 @@ def prune(
         output_relevance=document.output_relevance,
         batch_size=batch_size,
         device=device,
-        layer_groups=patterns,
     )
-    _check_shape(model, task, document)
     with new_directory(output) as directory:
-        objective = Objective(model, task, options)
+        objective = Objective(model, task, options, document)
         ranking = rank(objective.scores(document.composite))
         n = _n_pruned(objective, ranking, amount)
         return _Pruning(objective, document, ranking, n).write(directory, output, amount, coupled)
-
-
-def _check_shape(model: LoadedModel, task: Task, document: CompositeDocument) -> None:
-    channels = task.references.images.shape[1]
-    canonical = canonize(model.network, (channels, *task.preprocessing.size))
-    widths = document.model["component_widths"]
-    if canonical.components != dict(widths):
-        raise UnsupportedNetworkError(describe_mismatch(canonical, widths))
 
 
 def _n_pruned(objective: Objective, ranking: Ranking, amount: PruneAmount) -> int:

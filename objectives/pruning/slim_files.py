@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import objectives.models  # noqa: F401 (registers this product's networks with timm)
-from objectives.attribution.composites import describe_mismatch
-from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError, UnsupportedNetworkError
+from objectives.attribution.composites import check_shape
+from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError
 from objectives.network import canonize
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import slim
@@ -126,15 +126,24 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     model: Mapping[str, Any] = document.model
     if network is None:
         network = _build(model)
-    size = document.preprocessing["size"]
-    canonical = canonize(network, (len(document.preprocessing["mean"]), *size), json.loads(metadata["classes"]))
-    if canonical.components != model["component_widths"]:
-        raise UnsupportedNetworkError(describe_mismatch(canonical, model["component_widths"]))
+    height, width = document.preprocessing["size"]
+    input_shape = (len(document.preprocessing["mean"]), height, width)
+    canonical = canonize(network, input_shape)
+    check_shape(canonical, canonical.n_outputs, document)
+    classes = json.loads(metadata["classes"])
+    if classes is not None:
+        canonical = canonize(network, input_shape, classes)
     masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in canonical.components.items()}
     for name, indices in json.loads(metadata["kept"]).items():
         masks[name][indices] = True
     module = slim(canonical, masks)
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise SlimFileError(
+            f"{str(path)!r} doesn't hold the weights of its own document's network ({reason}); prune again."
+        ) from error
     return module
 
 

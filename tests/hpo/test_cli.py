@@ -427,6 +427,28 @@ def test_a_document_of_another_network_is_refused(document, tmp_path, command):
     assert layer in refused(command, *arguments)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "prune"])
+def test_layers_that_a_network_lacks_are_said_of_the_network(document, tmp_path, command):
+    content = json.loads(document.read_text())
+    layer = next(iter(content["model"]["component_widths"]))
+    for layers in (content["model"]["component_widths"], content["layer_groups"]):
+        layers["elsewhere"] = layers.pop(layer)
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
+    assert "layer 'elsewhere' has" in refused(command, *arguments)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "prune"])
+def test_a_network_of_other_outputs_is_refused(document, tmp_path, command):
+    content = json.loads(document.read_text())
+    content["model"]["num_classes"] = 12
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
+    assert "has 12 outputs; this one has 10" in refused(command, *arguments)
+
+
 @pytest.mark.parametrize(
     ("command", "key"), [("prune", "rates"), ("prune", "abs-scope"), ("prune", "timeout"), ("evaluate", "n-trials")]
 )

@@ -250,6 +250,9 @@ def test_another_networks_document_is_refused(run, digits_model, document, tmp_p
         with pytest.raises(UnsupportedNetworkError, match=message) as caught:
             run("rate", 0.4, document=other)
         assert "\n" not in str(caught.value)
+    other = replace(document, model=document.model | {"num_classes": 7})
+    with pytest.raises(UnsupportedNetworkError, match="layer 'fc' has 7 outputs; this one has 10"):
+        run("rate", 0.4, document=other)
     assert list(tmp_path.iterdir()) == []
 
 

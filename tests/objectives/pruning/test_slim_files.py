@@ -180,6 +180,28 @@ def test_a_network_of_ones_own_class_is_passed_and_left_alone(tmp_path):
         load_slim(path)
 
 
+def test_a_network_of_other_outputs_is_refused(tmp_path):
+    canonical = canonize(_network("cifar_resnet20"), (3, 32, 32))
+    masks = _ranking(canonical).masks(100)
+    path = tmp_path / "slim.safetensors"
+    other = timm.create_model("cifar_resnet20", num_classes=7).eval()
+    for classes in (None, (0, 3)):
+        restricted = canonize(_network("cifar_resnet20"), (3, 32, 32), classes)
+        write_weights(slim(restricted, masks), masks, _document("cifar_resnet20", canonical), classes, path)
+        with pytest.raises(UnsupportedNetworkError, match="has 10 outputs; this one has 7"):
+            load_slim(path, other)
+
+
+def test_weights_of_another_slim_network_are_refused(tmp_path):
+    canonical = canonize(_network("cifar_resnet20"), (3, 32, 32))
+    few, many = (_ranking(canonical).masks(n) for n in (10, 100))
+    path = tmp_path / "slim.safetensors"
+    write_weights(slim(canonical, few), many, _document("cifar_resnet20", canonical), None, path)
+    with pytest.raises(SlimFileError, match="doesn't hold the weights of its own document's network") as caught:
+        load_slim(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_files_that_are_no_slim_networks(tmp_path):
     with pytest.raises(SlimFileError, match="can't be read"):
         load_slim(tmp_path / "no_such_file")
