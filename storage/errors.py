@@ -14,6 +14,7 @@
         ├── StudyIdentityError       (ValueError)         the same name, another search
         ├── StudyInUseError          (RuntimeError)       another process drives the study
         ├── TrialResultError         (ValueError)         a result that cannot be stored
+        ├── AfterTrialError          (RuntimeError)       a sampler that raised on hearing of a result
         ├── TrialNotRunningError     (RuntimeError)
         │   └── TrialAlreadyFinishedError
         └── DashboardAddressError    (OSError)            an address that cannot be served
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from storage.identity import Difference
 
 __all__ = [
+    "AfterTrialError",
     "DashboardAddressError",
     "StorageError",
     "StoreBusyError",
@@ -106,6 +108,10 @@ class StudyInUseError(StorageError, RuntimeError):
 
 class TrialResultError(StorageError, ValueError):
     """A result that cannot be stored, because a number is not finite or a value is not JSON."""
+
+
+class AfterTrialError(StorageError, RuntimeError):
+    """A sampler whose `after_trial` raised, which is the cause; the trial is stored all the same."""
 
 
 class TrialNotRunningError(StorageError, RuntimeError):

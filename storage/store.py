@@ -19,13 +19,13 @@ from search_spaces.suggestions import did_you_mean
 from storage import artifacts, trials
 from storage.artifacts import ArtifactFiles, ArtifactRecord
 from storage.engine import connect
-from storage.errors import StudyIdentityError, StudyNameError, StudyNotFoundError
+from storage.errors import AfterTrialError, StudyIdentityError, StudyNameError, StudyNotFoundError
 from storage.identity import differences
 from storage.summaries import CREATED, StudySummary, summaries
 from storage.urls import artifact_directory, mask_password, without_user_information
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -139,6 +139,7 @@ class StudyStore:
         identity: Mapping[str, Any],
         configuration: Mapping[str, Any],
         sampler: BaseSampler | None = None,
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> Study:
         """The study of a name that maximizes its metric, created with its identity in one transaction if need be.
 
@@ -147,6 +148,7 @@ class StudyStore:
             identity: What makes it this search; JSON.
             configuration: How it is launched this time; JSON. User information is taken out of URLs in it.
             sampler: Who proposes trials.
+            upgrade: Brings a stored identity into the form of the one asked for, before the two are compared.
 
         Raises:
             StudyNameError: No study can have this name.
@@ -160,7 +162,7 @@ class StudyStore:
         if not self.exists(name) and self._create(name, {IDENTITY: asked, CONFIGURATION: launched}):
             return self.load(name, sampler)
         study = self.load(name, sampler)
-        self._check_identity(study, asked)
+        self._check_identity(study, asked, upgrade)
         if study.user_attrs.get(CONFIGURATION) != launched:
             study.set_user_attr(CONFIGURATION, launched)
         return study
@@ -186,12 +188,12 @@ class StudyStore:
             return False
         return True
 
-    def _check_identity(self, study: Study, asked: Any) -> None:
+    def _check_identity(self, study: Study, asked: Any, upgrade: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         name, choose = study.study_name, "choose another --study, or launch as it was"
         stored = study.user_attrs.get(IDENTITY)
         if stored is None or study.directions != [StudyDirection.MAXIMIZE]:
             raise StudyIdentityError(f"Study {name!r} was made by another program; {choose.partition(',')[0]}.")
-        if different := differences(stored, asked):
+        if different := differences(upgrade(stored), asked):
             raise StudyIdentityError(f"Study {name!r} is another search; {choose} (stored -> asked):", different)
 
     # Trials
@@ -208,21 +210,13 @@ class StudyStore:
                 trials.release(connection, orphan._trial_id)
         return [orphan.number for orphan in orphans]
 
-    def release(self, trial: Trial) -> None:
-        """Make a running trial WAITING, for the next ask.
-
-        Raises:
-            TrialNotRunningError: It is not running.
-        """
-        with self._transaction() as connection:
-            trials.release(connection, trial._trial_id)
-
     def finish(self, trial: Trial, result: TrialResult) -> None:
         """Write a running trial's result and make it COMPLETE, all or nothing.
 
         The sampler hears of it first, as it does from Optuna's `tell`; the result is stored whatever it says.
 
         Raises:
+            AfterTrialError: The sampler raised; the result is stored.
             TrialAlreadyFinishedError: It has been finished before; the stored result stays.
             TrialNotRunningError: It is not running.
         """
@@ -236,6 +230,7 @@ class StudyStore:
         """Make a running trial FAIL; the reason becomes its user attribute `failure`.
 
         Raises:
+            AfterTrialError: The sampler raised; the reason is stored.
             TrialAlreadyFinishedError: It has been finished before; the stored result stays.
             TrialNotRunningError: It is not running.
         """
@@ -247,8 +242,16 @@ class StudyStore:
 
     def _tell_sampler(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
         frozen = self.storage.get_trial(trial._trial_id)
-        if frozen.state == TrialState.RUNNING:
+        if frozen.state != TrialState.RUNNING:
+            return
+        try:
             trial.study.sampler.after_trial(trial.study, frozen, state, values)
+        except Exception as error:  # a sampler of the user's may raise anything
+            sampler, reason = type(trial.study.sampler).__name__, " ".join(str(error).split())
+            raise AfterTrialError(
+                f"{sampler}.after_trial failed for trial {trial.number}, which is stored all the same: "
+                f"{type(error).__name__}: {reason}; fix the sampler or use another one."
+            ) from error
 
     # Artifacts
 

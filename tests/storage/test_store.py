@@ -23,6 +23,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from storage.errors import (
+    AfterTrialError,
     StoreReadOnlyError,
     StudyIdentityError,
     StudyNameError,
@@ -158,6 +159,20 @@ def test_study_of_another_program_is_refused(store: StudyStore, direction: str) 
     assert rows(store) == before
 
 
+def test_stored_identity_is_compared_in_the_form_of_today(store: StudyStore) -> None:
+    create(store)
+    before = rows(store)
+    asked = {**IDENTITY, "repair": "none"}
+
+    def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
+        return {"repair": "none", **stored}
+
+    store.create_or_resume("digits", identity=asked, configuration=CONFIGURATION, upgrade=upgrade)
+    assert rows(store) == before
+    with pytest.raises(StudyIdentityError, match="repair: absent -> "):
+        store.create_or_resume("digits", identity=asked, configuration=CONFIGURATION)
+
+
 def test_credentials_stay_out_of_the_configuration(store: StudyStore) -> None:
     url = "postgresql://ada:s3cret@host/studies"
     configuration = {"storage": url, "nested": [{"url": url}], "data": "folder:/a@b"}
@@ -284,12 +299,16 @@ def test_sampler_hears_of_a_trial_as_from_tell(store: StudyStore) -> None:
 def test_result_is_stored_whatever_the_sampler_says(store: StudyStore) -> None:
     class Failing(RandomSampler):
         def after_trial(self, *arguments: object) -> None:
-            raise RuntimeError("no")
+            raise LookupError("no")
 
     study = create(store, sampler=Failing())
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(AfterTrialError, match=r"Failing\.after_trial failed for trial 0.*: LookupError: no") as caught:
         store.finish(study.ask(SPACE), result())
+    assert isinstance(caught.value.__cause__, LookupError)
+    with pytest.raises(AfterTrialError, match="trial 1"):
+        store.fail(study.ask(SPACE), "reason")
     assert study.best_value == 0.6
+    assert study.trials[1].state == TrialState.FAIL
 
 
 def test_study_sees_a_finished_trial_at_once(store: StudyStore) -> None:
@@ -341,7 +360,6 @@ def test_second_finish_is_refused(store: StudyStore) -> None:
     for again in (
         lambda: store.finish(trial, result(0.9)),
         lambda: store.fail(trial, "late"),
-        lambda: store.release(trial),
     ):
         with pytest.raises(TrialAlreadyFinishedError, match="Trial 0 is COMPLETE already and stays as it is"):
             again()
@@ -351,12 +369,17 @@ def test_second_finish_is_refused(store: StudyStore) -> None:
 def test_trial_that_is_not_running_cannot_finish(store: StudyStore) -> None:
     study = create(store)
     trial = study.ask(SPACE)
-    store.release(trial)
+    store.adopt_orphans(study)
     with pytest.raises(TrialNotRunningError, match="Trial 0 is WAITING, not RUNNING"):
         store.finish(trial, result())
+
+
+def test_trial_of_a_deleted_study_cannot_finish(store: StudyStore) -> None:
+    study = create(store)
+    trial = study.ask(SPACE)
     optuna.delete_study(study_name="digits", storage=store.rdb)
     with pytest.raises(TrialNotRunningError, match="gone; its study has been deleted"):
-        store.release(trial)
+        store.finish(trial, result())
 
 
 def test_of_many_finishing_at_once_one_wins(store: StudyStore) -> None:
@@ -394,13 +417,13 @@ def test_failure_keeps_its_reason(store: StudyStore) -> None:
     assert trial.datetime_complete is not None
 
 
-def test_released_trial_is_asked_again_as_it_was(store: StudyStore) -> None:
+def test_adopted_trial_is_asked_again_as_it_was(store: StudyStore) -> None:
     study = create(store)
     trial = study.ask(SPACE)
     trial.set_user_attr("key", "point 7")
     trial.report(0.1, 0)
     trial.report(0.1, 3)
-    store.release(trial)
+    store.adopt_orphans(study)
     again = study.ask(SPACE)
     assert (again.number, again.params, again.user_attrs) == (0, trial.params, {"key": "point 7"})
     store.finish(again, result())
