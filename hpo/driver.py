@@ -4,8 +4,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from hpo.progress import TrialReport
 from hpo.samplers import GridSampler
 from search_spaces.errors import OutsideSpaceError, PruningHPOError
 from search_spaces.heuristics import HEURISTICS
-from storage.errors import StorageError, TrialResultError
+from storage.errors import AfterTrialError, StorageError, TrialResultError
+from storage.identity import differences
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from search_spaces.composites import CompositeSpec
     from search_spaces.spaces import SearchSpace
 
-__all__ = ["CONFIRMATION", "DESCRIPTION", "StudyDriver", "identity"]
+__all__ = ["CONFIRMATION", "DESCRIPTION", "StudyDriver", "identity", "upgraded"]
 
 CONFIRMATION = "confirmation"
 """The user attribute of a study that holds the confirmation of its best trial."""
@@ -47,6 +48,7 @@ DESCRIPTION = "description"
 """The user attribute of a study that holds what its export documents share."""
 
 _MOST_FAILURES_IN_A_ROW = 3
+_MOST_FAILURES_AT_FIRST = 10
 _POLL_S = 0.2
 _N_PLOTTED = 10
 
@@ -56,13 +58,27 @@ _log = logging.getLogger("hpo")
 def identity(configuration: "LaunchConfiguration", space: "SearchSpace", problem: "Problem") -> dict[str, Any]:
     """What must be equal for two launches to be one study: everything that a trial's value or choice depends on."""
     return {
-        "procedure": "one_shot",
+        "repair": "none",
         "sampler": configuration.sampler,
         "metric": configuration.metric,
         "seed": configuration.seed,
-        "space": space.to_json(),
+        "space": _content(space.to_json()),
         "objective": problem.identity(),
     }
+
+
+def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity that an earlier release has stored, in today's form.
+
+    It had no repair, named the space, and held the procedure once more beside the objective's.
+    """
+    kept = {key: value for key, value in stored.items() if key != "procedure"}
+    return {"repair": "none", **kept, "space": _content(stored.get("space", {}))}
+
+
+def _content(space: Mapping[str, Any]) -> dict[str, Any]:
+    """A space's JSON form without its name: a file that is renamed holds the same space."""
+    return {key: value for key, value in space.items() if key != "name"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +133,8 @@ class StudyDriver:
         self._study = store.create_or_resume(
             configuration.study,
             identity=identity(configuration, space, problem),
-            configuration=configuration.to_json(),
+            upgrade=upgraded,
+            configuration=self._to_be_stored().to_json(),
             sampler=sampler,
         )
         if DESCRIPTION not in self._study.user_attrs:
@@ -128,6 +145,7 @@ class StudyDriver:
         self._asked: dict[int, _Asked] = {}
         self._known: dict[str, tuple[int, TrialResult]] = {}
         self._n_finished = 0
+        self._n_failures = 0
         self._n_failures_in_a_row = 0
         self._best: float | None = None
         self._best_heuristic: float | None = None
@@ -137,7 +155,8 @@ class StudyDriver:
         """Heuristics, search, confirmation, pictures; whether there was anything to do.
 
         Raises:
-            TrialsFailedError: Three trials in a row failed, or one to be confirmed.
+            TrialsFailedError: Three trials in a row failed for reasons that are not their composites', the first ten
+                of a study failed for whatever reason, or one to be confirmed did.
             SamplerError: The sampler failed.
             StorageError: The database or the disk failed.
             Interrupted: `stop` was set.
@@ -205,7 +224,8 @@ class StudyDriver:
             {name: confirmed[trial.number] for name, trial in heuristics.items()},
             seed=self._configuration.seed,
         )
-        self._study.set_user_attr(CONFIRMATION, confirmation.to_json())
+        if differences(self._study.user_attrs.get(CONFIRMATION), confirmation.to_json()):
+            self._study.set_user_attr(CONFIRMATION, confirmation.to_json())
 
     def _confirm_trial(self, trial: FrozenTrial) -> Confirmed:
         self._worked = True
@@ -291,11 +311,7 @@ class StudyDriver:
         except PruningHPOError:
             raise
         except Exception as error:  # a sampler of the user's may raise anything
-            reason = " ".join(str(error).split())
-            raise SamplerError(
-                f"Sampler {self._configuration.sampler!r} failed: {type(error).__name__}: {reason}; "
-                "try `--sampler tpe` in another --study."
-            ) from error
+            raise self._sampler_error(error) from error
 
     def _count(self, stored: list[FrozenTrial]) -> int:
         """How many trials count towards `--n-trials`; a grid asks its failed points again."""
@@ -324,13 +340,13 @@ class StudyDriver:
     def _take(self, outcome: Outcome) -> None:
         asked = self._asked[outcome.job.number]
         if outcome.evaluation is None:
-            self._fail(asked, outcome.failure or "")
+            self._fail(asked, outcome.failure or "", by_composite=outcome.by_composite)
             return
         evaluation = outcome.evaluation
         try:
             result = self._result(asked, evaluation)
         except TrialResultError as error:
-            self._fail(asked, str(error))
+            self._fail(asked, str(error), by_composite=True)
             return
         self._finish(asked, result, seconds=sum(evaluation.seconds.values()))
 
@@ -352,7 +368,12 @@ class StudyDriver:
         number, composite = asked.trial.number, asked.composite
         curve = trials.curve_from(result.attributes)
         table = self._store.write_artifact(CURVE_CSV, curve_csv(curve, self._problem.class_names), "text/csv")
-        self._store.finish(asked.trial, replace(result, artifacts=(table,)))
+        try:
+            with self._naming_sampler():
+                self._store.finish(asked.trial, replace(result, artifacts=(table,)))
+        except StorageError:
+            self._store.artifacts.discard(table.artifact_id)
+            raise
         self._forget(asked)
         self._n_failures_in_a_row = 0
         self._remember(number, composite, result, asked.heuristic, in_space=bool(asked.trial.params))
@@ -360,14 +381,19 @@ class StudyDriver:
         label = composite.label if asked.heuristic is None else f"{asked.heuristic}: {composite.label}"
         self._report(number, label, result.value, seconds, remark)
 
-    def _fail(self, asked: _Asked, reason: str) -> None:
-        self._store.fail(asked.trial, reason)
+    def _fail(self, asked: _Asked, reason: str, *, by_composite: bool) -> None:
+        with self._naming_sampler():
+            self._store.fail(asked.trial, reason)
         self._forget(asked)
         self._report(asked.trial.number, asked.composite.label, None, None, f"failed: {reason}")
-        self._n_failures_in_a_row += 1
-        if self._n_failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
+        self._n_failures += 1
+        # Neighbours on a grid fail together; that alone must not end a search.
+        self._n_failures_in_a_row += not by_composite
+        none_works = not self._known and self._n_failures >= _MOST_FAILURES_AT_FIRST
+        if none_works or self._n_failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
+            count = self._n_failures if none_works else self._n_failures_in_a_row
             raise TrialsFailedError(
-                f"{self._n_failures_in_a_row} trials in a row failed, the last one (trial {asked.trial.number}, "
+                f"{count} trials in a row failed, the last one (trial {asked.trial.number}, "
                 f"{asked.composite.label}) because: {reason}"
             )
 
@@ -392,6 +418,29 @@ class StudyDriver:
         self._progress.trial(TrialReport(number, label, value, seconds, remark, self._best, self._best_heuristic))
 
     # The store
+
+    def _to_be_stored(self) -> "LaunchConfiguration":
+        """The configuration; a `--n-trials` below what has been searched already says nothing of the study."""
+        name, budget = self._configuration.study, self._configuration.n_trials
+        if budget is None or not self._store.exists(name):
+            return self._configuration
+        n_finished = self._count(self._store.load(name).get_trials(deepcopy=False))
+        return replace(self._configuration, n_trials=max(budget, n_finished))
+
+    @contextmanager
+    def _naming_sampler(self) -> Iterator[None]:
+        """Translate what a sampler raises when it hears of a result."""
+        try:
+            yield
+        except AfterTrialError as error:
+            raise self._sampler_error(error.__cause__ or error) from error
+
+    def _sampler_error(self, error: BaseException) -> SamplerError:
+        reason = " ".join(str(error).split())
+        return SamplerError(
+            f"Sampler {self._configuration.sampler!r} failed: {type(error).__name__}: {reason}; "
+            "try `--sampler tpe` in another --study."
+        )
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)

@@ -28,12 +28,20 @@ STUDY_PNG = "study.png"
 
 
 def curve_csv(curve: "Curve", classes: Sequence[str]) -> bytes:
-    """The curve as a table: a row per rate, with accuracy overall and per class, parameters and FLOPs."""
+    """The curve as a table: a row per rate, with accuracy overall and per class, parameters and FLOPs.
+
+    Args:
+        curve: To be written.
+        classes: Name of each of its class accuracies.
+
+    Raises:
+        ValueError: There are more or fewer names than class accuracies.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["rate", "accuracy", "parameters", "flops", *(f"accuracy {name}" for name in classes)])
     table.writerows(
-        [rate, accuracy, parameters, flops, *of_classes]
+        [rate, accuracy, parameters, flops, *(each for _, each in zip(classes, of_classes, strict=True))]
         for rate, accuracy, parameters, flops, of_classes in zip(
             curve.rates, curve.accuracies, curve.parameters, curve.flops, curve.class_accuracies, strict=True
         )

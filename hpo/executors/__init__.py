@@ -37,11 +37,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: an evaluation, or the reason why there is none."""
+    """What became of a job: an evaluation, or the reason why there is none.
+
+    Attributes:
+        job: What was to be computed.
+        evaluation: What was computed.
+        failure: Why it was not.
+        by_composite: Whether the failure is the composite's own, so that another composite may well succeed.
+    """
 
     job: Job
     evaluation: "Evaluation | None" = None
     failure: str | None = None
+    by_composite: bool = False
 
     def __post_init__(self) -> None:
         if (self.evaluation is None) == (self.failure is None):

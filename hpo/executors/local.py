@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from hpo.executors import Evaluate, Job, Outcome
+from objectives.errors import RelevanceError
 from search_spaces.errors import PruningHPOError
 
 __all__ = ["LocalExecutor"]
@@ -59,6 +60,8 @@ class LocalExecutor:
     def _outcome(self, job: Job) -> Outcome:
         try:
             return Outcome(job, evaluation=self._evaluate(job.composite, job.images))
+        except RelevanceError as error:
+            return Outcome(job, failure=str(error), by_composite=True)
         except PruningHPOError as error:
             return Outcome(job, failure=str(error))
         except BaseException as error:  # whatever a network does, even `sys.exit`, this thread must answer

@@ -35,7 +35,7 @@ class StandInProblem:
         self.data = data
         self.seconds = seconds
         self.calls: list[tuple[str, Images]] = []
-        self.failing: dict[str, str] = {}
+        self.failing: dict[str, str | Exception] = {}
         self.evaluating = threading.Event()
 
     def identity(self) -> dict[str, Any]:
@@ -63,7 +63,8 @@ class StandInProblem:
         self.evaluating.set()
         time.sleep(self.seconds)
         if composite.key in self.failing:
-            raise RuntimeError(self.failing[composite.key])
+            error = self.failing[composite.key]
+            raise RuntimeError(error) if isinstance(error, str) else error
         self.calls.append((composite.key, images))
         goodness = int(hashlib.sha256(composite.key.encode()).hexdigest()[:6], 16) / 16**6
         correct = [round(40 * 0.9 * (1 - rate * (1 - goodness))) for rate in RATES]

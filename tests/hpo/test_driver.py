@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -10,11 +11,14 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.confirmation import Confirmation
 from hpo.driver import CONFIRMATION
 from hpo.errors import Interrupted, SamplerError, TrialsFailedError
+from hpo.report import StudyReport
 from hpo.trials import best, composite_of, curve_of, role
+from objectives.errors import RelevanceError
 from search_spaces.composites import CompositeSpec
 from search_spaces.heuristics import HEURISTICS
-from storage.errors import StudyIdentityError
+from storage.errors import StudyIdentityError, TrialAlreadyFinishedError
 from storage.store import StudyStore
+from storage.urls import sqlite_path
 
 
 def search_trials(study):
@@ -118,6 +122,24 @@ def test_three_failures_in_a_row_end_the_launch(drive, load, make_problem):
     assert complete == {None: 5, **dict.fromkeys(HEURISTICS, 1)}
 
 
+def test_composites_that_fail_of_themselves_do_not_end_the_launch(drive, load, make_problem, narrow):
+    problem = make_problem()
+    for composite in (*narrow.grid(), *list(HEURISTICS.values())[:9]):
+        problem.failing[composite.key] = RelevanceError("no relevance reaches conv")
+    drive(problem, space=narrow, sampler_name="grid")
+    states = [trial.state for trial in load().get_trials()]
+    assert states == [TrialState.FAIL] * 9 + [TrialState.COMPLETE] + [TrialState.FAIL] * 8
+
+
+def test_a_study_whose_first_ten_trials_fail_is_ended(drive, load, make_problem):
+    problem = make_problem()
+    for composite in HEURISTICS.values():
+        problem.failing[composite.key] = RelevanceError("no relevance reaches conv")
+    with pytest.raises(TrialsFailedError, match=r"10 trials in a row failed, .* because: no relevance reaches conv"):
+        drive(problem, n_trials=5)
+    assert [trial.state for trial in load().get_trials()] == [TrialState.FAIL] * 10
+
+
 @pytest.mark.parametrize(("sampler", "n_before"), [("tpe", 4), ("tpe", 10), ("tpe", 14), ("random", 14), ("grid", 13)])
 def test_a_resumed_study_equals_an_uninterrupted_one(drive, url, make_problem, sampler, n_before):
     drive(make_problem(), sampler_name=sampler, n_trials=8, study="whole")
@@ -163,6 +185,15 @@ def test_a_finished_study_has_nothing_to_do(drive, load, make_problem):
     assert [content(trial) for trial in load().get_trials()] == [content(trial) for trial in before.get_trials()]
 
 
+@pytest.mark.parametrize("n_trials", [3, 1])
+def test_a_finished_study_is_left_to_the_byte(drive, load, make_problem, url, n_trials):
+    drive(make_problem(), n_trials=3, pictures=True)
+    before = sqlite_path(url).read_bytes()
+    assert not drive(make_problem(), n_trials=n_trials, pictures=True)
+    assert sqlite_path(url).read_bytes() == before
+    assert StudyReport.of(load()).headline().startswith("Study s: 3 of 3 trials,")
+
+
 def test_more_trials_go_on(drive, load, make_problem):
     drive(make_problem(), n_trials=3)
     assert drive(make_problem(), n_trials=5)
@@ -185,6 +216,27 @@ def test_another_identity_is_refused_and_nothing_is_written(drive, load, make_pr
     assert "seed: 0 -> 3" in str(caught.value)
     assert [content(trial) for trial in load().get_trials()] == [content(trial) for trial in before.get_trials()]
     assert load().user_attrs == before.user_attrs
+
+
+def test_a_space_under_another_name_is_the_same_search(drive, load, make_problem, narrow):
+    drive(make_problem(), space=narrow, n_trials=2)
+    assert load().user_attrs["identity"]["repair"] == "none"
+    assert not drive(make_problem(), space=dataclasses.replace(narrow, name="renamed"), n_trials=2)
+    with pytest.raises(StudyIdentityError, match=r"space\.parameters\.abs"):
+        drive(make_problem(), space=dataclasses.replace(narrow, abs=(True,)), n_trials=2)
+
+
+def test_a_study_of_before_there_was_repair_goes_on(drive, load, make_problem, url, narrow):
+    drive(make_problem(), space=narrow, n_trials=2)
+    with StudyStore.open(url) as store:
+        study = store.load("s")
+        stored = study.user_attrs["identity"]
+        del stored["repair"]
+        study.set_user_attr(
+            "identity", {**stored, "procedure": "one_shot", "space": {**stored["space"], "name": "former"}}
+        )
+    assert not drive(make_problem(), space=narrow, n_trials=2)
+    assert drive(make_problem(), space=narrow, n_trials=3)
 
 
 def test_the_best_is_confirmed_on_other_images(drive, load, make_problem):
@@ -239,6 +291,42 @@ def test_a_sampler_that_fails_is_named(drive, load, make_problem):
     with pytest.raises(SamplerError, match="failed: ZeroDivisionError: no idea"):
         drive(make_problem(), n_trials=2, sampler=RaisingSampler())
     assert TrialState.RUNNING not in [trial.state for trial in load().get_trials()]
+
+
+class UngratefulSampler(optuna.samplers.RandomSampler):
+    def after_trial(self, study, trial, state, values):
+        raise ZeroDivisionError("no\nidea")
+
+
+def test_a_sampler_that_fails_after_a_trial_is_named_and_the_trial_kept(drive, load, make_problem, url):
+    with pytest.raises(SamplerError, match="Sampler 'tpe' failed: ZeroDivisionError: no idea"):
+        drive(make_problem(), n_trials=2, sampler=UngratefulSampler())
+    *_, trial = load().get_trials()
+    assert (role(trial), trial.state) == ("search", TrialState.COMPLETE)
+    with StudyStore.open(url, read_only=True) as store:
+        (table,) = get_all_artifact_meta(trial, storage=store.storage)
+        assert (store.artifacts.directory / table.artifact_id).exists()
+
+
+def test_a_table_whose_trial_is_not_stored_is_removed(drive, make_problem, url):
+    problem = make_problem()
+    evaluate = problem.evaluate
+
+    def evaluate_what_another_ends(composite, images):
+        if len(problem.calls) == 4:
+            with StudyStore.open(url) as store:
+                other = store.load("s").get_trials()[4]
+                store.storage.set_trial_state_values(other._trial_id, TrialState.FAIL)
+        return evaluate(composite, images)
+
+    problem.evaluate = evaluate_what_another_ends
+    with pytest.raises(TrialAlreadyFinishedError):
+        drive(problem, n_trials=2)
+    with StudyStore.open(url, read_only=True) as store:
+        trials = store.load("s").get_trials()
+        known = {a.artifact_id for trial in trials for a in get_all_artifact_meta(trial, storage=store.storage)}
+        assert {path.name for path in store.artifacts.directory.iterdir()} == known
+        assert len(known) == 4
 
 
 def test_a_study_without_confirmation_images_ends_unconfirmed(drive, load, make_problem):

@@ -5,6 +5,7 @@ import pytest
 
 from hpo.errors import ConfigurationError
 from hpo.executors import Job, Outcome, make_executor
+from objectives.errors import RelevanceError
 from search_spaces.errors import SpaceError
 from search_spaces.heuristics import HEURISTICS
 
@@ -27,20 +28,22 @@ def test_nothing_has_ended_yet(make_problem):
 
 
 @pytest.mark.parametrize(
-    ("error", "failure"),
+    ("error", "failure", "by_composite"),
     [
-        (SpaceError("Write it so."), "Write it so."),
-        (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0"),
-        (SystemExit(3), "SystemExit: 3"),
+        (SpaceError("Write it so."), "Write it so.", False),
+        (RelevanceError("No relevance."), "No relevance.", True),
+        (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0", False),
+        (SystemExit(3), "SystemExit: 3", False),
     ],
 )
-def test_an_error_is_an_outcome(error, failure):
+def test_an_error_is_an_outcome(error, failure, by_composite):
     def evaluate(composite, images):
         raise error
 
     with make_executor("local", evaluate) as executor:
         executor.submit(Job(0, ZPLUS))
-        assert executor.wait(10).failure == failure
+        outcome = executor.wait(10)
+        assert (outcome.failure, outcome.by_composite) == (failure, by_composite)
         executor.submit(Job(1, ZPLUS))
         assert executor.wait(10).job.number == 1
 

@@ -19,6 +19,11 @@ def test_the_table_has_a_row_per_rate(curve):
     assert len(rest) == 3
 
 
+def test_every_class_accuracy_needs_a_name(curve):
+    with pytest.raises(ValueError, match="argument 2"):
+        curve_csv(curve, ("cat", "cow", "dog"))
+
+
 @pytest.mark.parametrize("draw", [lambda curve: curve_png(curve, "a\nb"), lambda c: study_png({"a": c}, {"b": c}, "s")])
 def test_pictures_are_pictures(curve, draw, tmp_path):
     path = tmp_path / "picture.png"

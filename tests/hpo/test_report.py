@@ -31,6 +31,17 @@ def test_the_headline_names_what_is_not_complete(report):
     )
 
 
+def test_the_headline_names_no_fewer_trials_than_there_are(report):
+    few = dataclasses.replace(report.configuration, n_trials=3)
+    assert dataclasses.replace(report, configuration=few).headline().startswith("Study s: 4 trials, 10 heuristics")
+
+
+def test_a_heuristic_that_is_the_best_is_not_compared_with_itself(report):
+    (best,) = [each for each in report.heuristics if each.heuristic == report.heuristics[0].heuristic]
+    table = dataclasses.replace(report, best=best).table()
+    assert next(iter(table.columns[-1].cells)) == ""
+
+
 def test_the_verdict_is_about_the_best_heuristic(report):
     rival = report.heuristics[0].heuristic
     differences = {**report.confirmation.differences, rival: Difference(0.0123, -0.001, 0.02)}
@@ -72,7 +83,7 @@ def test_studies_of_other_programs_are_refused(url):
 def test_next_commands_can_be_typed(report, url):
     assert next_commands(report, url) == [
         "hpo export s -o best.json",
-        "hpo prune best.json --rate 0.4 -o slim",
+        "hpo prune best.json --keep-accuracy 0.95 -o slim",
         "hpo dashboard",
     ]
     elsewhere = next_commands(report, "sqlite:///other.db")
@@ -84,5 +95,6 @@ def test_what_a_document_does_not_hold_is_added(report):
         report.configuration, model="my.nets:Tiny", checkpoint="/w/a b.pt", data="folder:/f", class_map="/m.json"
     )
     assert prune_command("x.json", configuration) == (
-        "hpo prune x.json --rate 0.4 -o slim --model my.nets:Tiny --checkpoint '/w/a b.pt' --class-map /m.json"
+        "hpo prune x.json --keep-accuracy 0.95 -o slim --model my.nets:Tiny --checkpoint '/w/a b.pt' "
+        "--class-map /m.json"
     )
