@@ -165,11 +165,6 @@ class Objective:
         """Names of the classes that have search images, in the order of a curve's class accuracies."""
         return tuple(self.task.class_names[label] for label in self.task.search.labels.unique().tolist())
 
-    @property
-    def present_classes(self) -> tuple[str, ...]:
-        """Names of the classes that have search images, in the order of a curve's class accuracies."""
-        return tuple(self.task.class_names[label] for label in self.task.search.labels.unique().tolist())
-
     def identity(self) -> dict[str, Any]:
         """What two objectives must share for their values to be comparable."""
         options = self.options

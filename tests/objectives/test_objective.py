@@ -209,9 +209,16 @@ def test_some_classes_only(model):
 def test_classes_without_images_count_for_nothing(model, task):
     few = task.search.labels < 8
     part = replace(task, search=LabelledImages(task.search.images[few], task.search.labels[few]))
-    evaluation = Objective(model, part, OPTIONS).evaluate(EPSILON)
+    objective = Objective(model, part, OPTIONS)
+    evaluation = objective.evaluate(EPSILON)
     assert {len(accuracies) for accuracies in evaluation.curve.class_accuracies} == {8}
     assert evaluation.figures["auc_harmonic"] > 0
+
+
+def test_class_accuracies_are_named_by_the_classes_that_have_images(model, task):
+    odd = task.search.labels % 2 == 1
+    part = replace(task, search=LabelledImages(task.search.images[odd], task.search.labels[odd]))
+    assert Objective(model, part, OPTIONS).present_classes == ("1", "3", "5", "7", "9")
 
 
 @pytest.mark.parametrize(
