@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpo.errors import ConfigurationError
+from objectives.options import parse_option
+from objectives.pruning.rates import DEFAULT_RATES, parse_rates
 from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
 from search_spaces.suggestions import did_you_mean
@@ -24,7 +26,6 @@ Section = Literal["study", "search", "model", "data", "objective"]
 
 _DEFAULT_MODEL = "digits_cnn"
 _DEFAULT_DATA = "digits"
-_DEFAULT_RATES = "0:0.95:0.05"
 _DEFAULT_N_TRIALS = 100
 _DEFAULT_N_TRIALS_DIGITS = 60
 
@@ -159,8 +160,6 @@ def _choice(names: Sequence[str]) -> Callable[[Any], str]:
 
 def _rates(value: Any) -> tuple[float, ...]:
     # Whatever is wrong with rates is said by their own parser, in full.
-    from objectives.pruning.rates import parse_rates
-
     text = value if isinstance(value, str) else ",".join(str(item) for item in _items(value))
     return parse_rates(text)
 
@@ -180,28 +179,11 @@ def _device(value: Any) -> str:
 
 
 def _model_options(value: Any) -> tuple[tuple[str, Any], ...]:
-    """Sorted pairs of `KEY=VALUE` texts, whose values are read as TOML and else taken as text, or of a TOML table."""
+    """Sorted pairs of NAME=VALUE texts, of pairs, or of a TOML table."""
     if isinstance(value, Mapping):
         return tuple(sorted(value.items()))
-    pairs = {}
-    for text in [value] if isinstance(value, str) else value:
-        if isinstance(text, list | tuple):
-            key, item = text
-            pairs[str(key)] = item
-            continue
-        key, equals, item = str(text).partition("=")
-        if not equals or not key.strip():
-            raise ValueError("must be KEY=VALUE")
-        pairs[key.strip()] = _toml_value(item)
-    return tuple(sorted(pairs.items()))
-
-
-def _toml_value(text: str) -> Any:
-    """`8`, `0.5`, `true` or `[1, 2]` as what they are, all else as text."""
-    try:
-        return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    parts = [value] if isinstance(value, str) else value
+    return tuple(sorted(dict(parse_option(part) if isinstance(part, str) else part for part in parts).items()))
 
 
 def _option(
@@ -373,7 +355,7 @@ class LaunchConfiguration:
         read=_rates,
         metavar="RATES",
         default=(),
-        shown=_DEFAULT_RATES,
+        shown=DEFAULT_RATES,
     )
     abs_scope: Literal["sum", "element"] = _option(
         "objective",
@@ -448,12 +430,18 @@ def resolve(
     Args:
         command_line: Values by field name; None and () mean that an option was not given.
         file: TOML file whose keys are the names of the options; relative paths in it start at the working directory.
-        fallback: Values by field name that hold over the defaults, such as those of an export document.
+        fallback: Values by field name that hold over the defaults, such as those of an export document; they are read
+            as if given.
 
     Raises:
         ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
     """
-    return _checked(LaunchConfiguration(**_defaults({**(fallback or {}), **_given(command_line, file)})))
+    read = {
+        option.field: _read(option, value, f"The saved {name!r}")
+        for name, option in OPTIONS.items()
+        if (value := (fallback or {}).get(option.field)) is not None
+    }
+    return _checked(LaunchConfiguration(**_defaults({**read, **_given(command_line, file)})))
 
 
 def given_fields(command_line: Mapping[str, Any], file: Path | None = None) -> frozenset[str]:
@@ -523,7 +511,7 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
         values["space"] = str(Path(values["space"]).expanduser().absolute())
     if values.get("n_trials") is None and values.get("sampler") != "grid":
         values["n_trials"] = _DEFAULT_N_TRIALS_DIGITS if data == _DEFAULT_DATA else _DEFAULT_N_TRIALS
-    values.setdefault("rates", OPTIONS["rates"].read(_DEFAULT_RATES))
+    values.setdefault("rates", OPTIONS["rates"].read(DEFAULT_RATES))
     values.setdefault("study", _study_name(model, data))
     values.setdefault("storage", default_storage_url())
     return values

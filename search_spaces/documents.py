@@ -32,8 +32,8 @@ _LONGEST = 120  # characters of a value in a message
 class CompositeDocument:
     """The content of an export document; a copy of the values it is made from, checked against the schema.
 
-    It names the model and the data as they were given at the command line but never imports or opens them. The keys of
-    each dictionary are described in `document_schema()`.
+    It names the model as it was given at the command line, and the data likewise but with absolute paths; it never
+    imports or opens them. The keys of each dictionary are described in `document_schema()`.
 
     Attributes:
         composite: What the study found.

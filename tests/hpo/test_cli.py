@@ -416,6 +416,30 @@ def test_odd_module_names_are_no_imports(document, tmp_path, monkeypatch):
     assert not (tmp_path / "PWNED").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("references", {"batch_size": "x"}, "$.references.batch_size is 'x', but must be of type integer."),
+        ("references", {"sample": "last"}, "$.references.sample has the unknown value 'last'."),
+        ("references", {"seed": -1}, "$.references.seed is -1, "),
+        ("data", {"confirmation_share": "half"}, "$.data.confirmation_share is 'half', but must be of type number."),
+        ("data", {"evaluation_images": 0.5}, "$.data.evaluation_images is 0.5, "),
+        ("data", {"n_search_images": "40"}, "$.data.n_search_images is '40', "),
+        ("data", {"classes": [3]}, "The saved 'classes' must name at least two classes, but got "),
+        ("preprocessing", {"crop_mode": 1}, "$.preprocessing.crop_mode has the unknown value 1."),
+        ("preprocessing", {"crop": 7.0}, "The saved 'crop' must be a share above 0 and at most 1, but got 7.0."),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "prune"])
+def test_values_of_a_document_are_read_as_options_are(document, tmp_path, command, part, change, message):
+    content = json.loads(document.read_text())
+    content[part] |= change
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    arguments = ["--composite", path] if command == "evaluate" else [path, "--rate", 0.4, "-o", tmp_path / "slim"]
+    assert message in refused(command, *arguments)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "prune"])
 def test_a_document_of_another_network_is_refused(document, tmp_path, command):
     content = json.loads(document.read_text())
