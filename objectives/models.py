@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,15 @@ import objectives.digits
 from objectives.checkpoints import load_weights, read_checkpoint
 from objectives.errors import ModelError
 from objectives.fingerprints import state_fingerprint
+from objectives.options import OptionValue
 from objectives.preprocessing import Preprocessing
 from search_spaces.imports import import_object, is_import_path
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["LoadedModel", "OptionValue", "load_model", "parse_option"]
+__all__ = ["LoadedModel", "load_model"]
 
 _logger = logging.getLogger(__name__)
 
-OptionValue = bool | int | float | str
 _TIMM_SOURCES = ("hf-hub:", "local-dir:")
 
 
@@ -133,26 +132,6 @@ def load_model(
         checkpoint=None if checkpoint is None else str(checkpoint),
         label_ids=label_ids,
     )
-
-
-def parse_option(text: str) -> tuple[str, OptionValue]:
-    """The name and value of an option written as NAME=VALUE.
-
-        >>> parse_option("pad_type=same"), parse_option("width=2"), parse_option("bias=false")
-        (('pad_type', 'same'), ('width', 2), ('bias', False))
-
-    Raises:
-        ModelError: The text isn't of that form.
-    """
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ModelError(f"An option is written NAME=VALUE, for example pad_type=same, not {text!r}.")
-    if value.lower() in ("true", "false"):
-        return name, value.lower() == "true"
-    for convert in (int, float):
-        with contextlib.suppress(ValueError):
-            return name, convert(value)
-    return name, value
 
 
 def _from_factory(spec: str, options: Mapping[str, OptionValue]) -> nn.Module:

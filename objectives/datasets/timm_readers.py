@@ -22,8 +22,8 @@ from torch.utils.data import IterableDataset
 
 from objectives.datasets.labels import LabelSet
 from objectives.datasets.sources import SourcePair, decode_image, register_source
-from objectives.errors import DataError, ModelError
-from objectives.models import parse_option
+from objectives.errors import DataError
+from objectives.options import parse_option
 from objectives.preprocessing import RawImage
 
 __all__ = ["TimmSource", "open_timm"]
@@ -83,8 +83,8 @@ def open_timm(argument: str, labels: LabelSet) -> SourcePair:
     name, _, query = argument.partition("?")
     try:
         options: dict[str, Any] = dict(parse_option(part) for part in query.split("&") if part)
-    except ModelError as error:
-        raise DataError(f"--data timm:{argument}: {error}") from error
+    except ValueError as error:
+        raise DataError(f"--data timm:{argument}: an option {error}.") from error
     root = options.pop("root", None)
     sides = [
         (options.pop(f"{side}_root", root), str(options.pop(f"{side}_split", side))) for side in ("train", "validation")

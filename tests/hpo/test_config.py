@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.config import OPTIONS, LaunchConfiguration, is_import_path, resolve
+from hpo.config import OPTIONS, LaunchConfiguration, resolve
 from hpo.errors import ConfigurationError
 from objectives.pruning.rates import PruningRatesError
 
@@ -20,7 +20,6 @@ def write(path: Path, text: str) -> Path:
 
 def test_defaults_are_the_embedded_digits():
     configuration = resolve({})
-    assert configuration.is_embedded_default
     assert (configuration.study, configuration.model, configuration.data) == ("digits", "digits_cnn", "digits")
     assert (configuration.sampler, configuration.n_trials, configuration.space) == ("tpe", 60, "cnn")
     assert (configuration.metric, configuration.references_per_class) == ("auc", 10)
@@ -155,7 +154,7 @@ def test_model_options_have_types(text, value):
         ("classes", "3", "`--classes` must name at least two classes, but got '3'."),
         ("classes", "3,3", "`--classes` must name each class once, but got '3,3'."),
         ("classes", "3,,4", "`--classes` must be class indices or class names separated by commas, but got '3,,4'."),
-        ("model_options", ("a",), "`--model-option` must be KEY=VALUE, but got 'a'."),
+        ("model_options", ("a",), "`--model-option` must be NAME=VALUE, for example pad_type=same, but got 'a'."),
         ("seed", "-1", "`--seed` must be a whole number of at least 0, but got '-1'."),
         ("study", "a/b", "`--study` must not hold slashes or line breaks, but got 'a/b'."),
         ("model", "resnet18", "`--model resnet18` needs images: pass `--data`, for example `--data folder:DIR`."),
@@ -193,20 +192,6 @@ def test_bad_files_are_named_with_the_remedy(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"Cannot read configuration file '.*nowhere\.toml': No such file"):
         resolve({}, tmp_path / "nowhere.toml")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("my.nets:Tiny", True),
-        ("nets:Tiny", True),
-        ("folder:flowers", False),
-        ("resnet18", False),
-        ("hf-hub:a/b", False),
-    ],
-)
-def test_import_paths_are_told_from_names(text, expected):
-    assert is_import_path(text) is expected
 
 
 def test_a_configuration_is_frozen():

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from objectives.errors import CheckpointMismatchError, ModelError
 from objectives.fingerprints import state_fingerprint
-from objectives.models import load_model, parse_option
+from objectives.models import load_model
 
 FACTORY = """
 import torch
@@ -219,29 +219,3 @@ def test_a_module_that_is_missing_is_named(tmp_path, monkeypatch):
         ModelError, match=r"'nowhere\.networks:build' can't be imported: .*\(ModuleNotFoundError: .*nowhere"
     ):
         load_model("nowhere.networks:build")
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("pad_type=same", "same"),
-        ("width=2", 2),
-        ("scale=0.5", 0.5),
-        ("scale=1e-3", 1e-3),
-        ("bias=True", True),
-        ("bias=false", False),
-        ("name=", ""),
-        ("name=a=b", "a=b"),
-    ],
-)
-def test_options_are_typed(text, value):
-    name, parsed = parse_option(text)
-    assert name == text.split("=")[0]
-    assert parsed == value
-    assert type(parsed) is type(value)
-
-
-@pytest.mark.parametrize("text", ["pad_type", "=same", "pad type=same", ""])
-def test_options_of_another_form_are_refused(text):
-    with pytest.raises(ModelError, match="is written NAME=VALUE, for example pad_type=same, not"):
-        parse_option(text)

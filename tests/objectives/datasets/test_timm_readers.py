@@ -111,7 +111,7 @@ def test_torchvision_data_sets_are_read(tmp_path):
         ("folder?root=/nowhere", r"timm:folder split 'train' can't be read \(AssertionError"),
         ("torch/cifra10?root=/nowhere", r"can't be read \(AssertionError: Unknown torchvision dataset cifra10\)"),
         ("hfds/nobody/nothing", r"can't be read \(.*\); check the name.* install the package that its reader needs"),
-        ("folder?root", r"--data timm:folder\?root: An option is written NAME=VALUE"),
+        ("folder?root", r"--data timm:folder\?root: an option must be NAME=VALUE"),
     ],
 )
 def test_what_timm_cannot_open_is_named(argument, message):
