@@ -2,8 +2,10 @@ import json
 
 import pytest
 
+from hpo.config import resolve
 from hpo.errors import ImportRefusedError, NothingFoundError
 from hpo.export import choose_trials, document_options, export_paths, export_trials
+from hpo.problem import refuse_imports
 from hpo.progress import LogProgress
 from search_spaces.documents import load_document, write_document
 from search_spaces.heuristics import HEURISTICS
@@ -65,6 +67,14 @@ def test_a_store_imports_nothing(drive, load, make_problem):
     trial = next(trial for trial in load().get_trials()[10:] if f"confirmed:{trial.number}" not in load().user_attrs)
     with pytest.raises(ImportRefusedError, match="Study 's' names 'tempfile:mkdtemp', which runs code"):
         export_trials(load(), [trial], {}, LogProgress("auc"))
+
+
+@pytest.mark.parametrize("field", ["model", "data", "space"])
+def test_only_what_this_command_line_names_may_run_code(field):
+    configuration = resolve({"model": "resnet18", "data": "digits"} | {field: "tempfile:mkdtemp"})
+    refuse_imports(configuration, {field}, "Study 's'")
+    with pytest.raises(ImportRefusedError, match=f"pass `--{field} tempfile:mkdtemp` if you trust it"):
+        refuse_imports(configuration, {"model", "data", "space"} - {field}, "Study 's'")
 
 
 @pytest.mark.parametrize(("count", "names"), [(1, ["best.json"]), (3, ["best-1.json", "best-2.json", "best-3.json"])])
