@@ -19,6 +19,8 @@ __all__ = ["LabelSet", "read_class_map"]
 
 _logger = logging.getLogger(__name__)
 
+_MOST_SHOWN = 20
+
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
@@ -84,8 +86,9 @@ class LabelSet:
     def assign(self, names: Sequence[str], origin: str) -> dict[str, int]:
         """Maps all class names of a data set to outputs.
 
-        Names that the network's label set or the class map knows stand for those outputs. If not all are known, as
-        many names as outputs are taken in their order; other names are refused.
+        Names that the network's label set or the class map knows stand for those outputs, also where there are as many
+        names as outputs: their order would be a guess. As many unknown names as outputs are taken in their order, and
+        told; a known name out of that order is refused, since an unknown one beside it must be a slip.
 
         Args:
             names: Distinct, in the data set's own order.
@@ -96,20 +99,26 @@ class LabelSet:
         """
         known = {name: output for name in names if (output := self.find(name)) is not None}
         unknown = [name for name in names if name not in known]
-        if not unknown:
-            return known
-        if self.class_map or len(names) != self.n_outputs:
+        in_order = {name: output for output, name in enumerate(names)}
+        if unknown and (self.class_map or len(names) != self.n_outputs):
             raise DataError(
                 f"{origin}: {unknown[0]!r} ({len(unknown)} of {len(names)} classes) is no class of the network, which "
                 f"has {self.n_outputs} outputs; name classes by class name or WordNet id, or pass --class-map FILE, "
                 "a JSON object from name to output index."
             )
-        _logger.info(
-            "%s: classes stand for outputs in this order: %s",
-            origin,
-            ", ".join(f"{output} {name}" for output, name in enumerate(names)),
-        )
-        return {name: output for output, name in enumerate(names)}
+        moved = [name for name, output in known.items() if in_order[name] != output]
+        if unknown and moved:
+            raise DataError(
+                f"{origin}: {unknown[0]!r} is no class of the network, but {moved[0]!r} is, and stands for output "
+                f"{known[moved[0]]}, so the order of the names can't be the order of the outputs."
+                f"{did_you_mean(unknown[0], self.names or ())} Correct the name or pass --class-map FILE."
+            )
+        assigned = in_order if unknown else known
+        shown = [f"{output} {name}" for name, output in assigned.items()]
+        more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+        how = "in this order" if unknown else "by name"
+        _logger.info("%s: classes stand for outputs %s: %s%s", origin, how, ", ".join(shown[:_MOST_SHOWN]), more)
+        return assigned
 
     def select(self, classes: Iterable[str | int], own_names: Mapping[int, str]) -> tuple[int, ...]:
         """The outputs that the user's list of classes names, in ascending order.

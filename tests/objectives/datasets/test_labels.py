@@ -55,10 +55,22 @@ def test_known_names_are_not_overruled_by_their_order():
     assert labels.assign(["ape", "zebra"], "data") == {"ape": 1, "zebra": 0}
 
 
+def test_a_misspelt_name_does_not_permute_the_others():
+    label_set = LabelSet(3, ("tulip", "rose", "daisy"))
+    with pytest.raises(DataError, match=r"'tulips' is no class of the network, but 'daisy' is.* output 2.*'tulip'"):
+        label_set.assign(["daisy", "rose", "tulips"], "flowers")
+
+
+def test_names_that_are_known_are_told_with_their_outputs(caplog):
+    caplog.set_level("INFO")
+    assert LabelSet(2, ("tulip", "rose")).assign(["rose", "tulip"], "flowers") == {"rose": 1, "tulip": 0}
+    assert "flowers: classes stand for outputs by name: 1 rose, 0 tulip" in caplog.text
+
+
 def test_as_many_unknown_names_as_outputs_are_taken_in_order_and_told(caplog):
     caplog.set_level(logging.INFO)
-    assert PETS.assign(["a", "b", "cat"], "data") == {"a": 0, "b": 1, "cat": 2}
-    assert "data: classes stand for outputs in this order: 0 a, 1 b, 2 cat" in caplog.text
+    assert PETS.assign(["a", "b", "c"], "data") == {"a": 0, "b": 1, "c": 2}
+    assert "data: classes stand for outputs in this order: 0 a, 1 b, 2 c" in caplog.text
 
 
 @pytest.mark.parametrize(
