@@ -11,6 +11,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from storage.errors import DashboardAddressError
@@ -25,6 +26,7 @@ __all__ = ["serve"]
 
 _logger = logging.getLogger(__name__)
 _READING_METHODS = {"GET", "HEAD", "OPTIONS"}
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def serve(
@@ -49,7 +51,11 @@ def serve(
     """
     with StudyStore.open(url, read_only=not allow_writes, create=False) as store:
         application = _application(store)
-        server = _listen(host, port, application if allow_writes else _read_only(application))
+        if not allow_writes:
+            application = _read_only(application)
+        if host in _LOOPBACK:
+            application = _for_this_machine(application)
+        server = _listen(host, port, application)
         with server, suppress(KeyboardInterrupt):
             address = f"http://{host}:{server.server_port}/dashboard"
             _logger.info("The dashboard of %s listens on %s.", store.url_masked, address)
@@ -76,11 +82,37 @@ def _read_only(application: WSGIApplication) -> WSGIApplication:
     def guarded(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environment["REQUEST_METHOD"] in _READING_METHODS:
             return application(environment, start_response)
-        status = HTTPStatus.FORBIDDEN
-        start_response(f"{status.value} {status.phrase}", [("Content-Type", "application/json")])
-        return [json.dumps({"reason": "This dashboard only reads; start it with --allow-writes."}).encode()]
+        return _forbidden(start_response, "This dashboard only reads; start it with --allow-writes.")
 
     return guarded
+
+
+def _for_this_machine(application: WSGIApplication) -> WSGIApplication:
+    """Refuse requests that a page from elsewhere makes a browser on this machine send.
+
+    Such a page reaches a loopback address under a name of its own (DNS rebinding) or writes across origins.
+    """
+
+    def guarded(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        hosts = {_host_name(environment.get("HTTP_HOST", ""))}
+        if environment["REQUEST_METHOD"] not in _READING_METHODS and "HTTP_ORIGIN" in environment:
+            hosts.add(_host_name(environment["HTTP_ORIGIN"].partition("://")[2]))
+        if hosts <= _LOOPBACK:
+            return application(environment, start_response)
+        return _forbidden(start_response, "This dashboard answers to this machine only; use http://127.0.0.1.")
+
+    return guarded
+
+
+def _host_name(address: str) -> str:
+    """The name in NAME, NAME:PORT or [NAME]:PORT."""
+    return urlsplit(f"//{address}").hostname or ""
+
+
+def _forbidden(start_response: StartResponse, reason: str) -> Iterable[bytes]:
+    status = HTTPStatus.FORBIDDEN
+    start_response(f"{status.value} {status.phrase}", [("Content-Type", "application/json")])
+    return [json.dumps({"reason": reason}).encode()]
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -36,12 +36,14 @@ class Dashboard:
     process: subprocess.Popen[str]
     address: str
 
-    def ask(self, path: str, method: str = "GET", body: object = None) -> tuple[int, bytes]:
+    def ask(
+        self, path: str, method: str = "GET", body: object = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         request = urllib.request.Request(
             self.address.removesuffix("/dashboard") + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **(headers or {})},
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
@@ -143,6 +145,17 @@ def test_writes_work_when_allowed(filled: StudyStore, url: str, start: Start) ->
     status, _ = dashboard.ask(f"/api/studies/{renamed_id}", "DELETE", {})
     assert status == 204
     assert filled.summaries() == []
+
+
+def test_pages_from_elsewhere_neither_read_nor_write(filled: StudyStore, url: str, start: Start) -> None:
+    dashboard = _open(start, url, allow_writes=True)
+    study_id = filled.load("digits")._study_id
+    rebound, _ = dashboard.ask("/api/studies", headers={"Host": "attacker.example:8080"})
+    foreign, _ = dashboard.ask(f"/api/studies/{study_id}", "DELETE", {}, {"Origin": "http://attacker.example"})
+    assert (rebound, foreign) == (403, 403)
+    assert [summary.name for summary in filled.summaries()] == ["digits"]
+    own = {"Host": "localhost:8080", "Origin": "http://localhost:8080"}
+    assert dashboard.ask(f"/api/studies/{study_id}", "DELETE", {}, own)[0] == 204
 
 
 def test_interrupt_ends_it_in_order(filled: StudyStore, url: str, start: Start) -> None:
