@@ -281,12 +281,19 @@ class Objective:
             )
 
     def _unpruned(self, original: nn.Module) -> float:
-        """Accuracy of the user's own network on the search images; warns where it looks broken."""
+        """Accuracy of the user's own network on the search images; warns where it looks broken.
+
+        That is below twice chance over the classes that have images; with two classes, where that is 100 %, not above
+        the larger class's share.
+        """
         images = self.task.search.to(self.device)
         restricted = Columns(original, self.task.classes).to(self.device)
         accuracy = float(correct_predictions(restricted, images, self.options.batch_size).double().mean())
-        chance = 1 / len(self.task.classes)
-        if accuracy < 2 * chance and len(self.task.classes) > 2:
+        counts = torch.bincount(self.task.search.labels)
+        n_classes = int((counts > 0).sum())
+        chance = 1 / n_classes if n_classes > 2 else float(counts.max()) / len(self.task.search)
+        looks_broken = accuracy < 2 * chance if n_classes > 2 else accuracy <= chance < 1
+        if looks_broken:
             _log.warning(
                 "The unpruned network classifies only %.1f %% of the search images (chance is %.1f %%): check the "
                 "preprocessing (--mean, --std, --size), the order of the classes (--class-map) and the --checkpoint.",

@@ -1,10 +1,16 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Read when huggingface_hub is imported; without it, a test of missing weights waits for a network's time-outs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# A shell that starts the tests in the background lets them and their children ignore Ctrl-C, which some are about.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,7 +33,7 @@ from objectives.pruning.masking import masked
 from objectives.pruning.ranking import Ranking, rank
 from objectives.pruning.rates import n_pruned
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
-from objectives.pruning.slimming import Cost, cost, depends_on_images, slim
+from objectives.pruning.slimming import cost, depends_on_images, slim
 from objectives.pruning.structured import prune_coupled
 from search_spaces.documents import CompositeDocument
 
@@ -79,12 +79,15 @@ class PruneAmount:
 class NetworkFigures:
     """What one network costs and achieves.
 
+    Sizes are of its canonical form, so that all networks of a report are counted alike: batch norm folded, and the
+    classifier restricted to the task's classes.
+
     Attributes:
         accuracy: on the report's images.
-        parameters: batch norm folded.
+        parameters: weights and biases.
         flops: multiply-adds for one image.
-        size_bytes: of the weights.
-        latency_ms: median for one image.
+        size_bytes: of the weights, and of a slim network's indices.
+        latency_ms: median for one image, of the network as it is run.
     """
 
     accuracy: float
@@ -238,17 +241,16 @@ class _Pruning:
             write_state(result.network, directory / "coupled.safetensors")
             restricted = self._restricted(result.network)
             write_program(_on_cpu(restricted), input_shape, directory / "coupled.pt2")
-            size = cost(canonize(result.network, input_shape, self._classes()).module)
-            coupled_figures = self._figures(restricted, result.network, size)
+            coupled_figures = self._figures(restricted, canonize(result.network, input_shape, self._classes()).module)
             n_removed = result.n_removed
         report = PruneReport(
             amount=amount,
             n_components=len(self.ranking),
             n_pruned=self.n_pruned,
             images={"set": self._image_set(), "n_images": len(self._images())},
-            unpruned=self._figures(original, own, cost(network.module)),
+            unpruned=self._figures(original, network.module),
             masked_accuracy=masked_accuracy,
-            exact=self._figures(slim_network, slim_network, cost(slim_network)),
+            exact=self._figures(slim_network, slim_network),
             coupled=coupled_figures,
             n_removed_coupled=n_removed,
             warnings=tuple(self._warnings(slim_network)),
@@ -276,12 +278,13 @@ class _Pruning:
         correct = correct_predictions(network, images, self.objective.options.batch_size)
         return float(correct.double().mean())
 
-    def _figures(self, network: nn.Module, weights: nn.Module, size: Cost) -> NetworkFigures:
+    def _figures(self, network: nn.Module, canonical: fx.GraphModule) -> NetworkFigures:
+        size = cost(canonical)
         return NetworkFigures(
             accuracy=self._accuracy(network),
             parameters=size.parameters,
             flops=size.flops,
-            size_bytes=sum(tensor.nbytes for tensor in weights.state_dict().values()),
+            size_bytes=sum(tensor.nbytes for tensor in canonical.state_dict().values()),
             latency_ms=_latency_ms(network, self._images().images[:1].to(self.objective.device)),
         )
 

@@ -4,7 +4,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -76,15 +75,6 @@ def document(study, store):
 
 
 # Help
-
-
-def test_help_appears_at_once():
-    def seconds():
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "hpo.cli", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.5
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])

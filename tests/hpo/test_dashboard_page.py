@@ -39,7 +39,10 @@ def dashboard(tmp_path_factory):
             yield re.search(r"http://127\.0\.0\.1:\d+", line).group()
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=20)
+            try:
+                process.wait(timeout=60)
+            finally:
+                process.kill()
 
 
 def chromium(tmp_path, *arguments):

@@ -59,7 +59,7 @@ def test_leaving_does_not_wait_for_a_running_job():
     with make_executor("local", evaluate) as executor:
         executor.submit(Job(0, ZPLUS))
         assert running.wait(10)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 30  # the job would take 60 seconds
     end.set()
 
 

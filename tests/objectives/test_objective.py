@@ -260,6 +260,22 @@ def test_accuracy_near_chance_warns(task, model, caplog):
     assert "--class-map" in record.getMessage()
 
 
+def _of_classes(task, classes, labels):
+    """The task with search images of these classes only, labelled otherwise."""
+    chosen = torch.isin(task.search.labels, torch.tensor(classes))
+    images = task.search.images[chosen]
+    return replace(task, search=LabelledImages(images, labels(task.search.labels[chosen])))
+
+
+@pytest.mark.parametrize(("classes", "chance"), [([0, 1, 2], "33.3 %"), ([0, 1], "50")])
+def test_chance_counts_the_classes_that_have_images(task, model, caplog, classes, chance):
+    with caplog.at_level(logging.WARNING, logger="objectives.objective"):
+        Objective(model, _of_classes(task, classes, lambda labels: labels), OPTIONS)
+        assert not caplog.records
+        Objective(model, _of_classes(task, classes, lambda labels: labels.max() - labels), OPTIONS)
+    assert f"chance is {chance}" in caplog.text
+
+
 class _Hidden(nn.Module):
     """Computes something else than it exports."""
 
