@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from hpo.cli import cli
 from hpo.config import OPTIONS
+from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import HEURISTICS
 
@@ -60,6 +61,7 @@ def refused(*arguments, code=1):
 @pytest.fixture(scope="module")
 def study(store):
     """A finished study of two search trials."""
+    load_model("digits_cnn")  # trained now, if it must be: that would be one more line in the log
     environment = pytest.MonkeyPatch()
     environment.setenv("HPO_STORAGE", f"sqlite:///{store}")
     result = hpo("launch", "--study", "quick", "--n-trials", 2, *QUICK)
