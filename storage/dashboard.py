@@ -27,6 +27,7 @@ __all__ = ["serve"]
 _logger = logging.getLogger(__name__)
 _READING_METHODS = {"GET", "HEAD", "OPTIONS"}
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_ALL_ADDRESSES = {"", "0.0.0.0", "::"}
 
 
 def serve(
@@ -53,9 +54,7 @@ def serve(
         application = _application(store)
         if not allow_writes:
             application = _read_only(application)
-        if host in _LOOPBACK:
-            application = _for_this_machine(application)
-        server = _listen(host, port, application)
+        server = _listen(host, port, _own_pages_only(application, host))
         with server, suppress(KeyboardInterrupt):
             address = f"http://{host}:{server.server_port}/dashboard"
             _logger.info("The dashboard of %s listens on %s.", store.url_masked, address)
@@ -87,26 +86,31 @@ def _read_only(application: WSGIApplication) -> WSGIApplication:
     return guarded
 
 
-def _for_this_machine(application: WSGIApplication) -> WSGIApplication:
-    """Refuse requests that a page from elsewhere makes a browser on this machine send.
+def _own_pages_only(application: WSGIApplication, host: str) -> WSGIApplication:
+    """Refuse requests that a page from elsewhere makes a browser send.
 
-    Such a page reaches a loopback address under a name of its own (DNS rebinding) or writes across origins.
+    Such a page reaches the dashboard under a name of its own (DNS rebinding) or writes across origins. A dashboard on
+    all addresses cannot know its names, so it answers to any, but takes no writes from another origin either.
     """
+    names = _LOOPBACK | {host.lower()}
 
     def guarded(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        hosts = {_host_name(environment.get("HTTP_HOST", ""))}
-        if environment["REQUEST_METHOD"] not in _READING_METHODS and "HTTP_ORIGIN" in environment:
-            hosts.add(_host_name(environment["HTTP_ORIGIN"].partition("://")[2]))
-        if hosts <= _LOOPBACK:
-            return application(environment, start_response)
-        return _forbidden(start_response, "This dashboard answers to this machine only; use http://127.0.0.1.")
+        asked = environment.get("HTTP_HOST", "")
+        if host not in _ALL_ADDRESSES and _host_name(asked) not in names:
+            return _forbidden(start_response, f"This dashboard answers to http://{host} only; use that address.")
+        writes = environment["REQUEST_METHOD"] not in _READING_METHODS
+        if writes and environment.get("HTTP_ORIGIN", f"//{asked}").partition("//")[2].lower() != asked.lower():
+            return _forbidden(start_response, "This dashboard takes writes from its own pages only.")
+        return application(environment, start_response)
 
     return guarded
 
 
 def _host_name(address: str) -> str:
-    """The name in NAME, NAME:PORT or [NAME]:PORT."""
-    return urlsplit(f"//{address}").hostname or ""
+    """The name in NAME, NAME:PORT or [NAME]:PORT; empty where there is none."""
+    with suppress(ValueError):
+        return urlsplit(f"//{address}").hostname or ""
+    return ""
 
 
 def _forbidden(start_response: StartResponse, reason: str) -> Iterable[bytes]:

@@ -26,7 +26,7 @@ SERVE = """
 import sys
 from storage.dashboard import serve
 ready = lambda address: print(address, flush=True)
-serve(sys.argv[1], port=0, allow_writes=sys.argv[2] == "True", on_ready=ready)
+serve(sys.argv[1], host=sys.argv[3], port=0, allow_writes=sys.argv[2] == "True", on_ready=ready)
 print("ended", flush=True)
 """
 
@@ -58,12 +58,12 @@ class Dashboard:
         return json.loads(body)
 
 
-def _open(start: Start, url: str, *, allow_writes: bool = False) -> Dashboard:
+def _open(start: Start, url: str, *, allow_writes: bool = False, host: str = "127.0.0.1") -> Dashboard:
     # The dashboard's own dependencies may warn of what comes in their next versions.
-    process = start(SERVE, url, str(allow_writes), PYTHONWARNINGS="ignore")
+    process = start(SERVE, url, str(allow_writes), host, PYTHONWARNINGS="ignore")
     assert process.stdout is not None
     address = process.stdout.readline().strip()
-    assert address.startswith("http://127.0.0.1:"), process.communicate()[1]
+    assert address.startswith(f"http://{host}:"), process.communicate()[1]
     return Dashboard(process, address)
 
 
@@ -147,12 +147,18 @@ def test_writes_work_when_allowed(filled: StudyStore, url: str, start: Start) ->
     assert filled.summaries() == []
 
 
-def test_pages_from_elsewhere_neither_read_nor_write(filled: StudyStore, url: str, start: Start) -> None:
-    dashboard = _open(start, url, allow_writes=True)
+@pytest.mark.parametrize(("host", "rebound"), [("127.0.0.1", 403), ("127.0.0.2", 403), ("0.0.0.0", 200)])
+def test_pages_from_elsewhere_neither_read_nor_write(
+    filled: StudyStore, url: str, start: Start, host: str, rebound: int
+) -> None:
+    """Only on all addresses, which the user must ask for, any name is the dashboard's own."""
+    dashboard = _open(start, url, allow_writes=True, host=host)
     study_id = filled.load("digits")._study_id
-    rebound, _ = dashboard.ask("/api/studies", headers={"Host": "attacker.example:8080"})
-    foreign, _ = dashboard.ask(f"/api/studies/{study_id}", "DELETE", {}, {"Origin": "http://attacker.example"})
-    assert (rebound, foreign) == (403, 403)
+    assert dashboard.json("/api/studies")["study_summaries"]
+    for name in ("attacker.example:8080", "[malformed"):
+        assert dashboard.ask("/api/studies", headers={"Host": name})[0] == rebound, name
+    for origin in ("http://attacker.example", "http://127.0.0.1:1", "null"):
+        assert dashboard.ask(f"/api/studies/{study_id}", "DELETE", {}, {"Origin": origin})[0] == 403, origin
     assert [summary.name for summary in filled.summaries()] == ["digits"]
     own = {"Host": "localhost:8080", "Origin": "http://localhost:8080"}
     assert dashboard.ask(f"/api/studies/{study_id}", "DELETE", {}, own)[0] == 204
