@@ -203,6 +203,16 @@ def test_some_classes_only(run, digits_model, make_document, tmp_path):
     )
 
 
+@pytest.mark.parametrize("classes", [None, [7, 2, 5]])
+def test_networks_are_counted_alike(run, digits_model, make_document, classes):
+    """Where nothing is pruned, all of a report's networks have one size."""
+    task = load_task("digits", digits_model, classes=classes)
+    document = make_document(digits_model, task, COMPOSITE)
+    report = run("rate", 0.0, task=task, document=document, coupled=True)
+    sizes = {(row.parameters, row.flops, row.size_bytes) for row in (report.unpruned, report.exact, report.coupled)}
+    assert len(sizes) == 1
+
+
 def test_without_confirmation_images_the_search_images_are_used(run, digits_task):
     empty = LabelledImages(digits_task.confirmation.images[:0], digits_task.confirmation.labels[:0])
     report = run("rate", 0.1, task=replace(digits_task, confirmation=empty))
