@@ -124,10 +124,9 @@ class Objective:
         self.task = task
         self.options = options
         self.device = resolve_device(options.device)
-        restricted = task.classes if tuple(task.classes) != tuple(range(model.num_classes)) else None
         original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
-        self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), restricted)
+        self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), self.kept_outputs)
         self.layer_groups: dict[str, str]
         if document is None:
             self.layer_groups = group_layers(self.network, options.layer_groups)
@@ -149,6 +148,11 @@ class Objective:
         self._evaluators: dict[ImageSet, Evaluator] = {}
         self._relevances: OrderedDict[str, Relevance] = OrderedDict()
         self.unpruned_accuracy: float = self._unpruned(original)
+
+    @property
+    def kept_outputs(self) -> tuple[int, ...] | None:
+        """The network's outputs that the task keeps; `None` where it keeps all."""
+        return None if self.task.classes == tuple(range(self.model.num_classes)) else self.task.classes
 
     @property
     def component_widths(self) -> dict[str, int]:

@@ -229,7 +229,7 @@ class _Pruning:
         slim_network = slim(network, masks)
         input_shape = network.input_shape
         write_program(_on_cpu(slim_network), input_shape, directory / "slim.pt2")
-        write_weights(slim_network, masks, self.document, self._classes(), directory / "slim.safetensors")
+        write_weights(slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors")
         own = on_device(objective.model.network, objective.device)
         original = self._restricted(own)
         with masked(own, network.layers, masks):
@@ -241,7 +241,9 @@ class _Pruning:
             write_state(result.network, directory / "coupled.safetensors")
             restricted = self._restricted(result.network)
             write_program(_on_cpu(restricted), input_shape, directory / "coupled.pt2")
-            coupled_figures = self._figures(restricted, canonize(result.network, input_shape, self._classes()).module)
+            coupled_figures = self._figures(
+                restricted, canonize(result.network, input_shape, objective.kept_outputs).module
+            )
             n_removed = result.n_removed
         report = PruneReport(
             amount=amount,
@@ -259,12 +261,9 @@ class _Pruning:
         (directory / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
         return report
 
-    def _classes(self) -> tuple[int, ...] | None:
-        task, model = self.objective.task, self.objective.model
-        return None if task.classes == tuple(range(model.num_classes)) else task.classes
-
     def _restricted(self, network: nn.Module) -> nn.Module:
-        return network if self._classes() is None else Columns(network, self.objective.task.classes)
+        kept = self.objective.kept_outputs
+        return network if kept is None else Columns(network, kept)
 
     def _image_set(self) -> Literal["search", "confirmation"]:
         return "confirmation" if len(self.objective.task.confirmation) else "search"

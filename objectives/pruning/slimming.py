@@ -109,10 +109,6 @@ class _Value:
     channels: Tensor
     shape: tuple[int, ...]
 
-    @property
-    def is_full(self) -> bool:
-        return len(self.channels) == self.shape[0]
-
 
 class _Slimmer:
     def __init__(self, network: CanonicalNetwork, masks: Masks, scatter: Scatter) -> None:
