@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,29 @@ def data_pack() -> Path:
     if not (directory / "weights").is_dir():
         pytest.skip(f"the data pack isn't at {directory}; set HPO_DATA_PACK to its directory")
     return directory
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+    """Mounts a disk of a size in bytes, for what a full one does."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("needs `mount`")
+        if done.returncode != 0:
+            pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -67,18 +67,8 @@ def _images(n=7):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("needs `mount`")
-    if done.returncode != 0:
-        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def small_disk(mount_disk):
+    return mount_disk(SIZE)
 
 
 ALONE = """
