@@ -1,9 +1,12 @@
 import os
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from postgresql_cluster import Server, running_server
 
 # Read when huggingface_hub is imported; without it, a test of missing weights waits for a network's time-outs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +33,20 @@ def data_pack() -> Path:
     if not (directory / "weights").is_dir():
         pytest.skip(f"the data pack isn't at {directory}; set HPO_DATA_PACK to its directory")
     return directory
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    """A server for all tests that don't stop it; each takes a database of its own."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def new_postgresql() -> Iterator[Callable[[], Server]]:
+    """Starts servers of a test's own, to be stopped and restarted."""
+    with ExitStack() as started:
+        yield lambda: started.enter_context(running_server())
 
 
 @pytest.fixture
