@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Self
 from search_spaces.errors import PruningHPOError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial, Trial
 
     from objectives.pruning.curve import Curve
     from storage.store import StudyStore
 
-__all__ = ["CurvePlotter", "curve_csv", "curve_png", "study_png"]
+__all__ = ["CurvePage", "CurvePlotter", "curve_csv", "curve_png", "study_png"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,12 +50,48 @@ def curve_csv(curve: "Curve", classes: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
+class CurvePage:
+    """A page for pictures of curves over the same rates; its axes are drawn once, which is most of a picture's work.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, rates: tuple[float, ...]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        self.rates = rates
+        figure = _figure(6.0, right=0.96)
+        self._canvas = FigureCanvasAgg(figure)
+        self._axes = figure.add_subplot()
+        # Matplotlib leaves out what is animated when it draws a figure.
+        (self._line,) = self._axes.plot(rates, [0.0] * len(rates), marker="o", markersize=3, animated=True)
+        _label(self._axes)
+        self._canvas.draw()
+        self._empty = self._canvas.copy_from_bbox(figure.bbox)
+
+    def png(self, curve: "Curve", title: str) -> bytes:
+        """A picture of one trial's curve.
+
+        Raises:
+            ValueError: The curve has other rates.
+        """
+        if curve.rates != self.rates:
+            raise ValueError(f"`curve` must have the rates {self.rates}, but has {curve.rates}.")
+        import numpy as np
+        from PIL import Image
+
+        self._canvas.restore_region(self._empty)
+        self._line.set_ydata(curve.accuracies)
+        self._axes.draw_artist(self._line)
+        self._axes.draw_artist(self._axes.set_title(title, fontsize="small"))
+        content = io.BytesIO()
+        Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB").save(content, "png")
+        return content.getvalue()
+
+
 def curve_png(curve: "Curve", title: str) -> bytes:
     """A picture of one trial's curve."""
-    figure = _figure(6.0, right=0.96)
-    axes = figure.add_subplot()
-    axes.plot(curve.rates, curve.accuracies, marker="o", markersize=3)
-    return _finish(figure, title)
+    return CurvePage(curve.rates).png(curve, title)
 
 
 def study_png(best: Mapping[str, "Curve"], heuristics: Mapping[str, "Curve"], title: str) -> bytes:
@@ -79,11 +116,15 @@ def _figure(width: float, right: float) -> "Figure":
     return figure
 
 
+def _label(axes: "Axes") -> None:
+    axes.set(xlabel="share of components pruned", ylabel="accuracy", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+
+
 def _finish(figure: "Figure", title: str) -> bytes:
     (axes,) = figure.axes
-    axes.set(xlabel="share of components pruned", ylabel="accuracy", ylim=(0, 1.02), title=title)
-    axes.title.set_fontsize("small")
-    axes.grid(alpha=0.3)
+    _label(axes)
+    axes.set_title(title, fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
     return content.getvalue()
@@ -124,10 +165,13 @@ class CurvePlotter:
         self._thread.join(timeout=2.0)
 
     def _work(self) -> None:
+        page: CurvePage | None = None
         while (item := self._waiting.get()) is not None and not self._abandoned.is_set():
             trial, curve, title = item
+            if page is None or page.rates != curve.rates:
+                page = CurvePage(curve.rates)
             try:
-                self._store.add_artifact(trial, CURVE_PNG, curve_png(curve, title), "image/png")
+                self._store.add_artifact(trial, CURVE_PNG, page.png(curve, title), "image/png")
             except PruningHPOError as error:
                 # A picture is not worth a study; what ails the store will show when the next trial is written.
                 _log.warning("The curve of trial %d is not drawn: %s", trial.number, error)

@@ -3,7 +3,7 @@ import threading
 import pytest
 from matplotlib.image import imread
 
-from hpo.plots import curve_csv, curve_png, study_png
+from hpo.plots import CurvePage, curve_csv, curve_png, study_png
 from search_spaces.heuristics import HEURISTICS
 
 
@@ -31,6 +31,17 @@ def test_pictures_are_pictures(curve, draw, tmp_path):
     pixels = imread(path)
     assert pixels.shape[0] == 400
     assert pixels[..., :3].min() < 0.5 < pixels[..., :3].max()
+
+
+def test_a_page_keeps_nothing_of_its_last_picture(curve, make_problem):
+    page = CurvePage(curve.rates)
+    other = page.png(make_problem().evaluate(HEURISTICS["epsilon"], "search").curve, "another\ntitle")
+    assert page.png(curve, "t") == curve_png(curve, "t") != other
+
+
+def test_a_page_is_for_its_rates(curve):
+    with pytest.raises(ValueError, match="`curve` must have the rates"):
+        CurvePage((0.0, 1.0)).png(curve, "t")
 
 
 def test_pictures_are_drawn_on_any_thread(curve):
