@@ -58,9 +58,11 @@ def cli() -> None:
     hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
     hpo launch --config study.toml --device cuda:0
+    hpo launch --sampler grid --executor ray --workers 4
+    hpo launch --executor ray --ray-address 10.0.0.5:6379 --gpus-per-trial 0.5
     """
 )
-@configuration_options("study", "search", "model", "data", "objective")
+@configuration_options("study", "search", "execution", "model", "data", "objective")
 @_config
 @_verbose
 @click.pass_context

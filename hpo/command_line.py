@@ -94,6 +94,7 @@ class Group(click.Group):
 _HEADINGS: dict[Section, str] = {
     "study": "Study",
     "search": "Search",
+    "execution": "Execution",
     "model": "Network",
     "data": "Images",
     "objective": "Pruning and evaluation",

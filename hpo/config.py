@@ -20,18 +20,23 @@ from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["LaunchConfiguration", "OPTIONS", "Option", "Section", "given_fields", "resolve"]
+__all__ = ["DEFAULT_CPUS_PER_TRIAL", "LaunchConfiguration", "OPTIONS", "Option", "Section", "given_fields", "resolve"]
 
-Section = Literal["study", "search", "model", "data", "objective"]
+Section = Literal["study", "search", "execution", "model", "data", "objective"]
+
+DEFAULT_CPUS_PER_TRIAL = 1
+"""What a worker of Ray computes with, where `--cpus-per-trial` does not say."""
 
 _DEFAULT_MODEL = "digits_cnn"
 _DEFAULT_DATA = "digits"
 _DEFAULT_N_TRIALS = 100
 _DEFAULT_N_TRIALS_DIGITS = 60
+_DEFAULT_TRIALS_PER_BATCH = 8
 
 _ABS_SCOPES = ("sum", "element")
 _DTYPES = ("fp32", "bf16")
-_EXECUTORS = ("local",)
+_EXECUTORS = ("local", "ray")
+_OF_RAY = ("workers", "gpus-per-trial", "cpus-per-trial", "ray-address", "trial-timeout")
 _OUTPUT_RELEVANCES = ("one", "logit")
 _SAMPLES = ("random", "first")
 
@@ -107,6 +112,13 @@ def _between(low: float, high: float, wanted: str) -> Callable[[Any], float]:
     return read
 
 
+def _above_0(value: Any) -> float:
+    number = _number(value)
+    if number <= 0:
+        raise ValueError("must be a number above 0")
+    return number
+
+
 def _items(value: Any) -> list[Any]:
     """Parts of `a,b,c` or of a TOML array."""
     if isinstance(value, str):
@@ -156,6 +168,12 @@ def _choice(names: Sequence[str]) -> Callable[[Any], str]:
         return str(value)
 
     return read
+
+
+def _executor(value: Any) -> str:
+    if value not in _EXECUTORS:
+        raise ConfigurationError(f"Unknown executor {value!r}.{did_you_mean(str(value), _EXECUTORS)}")
+    return str(value)
 
 
 def _rates(value: Any) -> tuple[float, ...]:
@@ -253,7 +271,69 @@ class LaunchConfiguration:
     metric: str = _option(
         "search", "Figure to maximise (see `hpo spaces`).", read=_text, metavar="FIGURE", default="auc"
     )
-    executor: str = _option("search", "Where trials run.", read=_choice(_EXECUTORS), metavar="local", default="local")
+
+    executor: Literal["local", "ray"] = _option(
+        "execution",
+        "Where trials run: in this process, or in as many as Ray has room for.",
+        read=_executor,
+        metavar="|".join(_EXECUTORS),
+        default="local",
+    )
+    workers: int | None = _option(
+        "execution", "Trials at a time.", read=_whole(1), metavar="N", shown="as many as Ray has GPUs, else CPUs, for"
+    )
+    gpus_per_trial: float | None = _option(
+        "execution",
+        "GPUs of a worker, such as 1 or 0.25.",
+        read=_between(0, math.inf, "must be a number of at least 0"),
+        metavar="N",
+        shown="1 where there are GPUs and --device is not cpu",
+    )
+    cpus_per_trial: float | None = _option(
+        "execution",
+        "CPUs of a worker, and threads that it computes with.",
+        read=_above_0,
+        metavar="N",
+        shown=str(DEFAULT_CPUS_PER_TRIAL),
+    )
+    ray_address: str | None = _option(
+        "execution",
+        "Running Ray cluster: auto, or HOST:PORT.",
+        read=_text,
+        metavar="ADDRESS",
+        shown="a cluster of its own on this machine",
+    )
+    trials_per_batch: int = _option(
+        "execution",
+        "Trials that a worker is given at a time, so that they share what they can.",
+        read=_whole(1),
+        metavar="N",
+        default=1,
+        shown=f"{_DEFAULT_TRIALS_PER_BATCH} for grid and random, else 1",
+    )
+    trial_timeout_s: float | None = _option(
+        "execution",
+        "End a trial that takes longer, as failed: seconds, or 90s, 30m, 2h.",
+        read=_seconds,
+        metavar="TIME",
+        name="trial-timeout",
+    )
+    max_losses: int = _option(
+        "execution",
+        "How often a trial whose worker died is tried again before it fails.",
+        read=_whole(0),
+        metavar="N",
+        default=3,
+    )
+    store_timeout_s: float = _option(
+        "execution",
+        "How long to wait for a database that is away: seconds, or 90s, 30m, 2h.",
+        read=_seconds,
+        metavar="TIME",
+        name="store-timeout",
+        default=300.0,
+        shown="5m",
+    )
 
     model: str = _option(
         "model",
@@ -511,6 +591,8 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
         values["space"] = str(Path(values["space"]).expanduser().absolute())
     if values.get("n_trials") is None and values.get("sampler") != "grid":
         values["n_trials"] = _DEFAULT_N_TRIALS_DIGITS if data == _DEFAULT_DATA else _DEFAULT_N_TRIALS
+    if values.get("sampler") in ("grid", "random"):
+        values.setdefault("trials_per_batch", _DEFAULT_TRIALS_PER_BATCH)
     values.setdefault("rates", OPTIONS["rates"].read(DEFAULT_RATES))
     values.setdefault("study", _study_name(model, data))
     values.setdefault("storage", default_storage_url())
@@ -545,4 +627,13 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
         )
     if re.search(r"[/\\\x00-\x1f]", configuration.study):
         raise ConfigurationError(f"`--study` must not hold slashes or line breaks, but got {configuration.study!r}.")
+    if configuration.executor == "local":
+        for name in _OF_RAY:
+            value = getattr(configuration, OPTIONS[name].field)
+            if value is not None and (name, value) != ("workers", 1):
+                raise ConfigurationError(f"`--{name}` is for workers of Ray; add `--executor ray`.")
+    elif configuration.device.startswith("cuda:"):
+        raise ConfigurationError(
+            f"Ray chooses each worker's GPU, so `--device {configuration.device}` cannot hold; pass `--device cuda`."
+        )
     return configuration

@@ -231,7 +231,7 @@ class StudyDriver:
         self._worked = True
         composite = trials.composite_of(trial)
         assert composite is not None, "a complete trial has a composite"
-        self._executor.submit(Job(trial.number, composite, "confirmation"))
+        self._executor.submit([Job(trial.number, composite, "confirmation")])
         outcome = self._wait()
         if outcome.evaluation is None:
             raise TrialsFailedError(f"Trial {trial.number} could not be confirmed: {outcome.failure}")
@@ -265,7 +265,7 @@ class StudyDriver:
                 if asked.composite.key in self._known:
                     self._reuse(asked)
                 else:
-                    self._executor.submit(Job(asked.trial.number, asked.composite))
+                    self._executor.submit([Job(asked.trial.number, asked.composite)])
             if not self._asked:
                 return
             self._take(self._wait())
@@ -340,7 +340,7 @@ class StudyDriver:
     def _take(self, outcome: Outcome) -> None:
         asked = self._asked[outcome.job.number]
         if outcome.evaluation is None:
-            self._fail(asked, outcome.failure or "", by_composite=outcome.by_composite)
+            self._fail(asked, outcome.failure or "", by_composite=outcome.cause == "composite")
             return
         evaluation = outcome.evaluation
         try:

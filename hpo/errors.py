@@ -4,6 +4,7 @@
     └── HpoError
         ├── ConfigurationError (ValueError)      an option, or a key of a configuration file, that cannot be used
         │   └── SamplerError    a sampler that cannot be imported, built or used
+        ├── ExecutorError (RuntimeError)         no worker can be had
         ├── ImportRefusedError (PermissionError)    an import path that only a store or a document names
         ├── NothingFoundError  (LookupError)     a study or a trial that is not what was asked for
         └── TrialsFailedError  (RuntimeError)    trials that failed, so that the study cannot go on
@@ -15,6 +16,7 @@ from search_spaces.errors import PruningHPOError
 
 __all__ = [
     "ConfigurationError",
+    "ExecutorError",
     "HpoError",
     "ImportRefusedError",
     "Interrupted",
@@ -34,6 +36,10 @@ class ConfigurationError(HpoError, ValueError):
 
 class SamplerError(ConfigurationError):
     """A sampler that cannot be imported, built or used."""
+
+
+class ExecutorError(HpoError, RuntimeError):
+    """No worker can be had: what is asked for does not exist, cannot be reached, or keeps dying."""
 
 
 class ImportRefusedError(HpoError, PermissionError):

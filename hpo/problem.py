@@ -5,20 +5,21 @@ import json
 import platform
 import shlex
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.config import LaunchConfiguration
 from hpo.errors import ImportRefusedError
-from hpo.executors import Images
+from hpo.executors import Images, Worker
 from search_spaces.imports import Named, runs_code
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from objectives.datasets import Task
     from objectives.models import LoadedModel
-    from objectives.objective import Evaluation, Objective
+    from objectives.objective import Evaluation, Objective, ObjectiveOptions
     from search_spaces.composites import CompositeSpec
     from search_spaces.documents import CompositeDocument
 
@@ -27,8 +28,8 @@ __all__ = ["LoadedProblem", "Problem", "load_model_and_task", "load_problem", "r
 _VERSIONED = ("numpy", "optuna", "pruning-hpo", "timm", "torch", "zennit")
 
 
-class Problem(Protocol):
-    """What a study optimises. `evaluate` is called by one thread; everything else is fixed."""
+class Problem(Worker, Protocol):
+    """What a study optimises. As a worker it is used by one thread; everything else is fixed."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -48,17 +49,20 @@ class Problem(Protocol):
         """The part of an export document that all trials of a study share, as JSON."""
         ...
 
-    def evaluate(self, composite: "CompositeSpec", images: Images) -> "Evaluation":
-        """The composite's curve on these images; on confirmation images always in fp32."""
+    def worker(self) -> "Callable[[], Worker]":
+        """What makes a worker of this problem in another process; can be pickled."""
         ...
 
 
 class LoadedProblem:
     """The problem of a real network on real images."""
 
-    def __init__(self, configuration: LaunchConfiguration, objective: "Objective") -> None:
+    def __init__(
+        self, configuration: LaunchConfiguration, objective: "Objective", document: "CompositeDocument | None" = None
+    ) -> None:
         self.configuration = configuration
         self.objective = objective
+        self.document = document
         self.model: LoadedModel = objective.model
         self.task: Task = objective.task
 
@@ -117,8 +121,15 @@ class LoadedProblem:
             "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
         }
 
+    def worker(self) -> "Callable[[], Worker]":
+        """See `Problem.worker`; network and images travel with it, so that a worker reads no file."""
+        return partial(_problem, self.configuration, self.model, self.task, self.objective.options, self.document)
+
+    def prepare(self, composites: "Sequence[CompositeSpec]") -> None:
+        """See `Worker.prepare`."""
+
     def evaluate(self, composite: "CompositeSpec", images: Images) -> "Evaluation":
-        """See `Problem.evaluate`."""
+        """See `Worker.evaluate`."""
         return self.objective.evaluate(composite, images)
 
 
@@ -139,7 +150,7 @@ def load_problem(
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
     """
-    from objectives.objective import Objective, ObjectiveOptions
+    from objectives.objective import ObjectiveOptions
 
     model, task = load_model_and_task(configuration, given)
     options = ObjectiveOptions(
@@ -153,7 +164,19 @@ def load_problem(
     )
     if document is not None:
         options = replace(options, procedure=document.procedure)
-    return LoadedProblem(configuration, Objective(model, task, options, document))
+    return _problem(configuration, model, task, options, document)
+
+
+def _problem(
+    configuration: LaunchConfiguration,
+    model: "LoadedModel",
+    task: "Task",
+    options: "ObjectiveOptions",
+    document: "CompositeDocument | None",
+) -> LoadedProblem:
+    from objectives.objective import Objective
+
+    return LoadedProblem(configuration, Objective(model, task, options, document), document)
 
 
 def load_model_and_task(

@@ -49,7 +49,7 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
     with (
         study_lease(configuration.storage, configuration.study),
         StudyStore.open(configuration.storage) as store,
-        make_executor(configuration.executor, problem.evaluate) as executor,
+        make_executor(configuration, problem) as executor,
         CurvePlotter(store) as plotter,
         stop_on_signals() as stop,
     ):

@@ -1,23 +1,29 @@
 """Executors: where trials are computed. Workers compute, the driver writes."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
-from hpo.errors import ConfigurationError
 from search_spaces.composites import CompositeSpec
-from search_spaces.suggestions import did_you_mean
 
 if TYPE_CHECKING:
+    from hpo.config import LaunchConfiguration
+    from hpo.problem import Problem
     from objectives.objective import Evaluation
 
-__all__ = ["Evaluate", "Executor", "Images", "Job", "Outcome", "make_executor"]
+__all__ = ["Cause", "Executor", "Images", "Job", "Outcome", "Worker", "make_executor"]
 
 Images = Literal["search", "confirmation"]
 
-Evaluate = Callable[[CompositeSpec, Images], "Evaluation"]
-"""What a worker does: from a composite to its evaluation on some images. Not thread-safe."""
+Cause = Literal["composite", "objective", "worker", "unstarted"]
+"""Why a job has no evaluation.
+
+composite: the composite's own failure, so that another composite may well succeed;
+objective: any other error of the evaluation, or it took longer than a trial may;
+worker: the process that computed it died;
+unstarted: the process died, or was ended, before it began this job; the job is as good as new.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,36 +49,67 @@ class Outcome:
         job: What was to be computed.
         evaluation: What was computed.
         failure: Why it was not.
-        by_composite: Whether the failure is the composite's own, so that another composite may well succeed.
+        cause: Whose fault that is; None if nothing failed.
     """
 
     job: Job
     evaluation: "Evaluation | None" = None
     failure: str | None = None
-    by_composite: bool = False
+    cause: Cause | None = None
 
     def __post_init__(self) -> None:
-        if (self.evaluation is None) == (self.failure is None):
-            raise ValueError(f"An outcome has either an evaluation or a failure, but got {self!r}.")
+        failed = self.failure is not None
+        if failed == (self.evaluation is not None) or failed != (self.cause is not None):
+            raise ValueError(
+                f"An outcome has either an evaluation or a failure, and a cause where it failed, but got {self!r}."
+            )
+
+
+class Worker(Protocol):
+    """What computes jobs, one at a time. Not thread-safe."""
+
+    def prepare(self, composites: Sequence[CompositeSpec]) -> None:
+        """Compute what these composites share, if anything; `evaluate` is then called for each, in this order.
+
+        May do nothing: no evaluation depends on it.
+        """
+        ...
+
+    def evaluate(self, composite: CompositeSpec, images: Images) -> "Evaluation":
+        """The composite's curve on these images; on confirmation images always in fp32.
+
+        Raises:
+            RelevanceError: The composite's own failure.
+            PruningHPOError: Another failure.
+        """
+        ...
 
 
 class Executor(Protocol):
-    """Computes jobs, `n_workers` at a time, and knows no database.
+    """Computes batches of jobs with `n_workers` workers, and knows no database.
 
     One thread submits and waits. A context manager: leaving it abandons the jobs that still run, within a second.
+    Every job that was submitted has one outcome, whatever happens to its worker.
     """
 
     @property
     def n_workers(self) -> int:
-        """How many jobs may be submitted before `wait` has to be called."""
+        """How many batches are computed at a time; may change when machines come or go."""
         ...
 
-    def submit(self, job: Job) -> None:
-        """Start a job; returns at once."""
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand in a batch, which one worker computes in order, knowing all of it from the start; returns at once.
+
+        Idle workers get it first; where there is none, it waits in a queue.
+        """
         ...
 
     def wait(self, timeout_s: float) -> Outcome | None:
-        """The next job that has ended, in the order of ending; None if none has after `timeout_s`."""
+        """The next job that has ended, in the order of ending; None if none has after `timeout_s`.
+
+        Raises:
+            ExecutorError: No worker can be had any more.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -82,15 +119,16 @@ class Executor(Protocol):
     ) -> None: ...
 
 
-def make_executor(name: str, evaluate: Evaluate) -> Executor:
-    """The executor of this name.
+def make_executor(configuration: "LaunchConfiguration", problem: "Problem") -> Executor:
+    """The executor that a configuration asks for; it starts when its context is entered.
 
     Raises:
-        ConfigurationError: No executor has this name.
+        ExecutorError: It is not installed.
     """
+    if configuration.executor == "ray":
+        from hpo.executors.ray import RayExecutor
+
+        return RayExecutor(configuration, problem.worker())
     from hpo.executors.local import LocalExecutor
 
-    known = {"local": LocalExecutor}
-    if name not in known:
-        raise ConfigurationError(f"Unknown executor {name!r}.{did_you_mean(name, known)}")
-    return known[name](evaluate)
+    return LocalExecutor(problem)

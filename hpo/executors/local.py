@@ -1,18 +1,15 @@
 """The local executor: one worker thread in this process."""
 
-import logging
 import queue
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from hpo.executors import Evaluate, Job, Outcome
-from objectives.errors import RelevanceError
-from search_spaces.errors import PruningHPOError
+from hpo.executors import Job, Outcome, Worker
+from hpo.executors.computation import compute, prepare
 
 __all__ = ["LocalExecutor"]
-
-_log = logging.getLogger(__name__)
 
 
 class LocalExecutor:
@@ -22,10 +19,11 @@ class LocalExecutor:
     the executor is left is abandoned; its thread is a daemon and ends with the process.
     """
 
-    def __init__(self, evaluate: Evaluate) -> None:
-        self._evaluate = evaluate
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._batches: queue.SimpleQueue[Sequence[Job] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._work, name="trial-worker", daemon=True)
 
     @property
@@ -33,9 +31,9 @@ class LocalExecutor:
         """See `Executor.n_workers`."""
         return 1
 
-    def submit(self, job: Job) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         """See `Executor.submit`."""
-        self._jobs.put(job)
+        self._batches.put(jobs)
 
     def wait(self, timeout_s: float) -> Outcome | None:
         """See `Executor.wait`."""
@@ -51,19 +49,13 @@ class LocalExecutor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._jobs.put(None)
+        self._left.set()
+        self._batches.put(None)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._outcomes.put(self._outcome(job))
-
-    def _outcome(self, job: Job) -> Outcome:
-        try:
-            return Outcome(job, evaluation=self._evaluate(job.composite, job.images))
-        except RelevanceError as error:
-            return Outcome(job, failure=str(error), by_composite=True)
-        except PruningHPOError as error:
-            return Outcome(job, failure=str(error))
-        except BaseException as error:  # whatever a network does, even `sys.exit`, this thread must answer
-            _log.debug("Trial %d failed.", job.number, exc_info=True)
-            return Outcome(job, failure=f"{type(error).__name__}: {error}")
+        while (jobs := self._batches.get()) is not None and not self._left.is_set():
+            prepare(self._worker, jobs)
+            for job in jobs:
+                if self._left.is_set():
+                    return
+                self._outcomes.put(compute(self._worker, job))

@@ -3,7 +3,8 @@
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from hpo.config import resolve
 from hpo.driver import StudyDriver
-from hpo.executors import Images, make_executor
+from hpo.executors import Images, Worker, make_executor
 from hpo.plots import CurvePlotter
 from hpo.progress import LogProgress
 from hpo.samplers import make_sampler
@@ -58,6 +59,12 @@ class StandInProblem:
             },
             "versions": {"pruning-hpo": "0"},
         }
+
+    def worker(self) -> Callable[[], Worker]:
+        return partial(StandInProblem, data=self.data, seconds=self.seconds)
+
+    def prepare(self, composites: Sequence[CompositeSpec]) -> None:
+        pass
 
     def evaluate(self, composite: CompositeSpec, images: Images) -> Evaluation:
         self.evaluating.set()
@@ -129,7 +136,7 @@ def drive(url: str) -> Drive:
         space = space or load_space(configuration.space)
         with (
             StudyStore.open(url) as store,
-            make_executor("local", problem.evaluate) as executor,
+            make_executor(configuration, problem) as executor,
             (CurvePlotter if pictures else BlankPlotter)(store) as plotter,
         ):
             driver = StudyDriver(

@@ -69,7 +69,15 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         n-trials = 3
         timeout = "2m"
         metric = "auc"
-        executor = "local"
+        executor = "ray"
+        workers = 2
+        gpus-per-trial = 0.5
+        cpus-per-trial = 2
+        ray-address = "auto"
+        trials-per-batch = 4
+        trial-timeout = "10m"
+        max-losses = 1
+        store-timeout = 60
         model = "resnet18"
         checkpoint = "weights.pt"
         size = [32, 48]
@@ -90,7 +98,7 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         output-relevance = "logit"
         dtype = "bf16"
         batch-size = 7
-        device = "cuda:1"
+        device = "cuda"
         [model-option]
         width = 2
         """,
@@ -98,7 +106,9 @@ def test_every_option_can_stand_in_a_file(tmp_path):
     configuration = resolve({}, file)
     given = {name for name in OPTIONS if f"{name} =" in file.read_text()} | {"model-option"}
     assert given == set(OPTIONS)
-    assert configuration.timeout_s == 120
+    assert (configuration.timeout_s, configuration.trial_timeout_s, configuration.store_timeout_s) == (120, 600, 60)
+    assert (configuration.workers, configuration.gpus_per_trial, configuration.cpus_per_trial) == (2, 0.5, 2)
+    assert (configuration.trials_per_batch, configuration.max_losses) == (4, 1)
     assert configuration.size == (32, 48)
     assert configuration.classes == (3, "rose")
     assert configuration.rates == (0, 0.5)
@@ -143,7 +153,7 @@ def test_model_options_have_types(text, value):
         ("n_trials", "many", "`--n-trials` must be a whole number of at least 1, but got 'many'."),
         ("timeout_s", "soon", "`--timeout` must be a duration above 0, such as 90, 90s, 30m or 2h, but got 'soon'."),
         ("metric", "auk", "Unknown metric 'auk'. Did you mean 'auc'? Known: auc, auc_flops, "),
-        ("executor", "ray", "`--executor` must be one of local, but got 'ray'."),
+        ("executor", "rey", "Unknown executor 'rey'. Did you mean 'ray'?"),
         ("dtype", "fp16", "`--dtype` must be one of fp32, bf16, but got 'fp16'."),
         ("device", "gpu", "`--device` must be auto, cpu, cuda or cuda:N, but got 'gpu'."),
         ("confirmation_share", "1", "`--confirmation-share` must be a share of at least 0 and below 1, but got '1'."),

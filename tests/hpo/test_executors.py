@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from hpo.errors import ConfigurationError
-from hpo.executors import Job, Outcome, make_executor
+from hpo.executors import Job, Outcome
+from hpo.executors.local import LocalExecutor
 from objectives.errors import RelevanceError
 from search_spaces.errors import SpaceError
 from search_spaces.heuristics import HEURISTICS
@@ -12,10 +12,20 @@ from search_spaces.heuristics import HEURISTICS
 ZPLUS = HEURISTICS["zplus"]
 
 
+class Stub:
+    def __init__(self, evaluate, prepare=lambda composites: None):
+        self.evaluate = lambda composite, images: evaluate(composite)
+        self.prepare = prepare
+
+
+def raise_(error):
+    raise error
+
+
 def test_a_job_has_its_evaluation(make_problem):
-    with make_executor("local", make_problem().evaluate) as executor:
+    with LocalExecutor(make_problem()) as executor:
         assert executor.n_workers == 1
-        executor.submit(Job(3, ZPLUS, "confirmation"))
+        executor.submit([Job(3, ZPLUS, "confirmation")])
         outcome = executor.wait(10)
     assert outcome.job == Job(3, ZPLUS, "confirmation")
     assert outcome.failure is None
@@ -23,51 +33,65 @@ def test_a_job_has_its_evaluation(make_problem):
 
 
 def test_nothing_has_ended_yet(make_problem):
-    with make_executor("local", make_problem().evaluate) as executor:
+    with LocalExecutor(make_problem()) as executor:
         assert executor.wait(0.01) is None
 
 
 @pytest.mark.parametrize(
-    ("error", "failure", "by_composite"),
+    ("error", "failure", "cause"),
     [
-        (SpaceError("Write it so."), "Write it so.", False),
-        (RelevanceError("No relevance."), "No relevance.", True),
-        (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0", False),
-        (SystemExit(3), "SystemExit: 3", False),
+        (SpaceError("Write it so."), "Write it so.", "objective"),
+        (RelevanceError("No relevance."), "No relevance.", "composite"),
+        (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0", "objective"),
+        (SystemExit(3), "SystemExit: 3", "objective"),
     ],
 )
-def test_an_error_is_an_outcome(error, failure, by_composite):
-    def evaluate(composite, images):
-        raise error
-
-    with make_executor("local", evaluate) as executor:
-        executor.submit(Job(0, ZPLUS))
+def test_an_error_is_an_outcome(error, failure, cause):
+    with LocalExecutor(Stub(lambda composite: raise_(error))) as executor:
+        executor.submit([Job(0, ZPLUS)])
         outcome = executor.wait(10)
-        assert (outcome.failure, outcome.by_composite) == (failure, by_composite)
-        executor.submit(Job(1, ZPLUS))
+        assert (outcome.failure, outcome.cause) == (failure, cause)
+        executor.submit([Job(1, ZPLUS)])
         assert executor.wait(10).job.number == 1
 
 
 def test_leaving_does_not_wait_for_a_running_job():
     running, end = threading.Event(), threading.Event()
 
-    def evaluate(composite, images):
+    def evaluate(composite):
         running.set()
         end.wait(60)
 
     start = time.monotonic()
-    with make_executor("local", evaluate) as executor:
-        executor.submit(Job(0, ZPLUS))
+    with LocalExecutor(Stub(evaluate)) as executor:
+        executor.submit([Job(0, ZPLUS)])
         assert running.wait(10)
     assert time.monotonic() - start < 30  # the job would take 60 seconds
     end.set()
 
 
-def test_unknown_executors_are_refused():
-    with pytest.raises(ConfigurationError, match=r"Unknown executor 'locla'\. Did you mean 'local'\?"):
-        make_executor("locla", lambda composite, images: None)
+def test_a_batch_is_prepared_whole_and_computed_in_order():
+    prepared = []
+    worker = Stub(lambda composite: raise_(SpaceError(composite.key)), prepare=prepared.append)
+    batch = [Job(0, ZPLUS), Job(1, HEURISTICS["epsilon"])]
+    with LocalExecutor(worker) as executor:
+        executor.submit(batch)
+        assert [executor.wait(10).job for _ in batch] == batch
+    assert prepared == [[job.composite for job in batch]]
+
+
+def test_a_failed_preparation_fails_no_trial(make_problem):
+    problem = make_problem()
+    with LocalExecutor(Stub(lambda composite: problem.evaluate(composite, "search"), prepare=int)) as executor:
+        executor.submit([Job(0, ZPLUS)])
+        assert executor.wait(10).evaluation is not None
 
 
 def test_an_outcome_is_one_thing_or_the_other():
     with pytest.raises(ValueError, match="either an evaluation or a failure"):
         Outcome(Job(0, ZPLUS))
+
+
+def test_a_failure_has_a_cause():
+    with pytest.raises(ValueError, match="a cause where it failed"):
+        Outcome(Job(0, ZPLUS), failure="No.")
