@@ -76,7 +76,7 @@ class GridSampler(BaseSampler):
 
     What has been served is read from the trials' composites, not from their numbers, so heuristics, failures and
     resumed studies leave no hole. A point that failed in an earlier launch is served again; one that fails now is not,
-    until the next launch. For one driver: two that ask at once would be served the same point.
+    until the next launch. For one driver, which may have any number of trials in flight.
 
     Raises:
         SpaceNotFiniteError: The space is continuous.
@@ -84,8 +84,10 @@ class GridSampler(BaseSampler):
 
     def __init__(self, space: "SearchSpace") -> None:
         self._space = space
-        self._points = {composite.key: space.parameters(composite) for composite in space.grid()}
-        self._keys: dict[int, str | None] = {}
+        self._left = {composite.key: space.parameters(composite) for composite in space.grid()}
+        """Points that no finished trial has. Every ask looks at them, so only unfinished trials are read again."""
+        self._n_read = 0
+        self._unfinished: dict[int, str | None] = {}
         self._forgiven: frozenset[int] | None = None
 
     def infer_relative_search_space(self, study: "Study", trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -95,9 +97,19 @@ class GridSampler(BaseSampler):
     def sample_relative(
         self, study: "Study", trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The first point that no other search trial has."""
-        left = self._left(study, besides=trial.number)
-        return dict(self._points[left[0]]) if left else {}
+        """The first point that no other search trial has, and that agrees with what the trial has been given."""
+        self._read(study.get_trials(deepcopy=False))
+        taken = {key for number, key in self._unfinished.items() if number != trial.number}
+        # A driver that is killed while it asks leaves a trial with some of its parameters.
+        given = trial.params.items()
+        return next(
+            (
+                dict(parameters)
+                for key, parameters in self._left.items()
+                if key not in taken and given <= parameters.items()
+            ),
+            {},
+        )
 
     def sample_independent(
         self, study: "Study", trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -112,32 +124,35 @@ class GridSampler(BaseSampler):
             "every point is served, or `suggest` and `distributions` of the space differ."
         )
 
-    def n_left(self, study: "Study") -> int:
-        """How many points no search trial has."""
-        return len(self._left(study))
+    def n_left(self, trials: Sequence[FrozenTrial]) -> int:
+        """How many points are to be asked for: those that no trial has, or one that waits.
 
-    def _left(self, study: "Study", besides: int | None = None) -> list[str]:
-        trials = [trial for trial in study.get_trials(deepcopy=False) if role(trial) == "search"]
+        Args:
+            trials: All trials of the study, in the order of their numbers.
+        """
+        self._read(trials)
+        running = {key for number, key in self._unfinished.items() if trials[number].state == TrialState.RUNNING}
+        return len(self._left.keys() - running)
+
+    def _read(self, trials: Sequence[FrozenTrial]) -> None:
         if self._forgiven is None:
             self._forgiven = frozenset(trial.number for trial in trials if trial.state == TrialState.FAIL)
-        # Waiting points are asked before new ones.
-        taken = {
-            self._key(trial)
-            for trial in trials
-            if trial.state != TrialState.WAITING and trial.number != besides and trial.number not in self._forgiven
-        }
-        return [key for key in self._points if key not in taken]
+        for trial in [*(trials[number] for number in self._unfinished), *trials[self._n_read :]]:
+            if role(trial) != "search":
+                continue
+            key = self._unfinished.pop(trial.number, None) or self._key(trial)
+            if not trial.state.is_finished():
+                self._unfinished[trial.number] = key
+            elif key is not None and trial.number not in self._forgiven:
+                self._left.pop(key, None)
+        self._n_read = len(trials)
 
     def _key(self, trial: FrozenTrial) -> str | None:
         """Canonical key of a trial's point; None while its parameters are incomplete."""
-        if trial.number not in self._keys:
-            try:
-                key = self._space.suggest(optuna.trial.FixedTrial(trial.params)).key
-            except (ValueError, SearchSpaceError):
-                # An interrupted ask: it will be asked again, with the same parameters.
-                return None
-            self._keys[trial.number] = key
-        return self._keys[trial.number]
+        try:
+            return self._space.suggest(optuna.trial.FixedTrial(trial.params)).key
+        except (ValueError, SearchSpaceError):
+            return None
 
 
 @_register("grid")

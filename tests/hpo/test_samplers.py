@@ -1,5 +1,8 @@
+import random
+
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from hpo.errors import SamplerError
 from hpo.samplers import SAMPLERS, GridSampler, ReseededSampler, make_sampler
@@ -54,18 +57,64 @@ def test_the_grid_serves_every_point_once_in_order(space):
     study = optuna.create_study(sampler=make_sampler("grid", space, 0))
     keys = draws(None, space, 40, study)
     assert keys == [composite.key for composite in space.grid()[:40]]
-    assert study.sampler.n_left(study) == 1212 - 40
+    assert study.sampler.n_left(study.get_trials()) == 1212 - 40
+
+
+def release(study, trial):
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
 def test_the_grid_leaves_no_hole_where_a_trial_waits(space):
     study = optuna.create_study(sampler=GridSampler(space))
     keys = draws(None, space, 2, study)
     lost, key = ask(study, space)
-    study._storage.set_trial_state_values(lost._trial_id, optuna.trial.TrialState.WAITING)
-    assert study.sampler.n_left(study) == 1210
+    release(study, lost)
+    assert study.sampler.n_left(study.get_trials()) == 1210
     again, same = ask(study, space)
     assert (again.number, same) == (lost.number, key)
     assert key not in keys
+
+
+def test_the_grid_serves_every_point_once_to_any_number_in_flight(space):
+    """Whatever is asked, told, lost and asked again, by however many launches."""
+    generator = random.Random(0)
+    study = optuna.create_study(sampler=GridSampler(space))
+    flying, told = {}, []
+    while len(told) < 60:
+        chance = generator.random()
+        if not flying or chance < 0.5:
+            trial, key = ask(study, space)
+            flying[trial] = key
+        elif chance < 0.9:
+            trial = generator.choice(list(flying))
+            study.tell(trial, 1.0)
+            told.append(flying.pop(trial))
+        elif chance < 0.97:
+            trial = generator.choice(list(flying))
+            release(study, trial)
+            del flying[trial]
+        else:
+            for trial in flying:
+                release(study, trial)
+            flying.clear()
+            study.sampler = GridSampler(space)
+        assert study.sampler.n_left(study.get_trials()) == 1212 - len(told) - len(flying)
+    assert len(set(told)) == 60
+    assert set(told) | set(flying.values()) <= {composite.key for composite in space.grid()[: len(study.trials)]}
+
+
+def test_a_trial_of_which_half_was_asked_gets_the_other_half_of_its_point(narrow):
+    study = optuna.create_study(sampler=GridSampler(narrow))
+    failed, first = ask(study, narrow)
+    draws(None, narrow, 3, study)
+    half = study.ask()
+    half.suggest_categorical("HLL", ("Epsilon", "ZPlus"))
+    study.tell(failed, state=TrialState.FAIL)
+    release(study, half)
+    study.sampler = GridSampler(narrow)
+    assert ask(study, narrow)[1] == narrow.grid()[4].key
+    assert ask(study, narrow)[1] == first
+    assert ask(study, narrow)[1] == narrow.grid()[5].key
 
 
 def test_an_exhausted_grid_says_so():
