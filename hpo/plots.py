@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from search_spaces.errors import PruningHPOError
 
@@ -61,7 +61,7 @@ class CurvePage:
 
         self.rates = rates
         figure = _figure(6.0, right=0.96)
-        self._canvas = FigureCanvasAgg(figure)
+        self._canvas = cast("Any", FigureCanvasAgg(figure))  # its methods have no types
         self._axes = figure.add_subplot()
         # Matplotlib leaves out what is animated when it draws a figure.
         (self._line,) = self._axes.plot(rates, [0.0] * len(rates), marker="o", markersize=3, animated=True)
