@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from optuna.storages import RDBStorage
-from sqlalchemy import create_engine, event, inspect
+from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool, QueuePool
 
@@ -21,7 +21,8 @@ from storage.errors import (
     StoreUrlError,
 )
 from storage.failures import database_failure, file_failures, one_line
-from storage.locks import file_lock
+from storage.locks import advisory_key, file_lock
+from storage.schema import VERSION, stored_version, upgrade
 from storage.urls import lock_directory, mask_password, parse_url, secrets, sqlite_path
 
 if TYPE_CHECKING:
@@ -40,17 +41,37 @@ _CONNECT_TIMEOUT_S = 10
 _CREATION_TIMEOUT_S = 60.0
 _HAS_CONNECT_TIMEOUT = {"mysqldb", "psycopg", "psycopg2", "pymysql"}
 _SQLITE_MODE = {"read": "ro", "write": "rw", "create": "rwc"}
-_LAST_TABLE = "alembic_version"  # Optuna creates it when all others are there
+# Both ends notice within a minute that the other's machine, or the network, is gone.
+# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES
+_LIBPQ = {"psycopg", "psycopg2"}
+_LIBPQ_KEEPALIVE = {
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+_POSTGRESQL_SETTINGS = (
+    "SET TIME ZONE 'UTC'",
+    "SET tcp_keepalives_idle = 30",
+    "SET tcp_keepalives_interval = 10",
+    "SET tcp_keepalives_count = 3",
+)
+_POSTGRESQL_READING = ("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",)
+# A process that is stopped in a transaction must not hold its rows for ever.
+_POSTGRESQL_WRITING = ("SET idle_in_transaction_session_timeout = '60s'",)
 
 
 def connect(url: str, mode: Mode) -> RDBStorage:
     """Optuna's storage at a URL.
 
-    Processes that create the same store at once take turns; on databases other than SQLite, those of one machine do.
+    Processes that create or upgrade the same store at once take turns; on databases other than PostgreSQL and SQLite,
+    those of one machine do.
 
     Args:
         url: Where the store is.
-        mode: `read` refuses every write, `write` wants the tables to be there, `create` makes what is missing.
+        mode: `read` refuses every write, `write` wants Optuna's tables to be there and upgrades the store's own,
+            `create` makes what is missing.
 
     Raises:
         StorageError: One of those drawn in `storage.errors`; nothing has been written.
@@ -62,30 +83,63 @@ def connect(url: str, mode: Mode) -> RDBStorage:
         raise StoreUrlError(f"The storage URL '{shown}' names a directory; write 'sqlite:///PATH' with a file's path.")
     if path is not None:
         _roll_back_interrupted_write(path)
-    if (path is None or path.exists()) and _has_tables(connector, parsed, shown):
-        return _storage(connector, parsed, shown, create_tables=False)
-    if mode != "create":
+    version = None if path is not None and not path.exists() else _version(connector, parsed, shown)
+    if version is None and mode != "create":
         raise StoreNotFoundError(
             f"There are no studies at {shown} yet; start one with `hpo launch`, or name another store."
         )
-    with file_lock(lock_directory(url) / "create.lock", timeout_s=_CREATION_TIMEOUT_S) as our_turn:
-        if not our_turn:
-            raise StoreBusyError(f"Another process has been creating the store {shown} for long; wait, or stop it.")
-        with _no_leftovers(path):
-            return _storage(connector, parsed, shown, create_tables=True)
+    if version is not None and version > VERSION:
+        raise StoreFormatError(
+            f"The store {shown} has tables of version {version}, and this release knows {VERSION}; "
+            "update it with `pip install -U pruning-hpo`, or name another store."
+        )
+    if version == VERSION or (version is not None and mode == "read"):
+        return _storage(connector, parsed, shown)
+    with _turn(url, connector, parsed, shown), _no_leftovers(path):
+        return _storage(connector, parsed, shown, create_tables=version is None, upgrade_tables=True)
 
 
-def _storage(connector: Callable[[], Any], parsed: URL, shown: str, *, create_tables: bool) -> RDBStorage:
+def _storage(
+    connector: Callable[[], Any],
+    parsed: URL,
+    shown: str,
+    *,
+    create_tables: bool = False,
+    upgrade_tables: bool = False,
+) -> RDBStorage:
     # A pool of our own can be closed where Optuna's constructor fails.
     pool = QueuePool(connector, pre_ping=True)
     try:
         with _translated(parsed, shown):
             storage = RDBStorage(_harmless(parsed), engine_kwargs={"pool": pool}, skip_table_creation=not create_tables)
+            if upgrade_tables:
+                with storage.engine.begin() as connection:
+                    upgrade(connection)
     except BaseException:
         pool.dispose()
         raise
     _translate_failures(storage, parsed, shown)
     return storage
+
+
+@contextmanager
+def _turn(url: str, connector: Callable[[], Any], parsed: URL, shown: str) -> Iterator[None]:
+    """Wait until no other process creates or upgrades the store."""
+    busy = StoreBusyError(f"Another process has been creating the store {shown} for long; wait, or stop it.")
+    with ExitStack() as stack:
+        if parsed.get_backend_name() == "postgresql":
+            engine = create_engine(_harmless(parsed), creator=connector, poolclass=NullPool)
+            try:
+                with _translated(parsed, shown):
+                    # The lock goes with the connection, whatever ends it.
+                    connection = stack.enter_context(engine.connect().execution_options(isolation_level="AUTOCOMMIT"))
+                    connection.exec_driver_sql(f"SET lock_timeout = '{_CREATION_TIMEOUT_S:g}s'")
+                    connection.execute(select(func.pg_advisory_lock(advisory_key("schema"))))
+            except StoreBusyError:
+                raise busy from None
+        elif not stack.enter_context(file_lock(lock_directory(url) / "create.lock", timeout_s=_CREATION_TIMEOUT_S)):
+            raise busy
+        yield
 
 
 def _harmless(parsed: URL) -> str:
@@ -114,11 +168,11 @@ def _server_connector(parsed: URL, shown: str, mode: Mode) -> Callable[[], Any]:
     arguments, options = dialect.create_connect_args(parsed)
     if dialect.driver in _HAS_CONNECT_TIMEOUT:
         options.setdefault("connect_timeout", _CONNECT_TIMEOUT_S)
-    settings = []
+    if dialect.driver in _LIBPQ:
+        options = {**_LIBPQ_KEEPALIVE, **options}
+    settings: tuple[str, ...] = ()
     if dialect.name == "postgresql":
-        settings.append("SET TIME ZONE 'UTC'")
-        if mode == "read":
-            settings.append("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+        settings = _POSTGRESQL_SETTINGS + (_POSTGRESQL_READING if mode == "read" else _POSTGRESQL_WRITING)
 
     def connector() -> Any:
         connection: Any = dialect.connect(*arguments, **options)
@@ -131,10 +185,10 @@ def _server_connector(parsed: URL, shown: str, mode: Mode) -> Callable[[], Any]:
     return connector
 
 
-def _has_tables(connector: Callable[[], Any], parsed: URL, shown: str) -> bool:
+def _version(connector: Callable[[], Any], parsed: URL, shown: str) -> int | None:
     engine = create_engine(_harmless(parsed), creator=connector, poolclass=NullPool)
     with _translated(parsed, shown), engine.connect() as connection:
-        return inspect(connection).has_table(_LAST_TABLE)
+        return stored_version(connection)
 
 
 @contextmanager

@@ -7,16 +7,18 @@
         ├── StoreNotFoundError       (FileNotFoundError)  nothing has been stored there yet
         ├── StoreFormatError         (ValueError)         not a study store, or one of another Optuna
         ├── StoreFullError           (OSError)            no space left
-        ├── StoreBusyError           (TimeoutError)       another process holds the SQLite file
+        ├── StoreBusyError           (TimeoutError)       another process holds what is to be written
         ├── StoreReadOnlyError       (PermissionError)    a write to a store that may only be read
         ├── StudyNameError           (ValueError)         a name that no study can have
         ├── StudyNotFoundError       (KeyError)
         ├── StudyIdentityError       (ValueError)         the same name, another search
         ├── StudyInUseError          (RuntimeError)       another process drives the study
+        │   └── LeaseLostError                            another process has taken it over meanwhile
         ├── TrialResultError         (ValueError)         a result that cannot be stored
         ├── AfterTrialError          (RuntimeError)       a sampler that raised on hearing of a result
         ├── TrialNotRunningError     (RuntimeError)
         │   └── TrialAlreadyFinishedError
+        ├── TrialNotWaitingError     (RuntimeError)
         └── DashboardAddressError    (OSError)            an address that cannot be served
 
 No message, and no text of an exception that one is raised from, holds a password.
@@ -30,10 +32,12 @@ from search_spaces.errors import PruningHPOError
 
 if TYPE_CHECKING:
     from storage.identity import Difference
+    from storage.lease import LeaseHolder
 
 __all__ = [
     "AfterTrialError",
     "DashboardAddressError",
+    "LeaseLostError",
     "StorageError",
     "StoreBusyError",
     "StoreFormatError",
@@ -48,6 +52,7 @@ __all__ = [
     "StudyNotFoundError",
     "TrialAlreadyFinishedError",
     "TrialNotRunningError",
+    "TrialNotWaitingError",
     "TrialResultError",
 ]
 
@@ -77,7 +82,7 @@ class StoreFullError(StorageError, OSError):
 
 
 class StoreBusyError(StorageError, TimeoutError):
-    """Another process has held the SQLite file for longer than its timeout."""
+    """Another process has held the SQLite file, or rows on a server, for longer than its timeout."""
 
 
 class StoreReadOnlyError(StorageError, PermissionError):
@@ -103,7 +108,25 @@ class StudyIdentityError(StorageError, ValueError):
 
 
 class StudyInUseError(StorageError, RuntimeError):
-    """A study that another process drives; the message says which."""
+    """A study that another process drives; the message says which, where that is known."""
+
+    def __init__(self, study_name: str, holder: LeaseHolder | None) -> None:
+        super().__init__(
+            f"Study {study_name!r} is driven by {holder or 'another process'}; wait until it ends, or stop it."
+        )
+        self.holder = holder
+
+
+class LeaseLostError(StudyInUseError):
+    """A study that another process has taken over while this one could not be reached; nothing more is written."""
+
+    def __init__(self, study_name: str, holder: LeaseHolder | None) -> None:
+        RuntimeError.__init__(
+            self,
+            f"Study {study_name!r} has been taken over by {holder or 'another process'} while the connection of this "
+            "launch to the store was lost; it goes on there, and what had finished here is kept.",
+        )
+        self.holder = holder
 
 
 class TrialResultError(StorageError, ValueError):
@@ -120,6 +143,10 @@ class TrialNotRunningError(StorageError, RuntimeError):
 
 class TrialAlreadyFinishedError(TrialNotRunningError):
     """A trial that has been finished before; its stored result is left as it is."""
+
+
+class TrialNotWaitingError(StorageError, RuntimeError):
+    """A trial that cannot be claimed, because it is not WAITING."""
 
 
 class DashboardAddressError(StorageError, OSError):

@@ -26,7 +26,8 @@ _N_SHOWN = 300
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _SQLSTATE_FULL = ("53100",)
 _SQLSTATE_READ_ONLY = ("25006", "42501")
-_SQLSTATE_UNREACHABLE = ("08", "28", "3D", "57P")
+_SQLSTATE_UNREACHABLE = ("08", "25P03", "28", "3D", "57P")
+_SQLSTATE_BUSY = ("40001", "40P01", "55P03")
 
 
 def one_line(error: BaseException, secrets: Collection[str] = ()) -> str:
@@ -56,6 +57,8 @@ def database_failure(
         return _full(shown_url)
     if state in _SQLSTATE_READ_ONLY:
         return StoreReadOnlyError(f"The store {shown_url} may only be read: {reason}")
+    if state in _SQLSTATE_BUSY:
+        return _busy(shown_url)
     if connecting or state.startswith(_SQLSTATE_UNREACHABLE):
         return StoreUnreachableError(
             f"Cannot reach the store {shown_url}: {reason} Check the address, the user and that the server runs."
@@ -68,7 +71,7 @@ def _sqlite_failure(error: sqlite3.Error, shown_url: str, reason: str) -> Storag
         case sqlite3.SQLITE_FULL:
             return _full(shown_url)
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return StoreBusyError(f"Another process holds {shown_url}; wait until it ends, or stop it.")
+            return _busy(shown_url)
         case sqlite3.SQLITE_READONLY:
             return StoreReadOnlyError(f"The store {shown_url} may only be read: {reason}; check its permissions.")
         case sqlite3.SQLITE_CANTOPEN:
@@ -78,6 +81,10 @@ def _sqlite_failure(error: sqlite3.Error, shown_url: str, reason: str) -> Storag
         case sqlite3.SQLITE_IOERR:
             return StoreUnreachableError(f"The disk of {shown_url} fails: {reason}; check it and its free space.")
     return None
+
+
+def _busy(shown_url: str) -> StoreBusyError:
+    return StoreBusyError(f"Another process holds {shown_url}; wait until it ends, or stop it.")
 
 
 def _full(where: object) -> StoreFullError:

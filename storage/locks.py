@@ -1,7 +1,8 @@
-"""File locks between processes, dropped by the operating system when their process ends."""
+"""Locks between processes, dropped when their process ends: on files, and by number on a PostgreSQL server."""
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["file_lock"]
+__all__ = ["advisory_key", "file_lock"]
+
+
+def advisory_key(purpose: str) -> int:
+    """The number of an advisory lock, 64 bits with a sign, which no other application is likely to take."""
+    digest = hashlib.sha256(f"pruning-hpo/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 @contextmanager

@@ -5,27 +5,41 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
-from optuna.storages import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import insert, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from search_spaces.suggestions import did_you_mean
 from storage import artifacts, trials
 from storage.artifacts import ArtifactFiles, ArtifactRecord
+from storage.cache import StudyCache
 from storage.engine import connect
-from storage.errors import AfterTrialError, StudyIdentityError, StudyNameError, StudyNotFoundError
+from storage.errors import (
+    AfterTrialError,
+    StorageError,
+    StoreBusyError,
+    StoreUnreachableError,
+    StudyIdentityError,
+    StudyNameError,
+    StudyNotFoundError,
+    TrialAlreadyFinishedError,
+    TrialNotRunningError,
+    TrialNotWaitingError,
+)
 from storage.identity import differences
+from storage.lease import LeaseHolder, file_lease, file_lease_holder, server_lease, server_lease_holder
+from storage.patience import IMPATIENT, Outages, Patience
 from storage.summaries import CREATED, StudySummary, summaries
-from storage.urls import artifact_directory, mask_password, without_user_information
+from storage.urls import artifact_directory, lock_directory, mask_password, without_user_information
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -43,23 +57,26 @@ IDENTITY = "identity"
 CONFIGURATION = "configuration"
 """The user attribute of a study that holds the resolved configuration of its last launch."""
 
+_T = TypeVar("_T")
 _LONGEST_NAME = models.MAX_INDEXED_STRING_LENGTH
 
 
 class StudyStore:
     """Studies in a database, with their artifacts in a directory.
 
-        with StudyStore.open("sqlite:///studies.db") as store:
+        with StudyStore.open("sqlite:///studies.db") as store, store.lease("digits"):
             study = store.create_or_resume("digits", identity={...}, configuration={...})
-            trial = study.ask(distributions)
+            trial, composite = store.ask(study, space.suggest)
             store.finish(trial, TrialResult(value=0.6, curve={0: 0.98, 5: 0.97}))
 
     The store writes results in one transaction each, where Optuna's own calls take one per value; its studies are
-    Optuna's, and all their methods work. A study has one driver at a time, which holds its `study_lease`; who reads
-    needs none.
+    Optuna's, and all their methods work. A study has one driver at a time, which holds its `lease`; who reads needs
+    none.
 
     Thread-safe: every call takes a connection of its own from the pool. Not to be shared with a forked process.
-    Every use, also of a study that the store has given, raises a `StorageError` where the database fails.
+    Every use, also of a study that the store has given, raises a `StorageError` where the database fails. The store's
+    own methods, and all that only reads, first wait out an outage as patiently as they were told to. A write of which
+    the answer was lost is made once all the same.
 
     Attributes:
         url_masked: Where it is, with passwords as `***`.
@@ -68,30 +85,44 @@ class StudyStore:
         artifacts: Optuna's artifact store.
     """
 
-    def __init__(self, rdb: RDBStorage, artifact_files: ArtifactFiles, url_masked: str) -> None:
+    def __init__(
+        self,
+        rdb: RDBStorage,
+        artifact_files: ArtifactFiles,
+        url_masked: str,
+        lock_files: Path,
+        patience: Patience = IMPATIENT,
+    ) -> None:
+        # A file that cannot be opened stays so; a server comes back.
+        on_server = rdb.engine.dialect.name != "sqlite"
+        passing: tuple[type[StorageError], ...] = (StoreBusyError, StoreUnreachableError)
+        self._outages = Outages(patience, url_masked, passing if on_server else passing[:1])
+        self._lock_files = lock_files
+        self._given: set[int] = set()
         self.rdb = rdb
-        self.storage = _CachedStorage(rdb)
+        self.storage = StudyCache(rdb, self._outages)
         self.artifacts = artifact_files
         self.url_masked = url_masked
 
     @classmethod
-    def open(cls, url: str, *, read_only: bool = False, create: bool = True) -> Self:
+    def open(cls, url: str, *, read_only: bool = False, create: bool = True, patience: Patience = IMPATIENT) -> Self:
         """Open the store at a URL, and create what is missing of it.
 
         Args:
             url: Where it is; any URL that Optuna takes.
             read_only: Refuse every write, and create nothing.
             create: Create the directory, the file and the tables.
+            patience: How long to wait for the store wherever it goes away later; to be opened, it must be there.
 
         Raises:
             StoreUrlError: The URL cannot be read.
             StoreUnreachableError: The driver, the server or the access rights are missing.
             StoreNotFoundError: Nothing is there, and nothing was to be created.
-            StoreFormatError: It is not a study store, or one of another version of Optuna.
+            StoreFormatError: It is not a study store, or one of another version of Optuna or of this product.
             StoreFullError: It doesn't fit on the disk.
         """
         rdb = connect(url, "read" if read_only else "create" if create else "write")
-        return cls(rdb, ArtifactFiles(artifact_directory(url)), mask_password(url))
+        return cls(rdb, ArtifactFiles(artifact_directory(url)), mask_password(url), lock_directory(url), patience)
 
     def close(self) -> None:
         """Give all connections back."""
@@ -109,17 +140,45 @@ class StudyStore:
     def __repr__(self) -> str:
         return f"StudyStore({self.url_masked!r})"
 
+    # Leases
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[LeaseHolder]:
+        """Hold the right to drive the study of a name, which need not exist yet.
+
+        On PostgreSQL it holds for all machines, is taken again after a lost connection, and whatever this store writes
+        meanwhile goes through only while it is held. On other databases it is a file lock.
+
+        Raises:
+            StudyInUseError: Another process, or another part of this one, holds it; the message says who.
+            LeaseLostError: From a later write: another process has taken the study over.
+        """
+        if self._on_postgresql:
+            with server_lease(self.rdb.engine, name, self._outages) as holder:
+                yield holder
+        else:
+            with file_lease(self._lock_files, name) as holder:
+                yield holder
+
+    def lease_holder(self, name: str) -> LeaseHolder | None:
+        """Who drives the study of a name, or None."""
+        if not self._on_postgresql:
+            return file_lease_holder(self._lock_files, name)
+        return self._patiently(lambda connection, again: server_lease_holder(connection, name))
+
+    @property
+    def _on_postgresql(self) -> bool:
+        return self.rdb.engine.dialect.name == "postgresql"
+
     # Studies
 
     def summaries(self) -> list[StudySummary]:
         """All studies at a glance, in the order of their creation."""
-        with self._transaction() as connection:
-            return summaries(connection)
+        return self._patiently(lambda connection, again: summaries(connection))
 
     def exists(self, name: str) -> bool:
         """Whether the store holds a study of this name."""
-        with self._transaction() as connection:
-            return _study_id(connection, name) is not None
+        return self._patiently(lambda connection, again: _study_id(connection, name) is not None)
 
     def load(self, name: str, sampler: BaseSampler | None = None) -> Study:
         """The study of a name; without a sampler it is one to read from.
@@ -164,26 +223,45 @@ class StudyStore:
         study = self.load(name, sampler)
         self._check_identity(study, asked, upgrade)
         if study.user_attrs.get(CONFIGURATION) != launched:
-            study.set_user_attr(CONFIGURATION, launched)
+            self.set_attribute(study, CONFIGURATION, launched)
         return study
+
+    def set_attribute(self, study: Study, key: str, value: Any) -> None:
+        """Write a user attribute of a study.
+
+        Raises:
+            TrialResultError: It is not JSON, or a number in it is not finite.
+        """
+        attribute = models.StudyUserAttributeModel
+        row = {"study_id": study._study_id, "key": key, "value_json": trials.to_json(key, value)}
+
+        def write(connection: Connection, again: bool) -> None:
+            former = (attribute.study_id == study._study_id) & (attribute.key == key)
+            connection.execute(delete(attribute).where(former))
+            connection.execute(insert(attribute).values(row))
+
+        self._patiently(write)
 
     def _create(self, name: str, attributes: Mapping[str, Any]) -> bool:
         """Write a new study, unless another process has just done so."""
         created = {CREATED: datetime.now(UTC).isoformat(timespec="seconds")}
+
+        def write(connection: Connection, again: bool) -> None:
+            inserted = connection.execute(insert(models.StudyModel).values(study_name=name)).inserted_primary_key
+            assert inserted is not None
+            study = {"study_id": inserted[0]}
+            direction = {"objective": 0, "direction": StudyDirection.MAXIMIZE}
+            connection.execute(insert(models.StudyDirectionModel), [{**study, **direction}])
+            connection.execute(
+                insert(models.StudyUserAttributeModel),
+                [
+                    {**study, "key": key, "value_json": json.dumps(value)}
+                    for key, value in {**attributes, **created}.items()
+                ],
+            )
+
         try:
-            with self._transaction() as connection:
-                inserted = connection.execute(insert(models.StudyModel).values(study_name=name)).inserted_primary_key
-                assert inserted is not None
-                study = {"study_id": inserted[0]}
-                direction = {"objective": 0, "direction": StudyDirection.MAXIMIZE}
-                connection.execute(insert(models.StudyDirectionModel), [{**study, **direction}])
-                connection.execute(
-                    insert(models.StudyUserAttributeModel),
-                    [
-                        {**study, "key": key, "value_json": json.dumps(value)}
-                        for key, value in {**attributes, **created}.items()
-                    ],
-                )
+            self._patiently(write)
         except IntegrityError:
             return False
         return True
@@ -198,17 +276,111 @@ class StudyStore:
 
     # Trials
 
+    def trials(self, study: Study, states: Collection[TrialState] | None = None) -> list[FrozenTrial]:
+        """The trials of a study, of some states or of all, in the order of their numbers; not to be changed."""
+        return study.get_trials(deepcopy=False, states=None if states is None else tuple(states))
+
+    def ask(self, study: Study, suggest: Callable[[Trial], _T]) -> tuple[Trial, _T]:
+        """A running trial, a waiting one if there is any, and what is suggested for it.
+
+        Its parameters are written all at once. A trial that an outage has cut off is asked again, so that none is left
+        RUNNING without somebody who evaluates it.
+
+        Args:
+            study: Whose sampler proposes.
+            suggest: Asks the trial for its parameters; called again after an outage.
+        """
+
+        def attempt(again: bool) -> tuple[Trial, _T]:
+            if again:
+                self._take_back(study)
+            with self.storage.parameters_at_once():
+                trial = study.ask()
+                suggested = suggest(trial)
+            return trial, suggested
+
+        trial, suggested = self._outages.wait_out(attempt)
+        self._given.add(trial._trial_id)
+        return trial, suggested
+
+    def _take_back(self, study: Study) -> None:
+        """Release the running trials that nobody has been given, which an answer that was lost leaves behind."""
+        with self._transaction() as connection:
+            for trial_id in trials.running(connection, study._study_id).keys() - self._given:
+                trials.release(connection, trial_id)
+
+    def add_waiting(self, study: Study, trial: FrozenTrial) -> FrozenTrial:
+        """Add a WAITING trial with all that it holds, and return it with its number."""
+        trial._validate()
+
+        def attempt(again: bool) -> FrozenTrial:
+            if again:
+                waiting = self.storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,))
+                for stored in waiting:
+                    if (stored.params, stored.user_attrs) == (trial.params, trial.user_attrs):
+                        return stored
+            return self.storage.get_trial(self.storage.create_new_trial(study._study_id, template_trial=trial))
+
+        return self._outages.wait_out(attempt)
+
+    def claim(self, study: Study, trial: FrozenTrial) -> Trial:
+        """Make a waiting trial RUNNING, and hand it out.
+
+        Raises:
+            TrialNotWaitingError: It is in another state.
+        """
+
+        def write(connection: Connection, again: bool) -> None:
+            try:
+                trials.claim(connection, trial._trial_id)
+            except TrialNotWaitingError:
+                ours = again and trial._trial_id not in self._given
+                if not (ours and trial._trial_id in trials.running(connection, study._study_id)):
+                    raise
+
+        self._patiently(write)
+        claimed = self._outages.wait_out(lambda again: Trial(study, trial._trial_id))
+        self._given.add(claimed._trial_id)
+        return claimed
+
+    def release(self, trial: Trial | FrozenTrial, losses: int | None = None) -> None:
+        """Make a running trial WAITING: its number, parameters and attributes are kept, and the next ask gets it.
+
+        Args:
+            trial: A trial that is not evaluated any more.
+            losses: How often it was lost with its worker; kept as its user attribute `losses`.
+
+        Raises:
+            TrialNotRunningError: It is not running.
+        """
+
+        def write(connection: Connection, again: bool) -> None:
+            try:
+                trials.release(connection, trial._trial_id, losses)
+            except TrialNotRunningError:
+                if not (again and trials.is_released(connection, trial._trial_id, losses)):
+                    raise
+
+        self._patiently(write)
+        self._given.discard(trial._trial_id)
+
     def adopt_orphans(self, study: Study) -> list[int]:
         """Make every RUNNING trial WAITING, to be called once the lease is held; returns their numbers.
 
         A trial still RUNNING then was lost with its driver. Its number, parameters and attributes are kept, and the
         next ask gets it.
         """
-        orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        with self._transaction() as connection:
-            for orphan in orphans:
-                trials.release(connection, orphan._trial_id)
-        return [orphan.number for orphan in orphans]
+        adopted: set[int] = set()
+
+        def write(connection: Connection, again: bool) -> None:
+            orphans = trials.running(connection, study._study_id)
+            for trial_id in orphans:
+                trials.release(connection, trial_id)
+            adopted.update(orphans.values())
+            self._given.difference_update(orphans)
+
+        self._patiently(write)
+        return sorted(adopted)
 
     def finish(self, trial: Trial, result: TrialResult) -> None:
         """Write a running trial's result and make it COMPLETE, all or nothing.
@@ -220,11 +392,19 @@ class StudyStore:
             TrialAlreadyFinishedError: It has been finished before; the stored result stays.
             TrialNotRunningError: It is not running.
         """
+
+        def write(connection: Connection, again: bool) -> None:
+            try:
+                trials.finish(connection, trial._trial_id, result)
+            except TrialAlreadyFinishedError:
+                if not (again and trials.holds(connection, trial._trial_id, result)):
+                    raise
+
         try:
             self._tell_sampler(trial, TrialState.COMPLETE, [float(result.value)])
         finally:
-            with self._transaction() as connection:
-                trials.finish(connection, trial._trial_id, result)
+            self._patiently(write)
+            self._given.discard(trial._trial_id)
 
     def fail(self, trial: Trial, reason: str) -> None:
         """Make a running trial FAIL; the reason becomes its user attribute `failure`.
@@ -234,22 +414,33 @@ class StudyStore:
             TrialAlreadyFinishedError: It has been finished before; the stored result stays.
             TrialNotRunningError: It is not running.
         """
+
+        def write(connection: Connection, again: bool) -> None:
+            try:
+                trials.fail(connection, trial._trial_id, reason)
+            except TrialAlreadyFinishedError:
+                if not (again and trials.has_failed(connection, trial._trial_id, reason)):
+                    raise
+
         try:
             self._tell_sampler(trial, TrialState.FAIL, None)
         finally:
-            with self._transaction() as connection:
-                trials.fail(connection, trial._trial_id, reason)
+            self._patiently(write)
+            self._given.discard(trial._trial_id)
 
     def _tell_sampler(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
         frozen = self.storage.get_trial(trial._trial_id)
         if frozen.state != TrialState.RUNNING:
             return
+        sampler = trial.study.sampler
         try:
-            trial.study.sampler.after_trial(trial.study, frozen, state, values)
+            self._outages.wait_out(lambda again: sampler.after_trial(trial.study, frozen, state, values))
+        except StorageError:
+            raise
         except Exception as error:  # a sampler of the user's may raise anything
-            sampler, reason = type(trial.study.sampler).__name__, " ".join(str(error).split())
+            name, reason = type(sampler).__name__, " ".join(str(error).split())
             raise AfterTrialError(
-                f"{sampler}.after_trial failed for trial {trial.number}, which is stored all the same: "
+                f"{name}.after_trial failed for trial {trial.number}, which is stored all the same: "
                 f"{type(error).__name__}: {reason}; fix the sampler or use another one."
             ) from error
 
@@ -275,24 +466,30 @@ class StudyStore:
         """
         record = self.write_artifact(filename, content, mimetype)
         key = {"study_id": owner._study_id} if isinstance(owner, Study) else {"trial_id": owner._trial_id}
+        former: set[str] = set()
+
+        def write(connection: Connection, again: bool) -> None:
+            former.update(artifacts.replace(connection, key, record))
+
         try:
-            with self._transaction() as connection:
-                former = artifacts.replace(connection, key, record)
+            self._patiently(write)
         except BaseException:
             self.artifacts.discard(record.artifact_id)
             raise
-        for artifact_id in former:
+        for artifact_id in former - {record.artifact_id}:
             self.artifacts.discard(artifact_id)
         if not isinstance(owner, Study):
-            self._forget(owner._trial_id)
+            self.storage.forget(owner._trial_id)
         return record.artifact_id
 
-    def _forget(self, trial_id: int) -> None:
-        """Let Optuna read a trial anew, which it takes for unchangeable once finished."""
-        cache = self.storage
-        with cache._lock:
-            if known := cache._trial_id_to_study_id_and_number.get(trial_id):
-                cache._add_trials_to_cache(known[0], [self.rdb.get_trial(trial_id)])
+    def _patiently(self, work: Callable[[Connection, bool], _T]) -> _T:
+        """What is done in a transaction of its own, and again in another where an outage has cut it off."""
+
+        def attempt(again: bool) -> _T:
+            with self._transaction() as connection:
+                return work(connection, again)
+
+        return self._outages.wait_out(attempt)
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:

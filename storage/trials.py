@@ -14,15 +14,36 @@ from optuna.trial import TrialState
 from sqlalchemy import delete, insert, select, update
 
 from storage.artifacts import ArtifactRecord, attach
-from storage.errors import TrialAlreadyFinishedError, TrialNotRunningError, TrialResultError
+from storage.errors import (
+    TrialAlreadyFinishedError,
+    TrialNotRunningError,
+    TrialNotWaitingError,
+    TrialResultError,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-__all__ = ["FAILURE", "TrialResult", "fail", "finish", "release"]
+__all__ = [
+    "FAILURE",
+    "LOSSES",
+    "TrialResult",
+    "claim",
+    "fail",
+    "finish",
+    "has_failed",
+    "holds",
+    "is_released",
+    "release",
+    "running",
+    "to_json",
+]
 
 FAILURE = "failure"
 """The user attribute that says why a trial has failed."""
+
+LOSSES = "losses"
+"""The user attribute that counts how often a trial was lost with its worker."""
 
 _VALUE = models.TrialValueModel
 _CURVE = models.TrialIntermediateValueModel
@@ -105,13 +126,79 @@ def fail(connection: Connection, trial_id: int, reason: str) -> None:
     _set_attributes(connection, trial_id, {FAILURE: reason})
 
 
-def release(connection: Connection, trial_id: int) -> None:
+def release(connection: Connection, trial_id: int, losses: int | None = None) -> None:
     """Make a running trial WAITING: its number, parameters and attributes are kept for the next ask.
 
     Raises:
         TrialNotRunningError: It is not running.
     """
     _move(connection, trial_id, TrialState.WAITING)
+    if losses is not None:
+        _set_attributes(connection, trial_id, {LOSSES: losses})
+
+
+def claim(connection: Connection, trial_id: int) -> None:
+    """Make a waiting trial RUNNING.
+
+    Raises:
+        TrialNotWaitingError: It is not waiting.
+    """
+    trial = models.TrialModel
+    waiting = (trial.trial_id == trial_id) & (trial.state == TrialState.WAITING)
+    changes: dict[Any, Any] = {trial.state: TrialState.RUNNING, trial._datetime_start_utc: _now()}
+    if connection.execute(update(trial).where(waiting).values(changes)).rowcount != 1:
+        state = _state(connection, trial_id)
+        raise TrialNotWaitingError(
+            f"The trial with id {trial_id} is {'gone' if state is None else state.name}, not WAITING; ask for another."
+        )
+
+
+def running(connection: Connection, study_id: int) -> dict[int, int]:
+    """Numbers of a study's running trials by their ids, in the order of their numbers."""
+    trial = models.TrialModel
+    found = select(trial.trial_id, trial.number).where(trial.study_id == study_id, trial.state == TrialState.RUNNING)
+    return {row.trial_id: row.number for row in connection.execute(found.order_by(trial.number))}
+
+
+# What an attempt has left whose answer was lost
+
+
+def holds(connection: Connection, trial_id: int, result: TrialResult) -> bool:
+    """Whether a trial is COMPLETE with this very result."""
+    if _state(connection, trial_id) != TrialState.COMPLETE:
+        return False
+    values = select(_VALUE.value).where(_VALUE.trial_id == trial_id)
+    points = select(_CURVE.step, _CURVE.intermediate_value).where(_CURVE.trial_id == trial_id)
+    return (
+        connection.scalars(values).all() == [float(result.value)]
+        and {row.step: row.intermediate_value for row in connection.execute(points)}
+        == {step: float(accuracy) for step, accuracy in result.curve.items()}
+        and _has_attributes(connection, trial_id, result.attributes)
+    )
+
+
+def has_failed(connection: Connection, trial_id: int, reason: str) -> bool:
+    """Whether a trial is FAIL for this very reason."""
+    failed = _state(connection, trial_id) == TrialState.FAIL
+    return failed and _has_attributes(connection, trial_id, {FAILURE: reason})
+
+
+def is_released(connection: Connection, trial_id: int, losses: int | None) -> bool:
+    """Whether a trial is WAITING after so many losses."""
+    waiting = _state(connection, trial_id) == TrialState.WAITING
+    return waiting and _has_attributes(connection, trial_id, {} if losses is None else {LOSSES: losses})
+
+
+def _state(connection: Connection, trial_id: int) -> TrialState | None:
+    return connection.scalar(select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id))
+
+
+def _has_attributes(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> bool:
+    found = select(_ATTRIBUTE.key, _ATTRIBUTE.value_json).where(
+        _ATTRIBUTE.trial_id == trial_id, _ATTRIBUTE.key.in_(attributes)
+    )
+    stored = {row.key: row.value_json for row in connection.execute(found)}
+    return stored == {key: to_json(key, value) for key, value in attributes.items()}
 
 
 def _move(connection: Connection, trial_id: int, state: TrialState) -> None:
@@ -119,8 +206,7 @@ def _move(connection: Connection, trial_id: int, state: TrialState) -> None:
     trial = models.TrialModel
     changes: dict[Any, Any] = {trial.state: state}
     if state.is_finished():
-        # Optuna's tables hold UTC without a zone.
-        changes[trial._datetime_complete_utc] = datetime.now(UTC).replace(tzinfo=None)
+        changes[trial._datetime_complete_utc] = _now()
     running = (trial.trial_id == trial_id) & (trial.state == TrialState.RUNNING)
     if connection.execute(update(trial).where(running).values(changes)).rowcount == 1:
         return
@@ -132,6 +218,11 @@ def _move(connection: Connection, trial_id: int, state: TrialState) -> None:
             f"Trial {found.number} is {found.state.name} already and stays as it is; ask for another one."
         )
     raise TrialNotRunningError(f"Trial {found.number} is {found.state.name}, not RUNNING; ask for it first.")
+
+
+def _now() -> datetime:
+    """Optuna's tables hold UTC without a zone."""
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def _curve_row(trial_id: int, step: int, accuracy: float) -> dict[str, Any]:
