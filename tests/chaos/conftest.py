@@ -1,0 +1,61 @@
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before the modules of this directory are imported; the launchers' processes have it in PYTHONPATH.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from chaos.launches import FULL, ChaosStudy, full_only
+from chaos.record import Record
+
+
+@pytest.fixture(autouse=True)
+def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("HPO_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.delenv("HPO_STORAGE", raising=False)
+
+
+@pytest.fixture(params=["postgresql", pytest.param("sqlite", marks=full_only)])
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """Makes empty stores on each backend."""
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path / uuid.uuid4().hex}.db"
+    new_database: Callable[[], str] = request.getfixturevalue("postgresql_server").new_database
+    return new_database
+
+
+@pytest.fixture
+def url(new_url: Callable[[], str]) -> str:
+    """An empty store on each backend."""
+    return new_url()
+
+
+@pytest.fixture
+def make_study(tmp_path: Path) -> Iterator[Callable[..., ChaosStudy]]:
+    """Makes studies, of which no process outlives the test."""
+    made: list[ChaosStudy] = []
+
+    def make(url: str, **fields: Any) -> ChaosStudy:
+        made.append(ChaosStudy(url, tmp_path, **fields))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end_all()
+
+
+@pytest.fixture
+def full() -> bool:
+    """Whether scenarios take the time that the whole suite gives them; the ordinary run has a reduced one."""
+    return FULL
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Record:
+    """Notes the figures of a scenario, where `tests/chaos/run.py` asks for them."""
+    return Record(request.node.name)

@@ -1,0 +1,145 @@
+"""Databases that restart, stay away or lose an answer; launchers that race, differ, or live in other time zones."""
+
+import random
+import time
+from datetime import UTC, datetime, timedelta
+
+import optuna
+import pytest
+from chaos.faults import LossyProxy, every, outage
+from chaos.launches import GRID_6, GRID_60, RAY, full_only
+from chaos.stub import StubSettings
+
+from storage.store import StudyStore
+
+QUICK = StubSettings(seconds=0.02)
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=full_only)])
+def test_the_server_crashes(new_postgresql, make_study, full, record, executor):
+    server = new_postgresql()
+    study = make_study(
+        server.new_database(),
+        space_path=("cnn" if executor == "ray" else GRID_60) if full else GRID_60,
+        settings=StubSettings(seconds=(1.0 if executor == "ray" else 2.0) if full else 0.15),
+        options=RAY if executor == "ray" else (),
+    )
+
+    def crash() -> bool:
+        server.restart("immediate")
+        return True
+
+    with study.witness:
+        launch = study.start()
+        launch.wait_for("2/60" if executor == "local" else "1/10")
+        with every(lambda: 40.0 if full else 2.0, crash) as crashes:
+            while crashes.n < (2 if full else 3):
+                assert launch.process.poll() is None, launch.log
+                time.sleep(0.1)
+        outage(server, 60 if full else 5)
+        assert launch.end(600) == 0, launch.log
+    record(4, study.check(), restarts=crashes.n, outages=1)
+
+
+def test_a_server_that_stays_away_ends_the_launch(new_postgresql, make_study, record):
+    server = new_postgresql()
+    study = make_study(server.new_database(), options=("--store-timeout", "3"))
+    with study.witness:
+        launch = study.start()
+        launch.wait_for("3/60  trial")
+        server.stop()
+        assert launch.end(60) == 1, launch.log
+        assert "--store-timeout" in launch.log.splitlines()[-1]
+        server.start()
+        study.settings = QUICK
+        study.run()
+    record(4, study.check(), outages=1)
+
+
+def test_answers_of_commits_are_lost(postgresql_server, make_study, full, record):
+    url = postgresql_server.new_database()
+    choose = random.Random(0)
+    with LossyProxy(url, loses=lambda n: n > 3 and choose.random() < (0.3 if full else 0.15)) as proxy:
+        study = make_study(proxy.proxied, witness_url=url, settings=QUICK, space_path=GRID_60)
+        with study.witness:
+            study.run()
+    assert proxy.n_lost >= 10
+    record(5, study.check(), answers_lost=proxy.n_lost)
+
+
+def test_the_answer_of_every_commit_is_lost(postgresql_server, make_study, full, record):
+    """Each of a study's commits once, each in a study of its own."""
+    n_commits = commit = 0
+    while commit <= n_commits:
+        commit += 1 if full else 25
+        url = postgresql_server.new_database()
+        with LossyProxy(url, loses=lambda n, lost=commit: n == lost) as proxy:
+            study = make_study(proxy.proxied, witness_url=url, settings=QUICK, space_path=GRID_6)
+            launch = study.start()
+            # Opening the store has no patience: who cannot reach it at first shall know at once.
+            if launch.end() != 0:
+                study.run()
+        tally = study.check()
+        n_commits = max(n_commits, proxy.n_commits)
+    record(5, tally, answers_lost=n_commits)
+
+
+def test_five_launchers_at_once_on_an_empty_database(url, make_study, record):
+    study = make_study(url, space_path=GRID_6, settings=QUICK)
+    launches = [study.start() for _ in range(5)]
+    codes = [launch.end() for launch in launches]
+    assert 0 in codes
+    for launch, code in zip(launches, codes, strict=True):
+        # Who comes when the study is finished has nothing to do.
+        assert code == 0 or (code == 1 and "is driven by pid " in launch.log), launch.log
+    record(6, study.check(), launchers=5)
+
+
+def test_another_search_of_the_same_name_is_refused(url, make_study, record):
+    study = make_study(url, space_path=GRID_6, settings=QUICK)
+    study.run()
+    study.witness.look()
+    others = [
+        (["--space", GRID_60], {}),
+        (["--sampler", "tpe"], {}),
+        ([], StubSettings(seconds=0.02, data="d1").to_environment()),
+    ]
+    for options, environment in others:
+        other = study.start(*options, **environment)
+        assert other.end() == 1, other.log
+        assert "Study 's' is another search" in other.log
+    record(7, study.check(), refused=len(others))
+
+
+def test_a_study_of_another_direction_is_refused(url, make_study):
+    with StudyStore.open(url) as store:
+        optuna.create_study(study_name="s", storage=store.storage, direction="minimize")
+    launch = make_study(url).start()
+    assert launch.end() == 1
+    assert "Study 's' was made by another program" in launch.log
+    with StudyStore.open(url, read_only=True) as store:
+        assert store.load("s").get_trials() == []
+
+
+def test_drivers_in_mixed_time_zones(url, make_study, record):
+    study = make_study(url, space_path=GRID_6, settings=StubSettings(seconds=0.2))
+    begun = datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=1)
+    zones = [("Asia/Tokyo", "America/New_York"), ("America/Los_Angeles", "Asia/Kolkata"), ("UTC", "UTC")]
+    with study.witness:
+        for number, (zone, database_zone) in enumerate(zones[:-1]):
+            launch = study.start(TZ=zone, PGTZ=database_zone)
+            launch.wait_for(f"{1 + 2 * number}/6  trial")
+            other = study.start(TZ=database_zone, PGTZ=zone)
+            assert other.end() == 1, other.log
+            assert f"is driven by pid {launch.process.pid} on host " in other.log
+            launch.kill()
+        study.environment |= {"TZ": zones[-1][0], "PGTZ": zones[-1][1]}
+        study.run()
+    ended = datetime.now(UTC).replace(tzinfo=None) + timedelta(seconds=1)
+    # As stored, which is UTC; Optuna's own calls read and write local time.
+    with StudyStore.open(url, read_only=True) as store, store.rdb.engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT datetime_start, datetime_complete FROM trials").all()
+    for row in rows:
+        started, completed = (datetime.fromisoformat(str(each)) for each in row)
+        assert begun <= started <= completed <= ended
+    record(12, study.check(), drivers_killed=2)
