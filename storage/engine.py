@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from optuna.storages import RDBStorage
-from sqlalchemy import create_engine, event, func, select
+from sqlalchemy import BigInteger, cast, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool, QueuePool
 
@@ -134,7 +134,7 @@ def _turn(url: str, connector: Callable[[], Any], parsed: URL, shown: str) -> It
                     # The lock goes with the connection, whatever ends it.
                     connection = stack.enter_context(engine.connect().execution_options(isolation_level="AUTOCOMMIT"))
                     connection.exec_driver_sql(f"SET lock_timeout = '{_CREATION_TIMEOUT_S:g}s'")
-                    connection.execute(select(func.pg_advisory_lock(advisory_key("schema"))))
+                    connection.execute(select(func.pg_advisory_lock(cast(advisory_key("schema"), BigInteger))))
             except StoreBusyError:
                 raise busy from None
         elif not stack.enter_context(file_lock(lock_directory(url) / "create.lock", timeout_s=_CREATION_TIMEOUT_S)):

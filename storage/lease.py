@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger, Integer, cast, column, event, func, inspect, literal, select, table, update
+from sqlalchemy import BigInteger, Integer, cast, column, event, func, inspect, select, table, update
 from sqlalchemy.dialects import postgresql
 
 from storage.errors import LeaseLostError, StoreUnreachableError, StudyInUseError
@@ -184,18 +184,19 @@ def _advisory_locks(study_name: str) -> Any:
     locks = table("pg_locks", *(column(name) for name in names))
     databases = table("pg_database", column("oid"), column("datname"))
     here = select(databases.c.oid).where(databases.c.datname == func.current_database()).scalar_subquery()
-    # A key of 64 bits is shown as two of 32.
-    key = cast(locks.c.classid, BigInteger).op("<<")(32).op("|")(cast(locks.c.objid, BigInteger))
+    # A key of 64 bits is shown as two of 32, without signs.
+    high, low = divmod(_key(study_name) % 2**64, 2**32)
+    of_study = (cast(locks.c.classid, BigInteger) == high) & (cast(locks.c.objid, BigInteger) == low)
     return (
         select(cast(locks.c.pid, Integer).label("pid"))
         .where(locks.c.locktype == "advisory", locks.c.objsubid == 1, locks.c.granted, locks.c.database == here)
-        .where(key == _key(study_name))
+        .where(of_study)
         .subquery()
     )
 
 
-def _key(study_name: str) -> Any:
-    return literal(advisory_key(f"lease/{study_name}"), BigInteger)
+def _key(study_name: str) -> int:
+    return advisory_key(f"lease/{study_name}")
 
 
 class _ServerLease:
@@ -233,7 +234,7 @@ class _ServerLease:
                 return
             # With a connection that is lost, the lock is gone.
             with suppress(StoreUnreachableError):
-                connection.execute(select(func.pg_advisory_unlock(_key(self._study_name))))
+                connection.execute(select(func.pg_advisory_unlock(cast(_key(self._study_name), BigInteger))))
                 connection.commit()
             connection.close()
 
@@ -290,7 +291,7 @@ class _ServerLease:
         former = self._backend
         connection = self._connect()
         try:
-            while not connection.scalar(select(func.pg_try_advisory_lock(_key(self._study_name)))):
+            while not connection.scalar(select(func.pg_try_advisory_lock(cast(_key(self._study_name), BigInteger)))):
                 # The server may not have noticed yet that the former connection is lost.
                 if not self._end(connection, former):
                     raise refusal(self._study_name, self._holder_appears(connection))
@@ -304,10 +305,9 @@ class _ServerLease:
 
     def _connect(self) -> Connection:
         """A connection of its own, not the pool's."""
-        connection = self._engine.connect()
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", **{_OWN: True})
         try:
             connection.detach()
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT", **{_OWN: True})
             connection.exec_driver_sql(f"SET lock_timeout = '{_LONGEST_LOCK_S}s'")
             self._backend = connection.scalar(select(func.pg_backend_pid())) or 0
         except BaseException:
