@@ -1,32 +1,23 @@
-"""Artifacts: files that belong to a study or a trial, in Optuna's format.
+"""Records of artifacts, the files that belong to a study or a trial, in Optuna's format.
 
 An artifact is a file named by its id, and a record of it among the system attributes of its owner.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import mimetypes
 import uuid
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from optuna.artifacts import FileSystemArtifactStore
-from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages._rdb import models
 from sqlalchemy import delete, insert, select
 
-from storage.failures import file_failures
-
 if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import BinaryIO
-
     from sqlalchemy.engine import Connection
 
-__all__ = ["ArtifactFiles", "ArtifactRecord", "attach", "replace"]
+__all__ = ["ArtifactRecord", "attach", "replace"]
 
 _PREFIX = "artifacts:"
 _DEFAULT_MIMETYPE = "application/octet-stream"
@@ -37,7 +28,7 @@ class ArtifactRecord:
     """What the store says of an artifact's file; the fields are Optuna's `ArtifactMeta`.
 
     Attributes:
-        artifact_id: The name of the file in the artifact directory.
+        artifact_id: The name of its file.
         filename: The name under which it is offered for download.
         mimetype: Its type.
         encoding: Its `Content-Encoding`, such as `gzip`, or None.
@@ -53,41 +44,6 @@ class ArtifactRecord:
         """A record with an id of its own; without a type it is the one that the file name suggests."""
         guessed, encoding = mimetypes.guess_type(filename)
         return cls(str(uuid.uuid4()), filename, mimetype or guessed or _DEFAULT_MIMETYPE, encoding)
-
-
-class ArtifactFiles(FileSystemArtifactStore):
-    """A directory of artifact files, created with the first of them.
-
-    A write that fails leaves no file. Thread-safe, because no two artifacts share an id.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.directory = directory
-
-    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Write a file.
-
-        Raises:
-            StoreFullError: It doesn't fit on the disk.
-            StoreUnreachableError: It cannot be written.
-        """
-        with file_failures(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            try:
-                super().write(artifact_id, content_body)
-            except BaseException:
-                self.discard(artifact_id)
-                raise
-
-    def write_bytes(self, artifact_id: str, content: bytes) -> None:
-        """`write` a file of which the content is at hand."""
-        self.write(artifact_id, io.BytesIO(content))
-
-    def discard(self, artifact_id: str) -> None:
-        """Remove a file, if it is there."""
-        with suppress(ArtifactNotFound, OSError):
-            self.remove(artifact_id)
 
 
 def attach(connection: Connection, owner: dict[str, int], records: tuple[ArtifactRecord, ...]) -> None:

@@ -16,7 +16,8 @@ from sqlalchemy.exc import IntegrityError
 
 from search_spaces.suggestions import did_you_mean
 from storage import artifacts, trials
-from storage.artifacts import ArtifactFiles, ArtifactRecord
+from storage.artifact_files import open_artifact_files
+from storage.artifacts import ArtifactRecord
 from storage.cache import StudyCache
 from storage.engine import connect
 from storage.errors import (
@@ -35,7 +36,7 @@ from storage.identity import differences
 from storage.lease import LeaseHolder, file_lease, file_lease_holder, server_lease, server_lease_holder
 from storage.patience import IMPATIENT, Outages, Patience
 from storage.summaries import CREATED, StudySummary, summaries
-from storage.urls import artifact_directory, lock_directory, mask_password, without_user_information
+from storage.urls import lock_directory, mask_password, without_user_information
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from sqlalchemy.engine import Connection
 
+    from storage.artifact_files import ArtifactFiles
     from storage.trials import TrialResult
 
 __all__ = ["CONFIGURATION", "IDENTITY", "StudyStore"]
@@ -62,7 +64,7 @@ _LONGEST_NAME = models.MAX_INDEXED_STRING_LENGTH
 
 
 class StudyStore:
-    """Studies in a database, with their artifacts in a directory.
+    """Studies in a database, with their artifacts in a directory or a bucket.
 
         with StudyStore.open("sqlite:///studies.db") as store, store.lease("digits"):
             study = store.create_or_resume("digits", identity={...}, configuration={...})
@@ -82,7 +84,7 @@ class StudyStore:
         url_masked: Where it is, with passwords as `***`.
         storage: Optuna's storage, with its cache of finished trials.
         rdb: The same without the cache.
-        artifacts: Optuna's artifact store.
+        artifacts: The files of artifacts, as an artifact store of Optuna.
     """
 
     def __init__(
@@ -115,14 +117,15 @@ class StudyStore:
             patience: How long to wait for the store wherever it goes away later; to be opened, it must be there.
 
         Raises:
-            StoreUrlError: The URL cannot be read.
+            StoreUrlError: The URL, or `HPO_ARTIFACTS`, cannot be read.
             StoreUnreachableError: The driver, the server or the access rights are missing.
             StoreNotFoundError: Nothing is there, and nothing was to be created.
             StoreFormatError: It is not a study store, or one of another version of Optuna or of this product.
             StoreFullError: It doesn't fit on the disk.
         """
+        files = open_artifact_files(url)
         rdb = connect(url, "read" if read_only else "create" if create else "write")
-        return cls(rdb, ArtifactFiles(artifact_directory(url)), mask_password(url), lock_directory(url), patience)
+        return cls(rdb, files, mask_password(url), lock_directory(url), patience)
 
     def close(self) -> None:
         """Give all connections back."""

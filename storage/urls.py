@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 __all__ = [
-    "artifact_directory",
+    "Bucket",
+    "artifact_location",
     "data_directory",
     "default_storage_url",
     "fingerprint",
@@ -43,6 +45,9 @@ _PASSWORD = re.compile(r"^([^:/?#]*://[^:]*:).*@", re.DOTALL)
 _PASSWORD_ALONE = re.compile(r"^([^:/?#]*://[^:@/\[]*:)(?!\d+(?:[,/?]|$))[^@/?]+$", re.DOTALL)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 _SECRET_OPTION_NAME = re.compile(r"pass|secret|token", re.IGNORECASE)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html, and no user information.
+_BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([^?#]*))?")
 _PRIVATE_OPTION = re.compile(r"^user$|pass|secret|token", re.IGNORECASE)
 
 
@@ -145,11 +150,42 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def artifact_directory(url: str) -> Path:
-    """Where a store's artifacts are: `HPO_ARTIFACTS`, `NAME.artifacts` beside a SQLite file, or the data directory."""
-    if chosen := os.environ.get("HPO_ARTIFACTS"):
-        return Path(chosen).expanduser().resolve()
-    return _beside(url, "artifacts")
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A place in an S3-compatible service: `s3://NAME/PREFIX`.
+
+    Attributes:
+        name: The bucket's name.
+        prefix: What the keys of its files start with, without slashes at its ends; may be empty.
+    """
+
+    name: str
+    prefix: str = ""
+
+    def __str__(self) -> str:
+        return f"s3://{self.name}/{self.prefix}" if self.prefix else f"s3://{self.name}"
+
+
+def artifact_location(url: str) -> Path | Bucket:
+    """Where a store's artifacts are.
+
+    It is the directory or the bucket of `HPO_ARTIFACTS`; without that `NAME.artifacts` beside a SQLite file, or for a
+    server a directory in the user's data directory.
+
+    Raises:
+        StoreUrlError: `HPO_ARTIFACTS` is a URL other than of a bucket.
+    """
+    chosen = os.environ.get("HPO_ARTIFACTS")
+    if not chosen:
+        return _beside(url, "artifacts")
+    if match := _BUCKET.fullmatch(chosen):
+        return Bucket(match[1], (match[2] or "").strip("/"))
+    if _SCHEME.match(chosen):
+        raise StoreUrlError(
+            f"HPO_ARTIFACTS names no place for artifacts: '{mask_password(chosen)}'; write a directory, or "
+            "'s3://BUCKET/PREFIX' with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
+    return Path(chosen).expanduser().resolve()
 
 
 def lock_directory(url: str) -> Path:

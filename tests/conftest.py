@@ -1,12 +1,14 @@
 import os
 import signal
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from postgresql_cluster import Server, running_server
+from s3_server import running_s3_server
 
 # Read when huggingface_hub is imported; without it, a test of missing weights waits for a network's time-outs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,6 +49,37 @@ def new_postgresql() -> Iterator[Callable[[], Server]]:
     """Starts servers of a test's own, to be stopped and restarted."""
     with ExitStack() as started:
         yield lambda: started.enter_context(running_server())
+
+
+@pytest.fixture(scope="session")
+def _s3_endpoint() -> Iterator[str]:
+    with running_s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3_server(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The endpoint of an S3 service, which the environment names with credentials that it takes."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "ada")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
+    return _s3_endpoint
+
+
+@pytest.fixture
+def s3_client(s3_server: str):
+    import boto3
+
+    return boto3.session.Session().client("s3")
+
+
+@pytest.fixture
+def bucket(s3_client) -> str:
+    """The name of an empty bucket."""
+    name = f"test-{uuid.uuid4().hex}"
+    s3_client.create_bucket(Bucket=name)
+    return name
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 
 from storage.errors import StorageError, StoreUnreachableError, StoreUrlError
 from storage.urls import (
-    artifact_directory,
+    Bucket,
+    artifact_location,
     default_storage_url,
     is_sqlite,
     lock_directory,
@@ -40,20 +41,36 @@ def test_every_spelling_of_a_file_is_one_path(tmp_path: Path, monkeypatch: pytes
 def test_files_lie_beside_a_sqlite_file(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/studies.db"
     assert is_sqlite(url)
-    assert artifact_directory(url) == tmp_path / "studies.db.artifacts"
+    assert artifact_location(url) == tmp_path / "studies.db.artifacts"
     assert lock_directory(url) == tmp_path / "studies.db.locks"
 
 
 def test_files_of_a_server_lie_in_the_data_directory_whoever_asks(tmp_path: Path) -> None:
     assert not is_sqlite(SERVER)
-    assert artifact_directory(SERVER).parent == tmp_path / "data/pruning-hpo/artifacts"
-    assert artifact_directory(SERVER) == artifact_directory(SERVER.replace("ada:s3cret", "bob:other"))
-    assert artifact_directory(SERVER) != artifact_directory(f"{SERVER}2")
+    location = artifact_location(SERVER)
+    assert isinstance(location, Path)
+    assert location.parent == tmp_path / "data/pruning-hpo/artifacts"
+    assert artifact_location(SERVER) == artifact_location(SERVER.replace("ada:s3cret", "bob:other"))
+    assert artifact_location(SERVER) != artifact_location(f"{SERVER}2")
 
 
-def test_environment_overrides_the_artifact_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_overrides_the_artifact_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_ARTIFACTS", str(tmp_path / "elsewhere"))
-    assert artifact_directory(SERVER) == tmp_path / "elsewhere"
+    assert artifact_location(SERVER) == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "bucket", "shown"),
+    [
+        ("s3://studies", Bucket("studies"), "s3://studies"),
+        ("s3://studies/", Bucket("studies"), "s3://studies"),
+        ("s3://my.studies/of/ada/", Bucket("my.studies", "of/ada"), "s3://my.studies/of/ada"),
+    ],
+)
+def test_artifacts_may_be_in_a_bucket(chosen: str, bucket: Bucket, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_ARTIFACTS", chosen)
+    assert artifact_location(SERVER) == bucket
+    assert str(bucket) == shown
 
 
 @pytest.mark.parametrize("path", ["studies.db", "/data/studies.db", "./studies"])
