@@ -1,22 +1,16 @@
-"""What is done to a study: processes killed, databases restarted, answers lost."""
+"""What is done to a study: processes killed, databases restarted."""
 
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
-from urllib.parse import urlsplit
+from dataclasses import dataclass
 
 from chaos.invariants import marked
 from postgresql_cluster import Server
-
-_CHUNK = 65536
 
 
 @dataclass
@@ -68,76 +62,6 @@ def kill_ray_worker(mark: str, choose: random.Random) -> bool:
         os.kill(choose.choice(workers), signal.SIGKILL)
         return True
     return False
-
-
-@dataclass
-class LossyProxy:
-    """A TCP proxy before PostgreSQL that loses the answer of chosen COMMITs, and the connection with it.
-
-    Args:
-        url: Of the database behind it.
-        loses: Whether to lose the answer of the N-th COMMIT, counted from 1.
-    """
-
-    url: str
-    loses: Callable[[int], bool]
-    n_commits: int = 0
-    n_lost: int = 0
-    _connections: list[socket.socket] = field(default_factory=list)
-
-    def __enter__(self) -> Self:
-        self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._listener.close()
-        for connection in self._connections:
-            connection.close()
-
-    @property
-    def proxied(self) -> str:
-        """The URL that leads through it."""
-        port = self._listener.getsockname()[1]
-        return self.url.replace(f":{urlsplit(self.url).port}/", f":{port}/")
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", urlsplit(self.url).port))
-                self._connections += [client, server]
-                lost = threading.Event()
-                threading.Thread(target=self._ask, args=(client, server, lost), daemon=True).start()
-                threading.Thread(target=self._answer, args=(client, server, lost), daemon=True).start()
-
-    def _ask(self, client: socket.socket, server: socket.socket, lost: threading.Event) -> None:
-        with suppress(OSError):
-            while data := client.recv(_CHUNK):
-                if b"COMMIT\0" in data:
-                    with self._lock:
-                        self.n_commits += 1
-                        if self.loses(self.n_commits):
-                            self.n_lost += 1
-                            lost.set()
-                server.sendall(data)
-        _shut(server)
-
-    def _answer(self, client: socket.socket, server: socket.socket, lost: threading.Event) -> None:
-        with suppress(OSError):
-            # An answer that arrives after the COMMIT was passed on means that it has been carried out.
-            while (data := server.recv(_CHUNK)) and not lost.is_set():
-                client.sendall(data)
-        _shut(client)
-        _shut(server)
-
-
-def _shut(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 def outage(server: Server, seconds: float) -> None:

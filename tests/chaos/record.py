@@ -34,6 +34,7 @@ class Record:
         if not (path := os.environ.get(RESULTS)):
             return
         line = {"scenario": scenario, "test": self._test, "seconds": round(time.monotonic() - self._start, 1)}
+        self._start = time.monotonic()
         line |= {"figures": figures, "tally": None if tally is None else asdict(tally)}
         with Path(path).open("a") as results:
             results.write(json.dumps(line) + "\n")

@@ -105,7 +105,6 @@ def test_thousands_of_trials(postgresql_server, make_study, tmp_path, full, reco
         shown = trials_on_page(address)
         figures["study_page_s"] = round(time.perf_counter() - start, 2)
     assert len(shown) == study.n_trials + 10
-    print(figures)
     record(13, trials=len(shown), **figures)
 
 

@@ -1,12 +1,13 @@
 """Databases that restart, stay away or lose an answer; launchers that race, differ, or live in other time zones."""
 
+import itertools
 import random
 import time
 from datetime import UTC, datetime, timedelta
 
 import optuna
 import pytest
-from chaos.faults import LossyProxy, every, outage
+from chaos.faults import every, outage
 from chaos.launches import GRID_6, GRID_60, RAY, full_only
 from chaos.stub import StubSettings
 
@@ -56,32 +57,49 @@ def test_a_server_that_stays_away_ends_the_launch(new_postgresql, make_study, re
     record(4, study.check(), outages=1)
 
 
-def test_answers_of_commits_are_lost(postgresql_server, make_study, full, record):
-    url = postgresql_server.new_database()
+def test_commits_and_their_answers_are_lost(postgresql_server, make_study, full, record):
+    """Every half second, at random, a COMMIT or its answer, and the connection with it."""
     choose = random.Random(0)
-    with LossyProxy(url, loses=lambda n: n > 3 and choose.random() < (0.3 if full else 0.15)) as proxy:
-        study = make_study(proxy.proxied, witness_url=url, settings=QUICK, space_path=GRID_60)
+    url = postgresql_server.new_database()
+    with CommitProxy(postgresql_server.port) as proxy:
+        study = make_study(
+            url.replace(f":{postgresql_server.port}/", f":{proxy.port}/"),
+            witness_url=url,
+            settings=StubSettings(seconds=0.5 if full else 0.05),
+        )
+
+        def lose() -> bool:
+            proxy.lose(1, delivered=choose.random() < 0.7)
+            return True
+
         with study.witness:
-            study.run()
-    assert proxy.n_lost >= 10
-    record(5, study.check(), answers_lost=proxy.n_lost)
-
-
-def test_the_answer_of_every_commit_is_lost(postgresql_server, make_study, full, record):
-    """Each of a study's commits once, each in a study of its own."""
-    n_commits = commit = 0
-    while commit <= n_commits:
-        commit += 1 if full else 25
-        url = postgresql_server.new_database()
-        with LossyProxy(url, loses=lambda n, lost=commit: n == lost) as proxy:
-            study = make_study(proxy.proxied, witness_url=url, settings=QUICK, space_path=GRID_6)
             launch = study.start()
-            # Opening the store has no patience: who cannot reach it at first shall know at once.
-            if launch.end() != 0:
+            launch.wait_for("1/10  trial")
+            with every(lambda: 0.5, lose):
+                assert launch.end() == 0, launch.log
+    assert proxy.n_lost >= 5
+    record(5, study.check(), commits_lost=proxy.n_lost)
+
+
+@full_only
+def test_the_answer_of_each_commit_is_lost(postgresql_server, make_study, record):
+    """Each in a study of its own."""
+    for n_lost in itertools.count(1):
+        url = postgresql_server.new_database()
+        with CommitProxy(postgresql_server.port) as proxy:
+            proxy.lose(n_lost, delivered=True)
+            study = make_study(
+                url.replace(f":{postgresql_server.port}/", f":{proxy.port}/"),
+                witness_url=url,
+                settings=QUICK,
+                space_path=GRID_6,
+            )
+            # To open a store it has to be there: what is lost then ends the launch.
+            if study.start().end() != 0:
                 study.run()
-        tally = study.check()
-        n_commits = max(n_commits, proxy.n_commits)
-    record(5, tally, answers_lost=n_commits)
+        if proxy.n_lost == 0:
+            break
+        record(5, study.check(), commits_lost=1)
 
 
 def test_five_launchers_at_once_on_an_empty_database(url, make_study, record):

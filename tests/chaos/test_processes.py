@@ -4,6 +4,7 @@ import itertools
 import random
 import signal
 import time
+from functools import partial
 
 import pytest
 from chaos.faults import every, kill_ray_worker
@@ -81,8 +82,7 @@ def test_a_kill_at_each_step(new_url, make_study, full, record):
                 killed = study.start(kill_at=step)
                 assert killed.end() == -signal.SIGKILL, f"{step}: {killed.log}"
             study.run()
-        tally = study.check()
-    record(3, tally, drivers_killed=len(STEPS))
+        record(3, study.check(), drivers_killed=len(steps))
 
 
 @full_only
@@ -93,12 +93,11 @@ def test_a_kill_at_a_release(postgresql_server, make_study, record):
         with study.witness:
             killed = study.start(kill_at=step)
             killed.wait_for("/60  trial")
-            with every(lambda: 0.5, lambda: kill_ray_worker(killed.mark, choose)) as kills:
+            with every(lambda: 0.5, partial(kill_ray_worker, killed.mark, choose)) as kills:
                 assert killed.end() == -signal.SIGKILL, killed.log
             assert_no_orphans(killed.mark)
             study.run()
-        tally = study.check()
-        record(3, tally, drivers_killed=1, workers_killed=kills.n)
+        record(3, study.check(), drivers_killed=1, workers_killed=kills.n)
 
 
 def test_a_kill_before_every_commit(new_url, make_study, full, record):
@@ -111,10 +110,9 @@ def test_a_kill_before_every_commit(new_url, make_study, full, record):
                 break
             assert killed.process.returncode == -signal.SIGKILL, killed.log
             study.run()
-        tally = study.check()
         n_killed += 1
+        record(3, study.check(), drivers_killed=1)
     assert n_killed >= 2
-    record(3, tally, drivers_killed=n_killed)
 
 
 def test_a_driver_that_stands_still_keeps_its_study(url, make_study, full, record):
