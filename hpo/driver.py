@@ -4,28 +4,32 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from optuna.artifacts import get_all_artifact_meta
 from optuna.samplers import RandomSampler
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo import trials
 from hpo.confirmation import Confirmed, compare, confirmed_attribute, read_confirmed
-from hpo.errors import Interrupted, SamplerError, TrialsFailedError
+from hpo.errors import Interrupted, TrialsFailedError
 from hpo.executors import Executor, Job, Outcome
+from hpo.failures import FailureCount
+from hpo.identity import identity, upgraded
+from hpo.in_flight import Asked, InFlight
 from hpo.plots import CURVE_CSV, CURVE_PNG, STUDY_PNG, CurvePlotter, curve_csv, study_png
 from hpo.progress import TrialReport
-from hpo.samplers import GridSampler
-from search_spaces.errors import OutsideSpaceError, PruningHPOError
+from hpo.samplers import GridSampler, learns, sampler_failure
+from hpo.sources import HeuristicSource, SearchSource, TrialSource
 from search_spaces.heuristics import HEURISTICS
 from storage.errors import AfterTrialError, StorageError, TrialResultError
 from storage.identity import differences
 from storage.store import StudyStore
-from storage.trials import TrialResult
+from storage.trials import LOSSES, TrialResult
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from search_spaces.composites import CompositeSpec
     from search_spaces.spaces import SearchSpace
 
-__all__ = ["CONFIRMATION", "DESCRIPTION", "StudyDriver", "identity", "upgraded"]
+__all__ = ["CONFIRMATION", "DESCRIPTION", "StudyDriver"]
 
 CONFIRMATION = "confirmation"
 """The user attribute of a study that holds the confirmation of its best trial."""
@@ -47,60 +51,21 @@ CONFIRMATION = "confirmation"
 DESCRIPTION = "description"
 """The user attribute of a study that holds what its export documents share."""
 
-_MOST_FAILURES_IN_A_ROW = 3
-_MOST_FAILURES_AT_FIRST = 10
 _POLL_S = 0.2
 _N_PLOTTED = 10
 
 _log = logging.getLogger("hpo")
 
 
-def identity(configuration: "LaunchConfiguration", space: "SearchSpace", problem: "Problem") -> dict[str, Any]:
-    """What must be equal for two launches to be one study: everything that a trial's value or choice depends on."""
-    return {
-        "repair": "none",
-        "sampler": configuration.sampler,
-        "metric": configuration.metric,
-        "seed": configuration.seed,
-        "space": _content(space.to_json()),
-        "objective": problem.identity(),
-    }
-
-
-def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity that an earlier release has stored, in today's form.
-
-    It had no repair, named the space, and held the procedure once more beside the objective's.
-    """
-    kept = {key: value for key, value in stored.items() if key != "procedure"}
-    return {"repair": "none", **kept, "space": _content(stored.get("space", {}))}
-
-
-def _content(space: Mapping[str, Any]) -> dict[str, Any]:
-    """A space's JSON form without its name: a file that is renamed holds the same space."""
-    return {key: value for key, value in space.items() if key != "name"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A trial that is being evaluated; `heuristic` is its heuristic's name, None for a search trial."""
-
-    trial: Trial
-    composite: "CompositeSpec"
-    heuristic: str | None = None
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """User attributes that say what the trial is."""
-        role = {"role": "search"} if self.heuristic is None else {"role": "heuristic", "heuristic": self.heuristic}
-        return {**role, "composite": self.composite.to_json()}
-
-
 class StudyDriver:
     """The one process that writes to a study; to be made once the study's lease is held.
 
-    Trials lost by a former driver are asked again. A composite that equals that of a complete trial is not evaluated:
-    it is told the same value, with the user attribute `reused_from`.
+    Trials lost by a former driver are asked again, and so are those lost with a worker, a limited number of times. A
+    composite that equals that of a complete trial is not evaluated: it is told the same value, with the user attribute
+    `reused_from`; one that equals a trial in flight waits for that to end.
+
+    Each worker has a batch of trials to compute and one to go on with. A sampler that learns is asked for one trial
+    after the other where there is one worker, so that a study that is resumed is the one that was not interrupted.
 
     Not thread-safe; `run` is called once.
 
@@ -138,15 +103,12 @@ class StudyDriver:
             sampler=sampler,
         )
         if DESCRIPTION not in self._study.user_attrs:
-            self._study.set_user_attr(DESCRIPTION, problem.describe())
-        # Heuristics are given, not sampled.
-        self._given = store.load(configuration.study, RandomSampler(seed=0))
+            store.set_attribute(self._study, DESCRIPTION, problem.describe())
         self._deadline = math.inf if configuration.timeout_s is None else time.monotonic() + configuration.timeout_s
-        self._asked: dict[int, _Asked] = {}
-        self._known: dict[str, tuple[int, TrialResult]] = {}
-        self._n_finished = 0
-        self._n_failures = 0
-        self._n_failures_in_a_row = 0
+        self._in_flight = InFlight()
+        self._unparked: deque[Asked] = deque()
+        self._known: dict[str, int] = {}
+        self._losses: Counter[int] = Counter()
         self._best: float | None = None
         self._best_heuristic: float | None = None
         self._worked = False
@@ -155,9 +117,10 @@ class StudyDriver:
         """Heuristics, search, confirmation, pictures; whether there was anything to do.
 
         Raises:
-            TrialsFailedError: Three trials in a row failed for reasons that are not their composites', the first ten
-                of a study failed for whatever reason, or one to be confirmed did.
+            TrialsFailedError: So many trials in a row failed that it isn't their composites' fault (see
+                `FailureCount`), or one to be confirmed did.
             SamplerError: The sampler failed.
+            ExecutorError: No worker can be had.
             StorageError: The database or the disk failed.
             Interrupted: `stop` was set.
         """
@@ -169,10 +132,12 @@ class StudyDriver:
             self._search()
             self._confirm()
             self._draw()
-        except BaseException:
+        except BaseException as error:
             # A database that fails now must not hide why we leave; the next driver adopts what is left.
             with suppress(StorageError):
                 self._store.adopt_orphans(self._study)
+            if isinstance(error, StorageError):
+                self._check_stop()  # who waited for the store was told to leave
             raise
         return self._worked
 
@@ -180,30 +145,44 @@ class StudyDriver:
 
     def _recall(self) -> None:
         """Learn from the trials that are there, and have the pictures drawn that are missing."""
-        stored = self._trials()
-        self._n_finished = self._count(stored)
-        for trial in stored:
+        for trial in self._trials():
+            self._losses[trial.number] = trial.user_attrs.get(LOSSES, 0)
             composite = trials.composite_of(trial)
             if trial.state != TrialState.COMPLETE or composite is None:
                 continue
-            self._remember(
-                trial.number, composite, trials.result_of(trial), trial.user_attrs.get("heuristic"), bool(trial.params)
-            )
+            self._remember(trial, composite, trial.values[0], trial.user_attrs.get("heuristic"))
             if CURVE_PNG not in self._artifacts(trial):
                 self._draw_trial(trial, composite, trial.values[0], trials.curve_of(trial))
+        self._failures = FailureCount(self._executor.n_workers, some_work=bool(self._known))
 
     def _evaluate_heuristics(self) -> None:
         done = trials.heuristics(self._trials())
         left = [name for name in HEURISTICS if name not in done]
         if left:
-            self._progress.phase("Heuristics", len(HEURISTICS), len(done))
-        names = iter(left)
-        self._run_trials(lambda: None if (name := next(names, None)) is None else self._ask_heuristic(name))
+            self._phase("Heuristics", len(HEURISTICS), len(done))
+        given = self._store.load(self._configuration.study, RandomSampler(seed=0))
+        self._run_trials(HeuristicSource(self._store, given, self._space, left))
 
     def _search(self) -> None:
-        if n_left := self._n_left():
-            self._progress.phase("Search", self._n_finished + n_left, self._n_finished)
-        self._run_trials(self._ask_search)
+        stored = self._trials()
+        n_finished, left = self._count(stored), []
+        if self._configuration.n_trials is not None:
+            left.append(self._configuration.n_trials - n_finished)
+        if isinstance(self._sampler, GridSampler):
+            left.append(self._sampler.n_left(stored))
+        n_left = max(0, min(left))
+        if n_left:
+            self._phase("Search", n_finished + n_left, n_finished)
+        self._run_trials(
+            SearchSource(
+                self._store,
+                self._study,
+                self._space,
+                sampler=self._configuration.sampler,
+                n_trials=n_left,
+                deadline=self._deadline,
+            )
+        )
 
     def _confirm(self) -> None:
         """Evaluate the best trial and the heuristics on the confirmation images, those that are not yet."""
@@ -215,30 +194,46 @@ class StudyDriver:
         wanted = {trial.number: trial for trial in (*heuristics.values(), best)}
         confirmed = read_confirmed(self._study.user_attrs, wanted)
         if len(confirmed) < len(wanted):
-            self._progress.phase("Confirmation", len(wanted), len(confirmed))
-        for number, trial in wanted.items():
-            if number not in confirmed:
-                confirmed[number] = self._confirm_trial(trial)
+            self._phase("Confirmation", len(wanted), len(confirmed))
+            jobs = [self._confirmation_job(trial) for number, trial in wanted.items() if number not in confirmed]
+            confirmed |= {each.trial: each for each in self._confirmed(jobs)}
         confirmation = compare(
             confirmed[best.number],
             {name: confirmed[trial.number] for name, trial in heuristics.items()},
             seed=self._configuration.seed,
         )
         if differences(self._study.user_attrs.get(CONFIRMATION), confirmation.to_json()):
-            self._study.set_user_attr(CONFIRMATION, confirmation.to_json())
+            self._store.set_attribute(self._study, CONFIRMATION, confirmation.to_json())
 
-    def _confirm_trial(self, trial: FrozenTrial) -> Confirmed:
-        self._worked = True
+    @staticmethod
+    def _confirmation_job(trial: FrozenTrial) -> Job:
         composite = trials.composite_of(trial)
         assert composite is not None, "a complete trial has a composite"
-        self._executor.submit([Job(trial.number, composite, "confirmation")])
-        outcome = self._wait()
-        if outcome.evaluation is None:
-            raise TrialsFailedError(f"Trial {trial.number} could not be confirmed: {outcome.failure}")
-        confirmed = Confirmed.of(trial.number, outcome.evaluation)
-        self._study.set_user_attr(confirmed_attribute(trial.number), confirmed.to_json())
-        self._report(trial.number, composite.label, confirmed.auc, sum(outcome.evaluation.seconds.values()))
-        return confirmed
+        return Job(trial.number, composite, "confirmation")
+
+    def _confirmed(self, jobs: list[Job]) -> Iterator[Confirmed]:
+        """Have all workers confirm, and write what they find."""
+        self._worked = True
+        per_worker = math.ceil(len(jobs) / self._executor.n_workers)
+        for first in range(0, len(jobs), per_worker):
+            self._executor.submit(jobs[first : first + per_worker])
+        losses: Counter[int] = Counter()
+        n_left = len(jobs)
+        while n_left:
+            outcome = self._wait()
+            number = outcome.job.number
+            losses[number] += outcome.cause == "worker"
+            if outcome.evaluation is not None:
+                confirmed = Confirmed.of(number, outcome.evaluation)
+                self._store.set_attribute(self._study, confirmed_attribute(number), confirmed.to_json())
+                seconds = sum(outcome.evaluation.seconds.values())
+                self._report(number, outcome.job.composite.label, confirmed.auc, seconds)
+                n_left -= 1
+                yield confirmed
+            elif outcome.cause in ("worker", "unstarted") and losses[number] <= self._configuration.max_losses:
+                self._executor.submit([outcome.job])
+            else:
+                raise TrialsFailedError(f"Trial {number} could not be confirmed: {outcome.failure}")
 
     def _draw(self) -> None:
         """Wait for the pictures of the trials, and draw that of the study."""
@@ -255,78 +250,48 @@ class StudyDriver:
 
     # Trials
 
-    def _run_trials(self, ask: Callable[[], _Asked | None]) -> None:
-        """Keep the executor busy until nothing is left to ask."""
+    def _run_trials(self, source: TrialSource) -> None:
+        """Keep the workers busy until nothing is left to ask."""
         while True:
-            while len(self._asked) < self._executor.n_workers and (asked := ask()) is not None:
-                self._check_stop()
-                self._worked = True
-                self._asked[asked.trial.number] = asked
-                if asked.composite.key in self._known:
-                    self._reuse(asked)
-                else:
-                    self._executor.submit([Job(asked.trial.number, asked.composite)])
-            if not self._asked:
+            while self._in_flight.n_batches < self._n_batches and (batch := self._next_batch(source)):
+                self._in_flight.submit(batch)
+                self._executor.submit([Job(asked.number, asked.composite) for asked in batch])
+            if not self._in_flight:
                 return
-            self._take(self._wait())
+            self._take(source, self._wait())
 
-    def _ask_heuristic(self, name: str) -> _Asked:
-        """A running trial of a heuristic: the one that was interrupted, or a new one.
+    @property
+    def _n_batches(self) -> int:
+        """How many batches are to be in flight: one per worker, and another to go on with."""
+        return self._executor.n_workers * (1 + self._looks_ahead)
 
-        It is added WAITING with all it has, and claimed then: at no time can a second one of this name come to be.
-        """
-        composite = HEURISTICS[name]
-        if (waiting := self._waiting_heuristic(name)) is None:
-            try:
-                parameters, distributions = self._space.parameters(composite), self._space.distributions()
-            except OutsideSpaceError:
-                # Optuna holds a parameter to one set of values in all trials of a study.
-                parameters, distributions = {}, {}
-            self._given.add_trial(
-                create_trial(
-                    state=TrialState.WAITING,
-                    params=parameters,
-                    distributions=distributions,
-                    user_attrs={"role": "heuristic", "heuristic": name, "composite": composite.to_json()},
-                )
-            )
-            waiting = self._waiting_heuristic(name)
-        assert waiting is not None, "it was just added"
-        self._store.storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
-        return _Asked(Trial(self._given, waiting._trial_id), composite, name)
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._executor.n_workers > 1 or not learns(self._configuration.sampler)
 
-    def _waiting_heuristic(self, name: str) -> FrozenTrial | None:
-        waiting = self._given.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return next((trial for trial in waiting if trial.user_attrs.get("heuristic") == name), None)
+    def _next_batch(self, source: TrialSource) -> list[Asked]:
+        """Trials that are to be computed, none if nothing is left to ask; equal ones are told or parked."""
+        batch: list[Asked] = []
+        size = self._batch_size(source.n_left + len(self._unparked))
+        while len(batch) < size:
+            self._check_stop()
+            asked = self._unparked.popleft() if self._unparked else source.ask()
+            if asked is None:
+                break
+            self._worked = True
+            if asked.composite.key in self._known:
+                self._reuse(source, asked)
+            elif self._in_flight.add(asked):
+                batch.append(asked)
+        return batch
 
-    def _ask_search(self) -> _Asked | None:
-        if not self._n_left():
-            return None
-        if time.monotonic() >= self._deadline:
-            _log.info("The time given by --timeout is up.")
-            return None
-        try:
-            trial = self._study.ask()
-            return _Asked(trial, self._space.suggest(trial))
-        except PruningHPOError:
-            raise
-        except Exception as error:  # a sampler of the user's may raise anything
-            raise self._sampler_error(error) from error
-
-    def _count(self, stored: list[FrozenTrial]) -> int:
-        """How many trials count towards `--n-trials`; a grid asks its failed points again."""
-        finished = trials.finished(stored)
-        if isinstance(self._sampler, GridSampler):
-            return sum(trial.state != TrialState.FAIL for trial in finished)
-        return len(finished)
-
-    def _n_left(self) -> int:
-        """How many search trials may still be asked."""
-        budget = self._configuration.n_trials
-        left = [] if budget is None else [budget - self._n_finished - len(self._asked)]
-        if isinstance(self._sampler, GridSampler):
-            left.append(self._sampler.n_left(self._study))
-        return max(0, min(left))
+    def _batch_size(self, n_left: int) -> int:
+        """What is left is dealt out evenly at the end."""
+        size = min(self._configuration.trials_per_batch, math.ceil(n_left / self._n_batches))
+        if self._in_flight.n_batches >= self._executor.n_workers:
+            return size
+        # A worker that has nothing to do gets the next trial at once.
+        return 1 if self._looks_ahead else max(1, size)
 
     def _wait(self) -> Outcome:
         while (outcome := self._executor.wait(timeout_s=_POLL_S)) is None:
@@ -337,35 +302,49 @@ class StudyDriver:
         if self._stop.is_set():
             raise Interrupted
 
-    def _take(self, outcome: Outcome) -> None:
-        asked = self._asked[outcome.job.number]
-        if outcome.evaluation is None:
-            self._fail(asked, outcome.failure or "", by_composite=outcome.cause == "composite")
+    def _take(self, source: TrialSource, outcome: Outcome) -> None:
+        """Write what became of a trial, and tell those that are equal to it or have the next of them computed."""
+        asked = self._in_flight[outcome.job.number]
+        equal = self._in_flight.remove(asked)
+        if outcome.evaluation is not None:
+            self._finish_evaluated(source, asked, outcome.evaluation)
+        elif outcome.cause == "unstarted":
+            self._store.release(asked.trial)
+            source.released(asked)
+        elif outcome.cause == "worker":
+            self._lose(source, asked, outcome.failure or "")
+        else:
+            self._fail(source, asked, outcome.failure or "", by_composite=outcome.cause == "composite")
+        if asked.composite.key not in self._known:
+            self._unparked.extend(equal)
             return
-        evaluation = outcome.evaluation
+        for each in equal:
+            self._reuse(source, each)
+
+    def _finish_evaluated(self, source: TrialSource, asked: Asked, evaluation: "Evaluation") -> None:
         try:
-            result = self._result(asked, evaluation)
+            result = TrialResult(
+                value=evaluation.figures[self._configuration.metric],
+                curve=trials.steps(evaluation.curve.rates, evaluation.curve.accuracies),
+                attributes={**asked.attributes, **trials.attributes(evaluation)},
+            )
         except TrialResultError as error:
-            self._fail(asked, str(error), by_composite=True)
+            self._fail(source, asked, str(error), by_composite=True)
             return
-        self._finish(asked, result, seconds=sum(evaluation.seconds.values()))
+        self._finish(source, asked, result, seconds=sum(evaluation.seconds.values()))
+        self._failures.completed()
 
-    def _result(self, asked: _Asked, evaluation: "Evaluation") -> TrialResult:
-        return TrialResult(
-            value=evaluation.figures[self._configuration.metric],
-            curve=trials.steps(evaluation.curve.rates, evaluation.curve.accuracies),
-            attributes={**asked.attributes, **trials.attributes(evaluation)},
-        )
-
-    def _reuse(self, asked: _Asked) -> None:
+    def _reuse(self, source: TrialSource, asked: Asked) -> None:
         """Tell the value of the complete trial that equals this one."""
-        number, known = self._known[asked.composite.key]
-        shared = {name: value for name, value in known.attributes.items() if name not in trials.OWN}
-        result = replace(known, attributes={**shared, **asked.attributes, "reused_from": number})
-        self._finish(asked, result, seconds=None, remark=f"equals trial {number}")
+        known = self._store.storage.get_trial(self._known[asked.composite.key])
+        result = trials.result_of(known)
+        shared = {name: value for name, value in result.attributes.items() if name not in trials.OWN}
+        result = replace(result, attributes={**shared, **asked.attributes, "reused_from": known.number})
+        self._finish(source, asked, result, seconds=None, remark=f"equals trial {known.number}")
 
-    def _finish(self, asked: _Asked, result: TrialResult, *, seconds: float | None, remark: str = "") -> None:
-        number, composite = asked.trial.number, asked.composite
+    def _finish(
+        self, source: TrialSource, asked: Asked, result: TrialResult, *, seconds: float | None, remark: str = ""
+    ) -> None:
         curve = trials.curve_from(result.attributes)
         table = self._store.write_artifact(CURVE_CSV, curve_csv(curve, self._problem.class_names), "text/csv")
         try:
@@ -374,45 +353,50 @@ class StudyDriver:
         except StorageError:
             self._store.artifacts.discard(table.artifact_id)
             raise
-        self._forget(asked)
-        self._n_failures_in_a_row = 0
-        self._remember(number, composite, result, asked.heuristic, in_space=bool(asked.trial.params))
-        self._draw_trial(asked.trial, composite, result.value, curve)
-        label = composite.label if asked.heuristic is None else f"{asked.heuristic}: {composite.label}"
-        self._report(number, label, result.value, seconds, remark)
+        source.told(asked)
+        self._remember(asked.trial, asked.composite, result.value, asked.heuristic)
+        self._draw_trial(asked.trial, asked.composite, result.value, curve)
+        self._report(asked.number, asked.label, result.value, seconds, remark)
 
-    def _fail(self, asked: _Asked, reason: str, *, by_composite: bool) -> None:
+    def _fail(self, source: TrialSource, asked: Asked, reason: str, *, by_composite: bool) -> None:
         with self._naming_sampler():
             self._store.fail(asked.trial, reason)
-        self._forget(asked)
-        self._report(asked.trial.number, asked.composite.label, None, None, f"failed: {reason}")
-        self._n_failures += 1
-        # Neighbours on a grid fail together; that alone must not end a search.
-        self._n_failures_in_a_row += not by_composite
-        none_works = not self._known and self._n_failures >= _MOST_FAILURES_AT_FIRST
-        if none_works or self._n_failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
-            count = self._n_failures if none_works else self._n_failures_in_a_row
-            raise TrialsFailedError(
-                f"{count} trials in a row failed, the last one (trial {asked.trial.number}, "
-                f"{asked.composite.label}) because: {reason}"
-            )
+        source.told(asked)
+        self._report(asked.number, asked.composite.label, None, None, f"failed: {reason}")
+        self._failures.failed(asked, reason, by_composite=by_composite)
 
-    def _forget(self, asked: _Asked) -> None:
-        del self._asked[asked.trial.number]
-        self._n_finished += asked.heuristic is None
+    def _lose(self, source: TrialSource, asked: Asked, failure: str) -> None:
+        """Have a trial asked again whose worker died, unless that has happened too often."""
+        number, most = asked.number, self._configuration.max_losses
+        self._losses[number] += 1
+        if self._losses[number] > most:
+            n_times = "once" if most == 0 else f"{most + 1} times"
+            reason = f"its worker died {n_times}, and --max-losses is {most}: {failure}"
+            self._fail(source, asked, reason, by_composite=False)
+            return
+        self._store.release(asked.trial, losses=self._losses[number])
+        source.released(asked)
+        _log.info("Trial %d was lost with its worker and is asked again: %s", number, failure)
 
     def _remember(
-        self, number: int, composite: "CompositeSpec", result: TrialResult, heuristic: str | None, in_space: bool
+        self, trial: Trial | FrozenTrial, composite: "CompositeSpec", value: float, heuristic: str | None
     ) -> None:
-        self._known.setdefault(composite.key, (number, result))
-        if in_space and (self._best is None or result.value > self._best):
-            self._best = result.value
-        if heuristic is not None and (self._best_heuristic is None or result.value > self._best_heuristic):
-            self._best_heuristic = result.value
+        self._known.setdefault(composite.key, trial._trial_id)
+        # A heuristic outside the search space has no parameters.
+        if trial.params and (self._best is None or value > self._best):
+            self._best = value
+        if heuristic is not None and (self._best_heuristic is None or value > self._best_heuristic):
+            self._best_heuristic = value
 
     def _draw_trial(self, trial: Trial | FrozenTrial, composite: "CompositeSpec", value: float, curve: "Curve") -> None:
         title = f"trial {trial.number}: {composite.label}\n{self._configuration.metric} {value:.4f}"
         self._plotter.draw(trial, curve, title)
+
+    # Progress
+
+    def _phase(self, name: str, total: int, done: int) -> None:
+        n_workers = self._executor.n_workers
+        self._progress.phase(name if n_workers == 1 else f"{name}, {n_workers} workers", total, done)
 
     def _report(self, number: int, label: str, value: float | None, seconds: float | None, remark: str = "") -> None:
         self._progress.trial(TrialReport(number, label, value, seconds, remark, self._best, self._best_heuristic))
@@ -424,8 +408,15 @@ class StudyDriver:
         name, budget = self._configuration.study, self._configuration.n_trials
         if budget is None or not self._store.exists(name):
             return self._configuration
-        n_finished = self._count(self._store.load(name).get_trials(deepcopy=False))
+        n_finished = self._count(self._store.trials(self._store.load(name)))
         return replace(self._configuration, n_trials=max(budget, n_finished))
+
+    def _count(self, stored: list[FrozenTrial]) -> int:
+        """How many trials count towards `--n-trials`; a grid asks its failed points again."""
+        finished = trials.finished(stored)
+        if isinstance(self._sampler, GridSampler):
+            return sum(trial.state != TrialState.FAIL for trial in finished)
+        return len(finished)
 
     @contextmanager
     def _naming_sampler(self) -> Iterator[None]:
@@ -433,17 +424,10 @@ class StudyDriver:
         try:
             yield
         except AfterTrialError as error:
-            raise self._sampler_error(error.__cause__ or error) from error
-
-    def _sampler_error(self, error: BaseException) -> SamplerError:
-        reason = " ".join(str(error).split())
-        return SamplerError(
-            f"Sampler {self._configuration.sampler!r} failed: {type(error).__name__}: {reason}; "
-            "try `--sampler tpe` in another --study."
-        )
+            raise sampler_failure(self._configuration.sampler, error.__cause__ or error) from error
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        return self._store.trials(self._study)
 
     def _artifacts(self, owner: "Study | FrozenTrial") -> set[str]:
         """File names of an owner's artifacts."""

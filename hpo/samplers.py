@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from search_spaces.spaces import SearchSpace
 
-__all__ = ["GridSampler", "ReseededSampler", "SAMPLERS", "make_sampler"]
+__all__ = ["GridSampler", "ReseededSampler", "SAMPLERS", "learns", "make_sampler", "sampler_failure"]
 
 SAMPLERS: dict[str, Callable[["SearchSpace", int], BaseSampler]] = {}
 """Makers of the samplers that have a name, from a search space and a seed."""
@@ -196,6 +196,19 @@ def make_sampler(spec: str, space: "SearchSpace", seed: int) -> BaseSampler:
     raise SamplerError(
         f"Unknown sampler {spec!r}.{did_you_mean(spec, SAMPLERS)} "
         "Other samplers: package.module:Class, such as optuna.samplers:GPSampler, or optunahub:NAME."
+    )
+
+
+def learns(spec: str) -> bool:
+    """Whether the sampler that the user names may choose by what earlier trials have found."""
+    return spec not in ("grid", "random")
+
+
+def sampler_failure(spec: str, error: BaseException) -> SamplerError:
+    """What a sampler of the user's has raised, in our words."""
+    reason = " ".join(str(error).split())
+    return SamplerError(
+        f"Sampler {spec!r} failed: {type(error).__name__}: {reason}; try `--sampler tpe` in another --study."
     )
 
 

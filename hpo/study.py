@@ -15,8 +15,8 @@ from hpo.plots import CurvePlotter
 from hpo.problem import load_problem
 from hpo.samplers import GridSampler, make_sampler
 from search_spaces.spaces import load_space
-from storage.errors import StoreNotFoundError
-from storage.lease import study_lease
+from storage.errors import StoreNotFoundError, StudyInUseError
+from storage.patience import Patience
 from storage.store import StudyStore
 
 if TYPE_CHECKING:
@@ -46,12 +46,13 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
     _check_store(configuration)
     progress.phase("Loading network and images")
     problem = load_problem(configuration, space.layer_groups)
+    stop = threading.Event()
     with (
-        study_lease(configuration.storage, configuration.study),
-        StudyStore.open(configuration.storage) as store,
+        StudyStore.open(configuration.storage, patience=Patience(configuration.store_timeout_s, stop)) as store,
+        store.lease(configuration.study),
         make_executor(configuration, problem) as executor,
         CurvePlotter(store) as plotter,
-        stop_on_signals() as stop,
+        stop_on_signals(stop),  # last: Ray handles signals in its own way when it starts
     ):
         driver = StudyDriver(
             configuration,
@@ -68,11 +69,10 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a study is left between two steps; the second raises at once."""
-    stop = threading.Event()
+def stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM set an event, so that a study is left between two steps; the second raises at once."""
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -82,7 +82,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -91,9 +91,9 @@ def stop_on_signals() -> Iterator[threading.Event]:
 def _check_store(configuration: "LaunchConfiguration") -> None:
     """Refuse a store that cannot be used, or a study in use, before minutes are spent on loading."""
     try:
-        with StudyStore.open(configuration.storage, read_only=True):
-            pass
+        with StudyStore.open(configuration.storage, read_only=True) as store:
+            holder = store.lease_holder(configuration.study)
     except StoreNotFoundError:
         return
-    with study_lease(configuration.storage, configuration.study):
-        pass
+    if holder is not None:
+        raise StudyInUseError(configuration.study, holder)

@@ -8,10 +8,10 @@ from optuna.trial import FrozenTrial, TrialState
 from objectives.pruning.curve import FIGURES, Curve
 from search_spaces.composites import CompositeSpec
 from search_spaces.errors import SearchSpaceError
+from storage.trials import LOSSES, TrialResult
 
 if TYPE_CHECKING:
     from objectives.objective import Evaluation
-    from storage.trials import TrialResult
 
 __all__ = [
     "FINISHED",
@@ -35,7 +35,7 @@ Role = Literal["heuristic", "search"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 """States in which a trial stays."""
 
-OWN = ("role", "heuristic", "reused_from", "seconds")
+OWN = ("role", "heuristic", "reused_from", "seconds", LOSSES)
 """User attributes that a trial of the same composite does not share."""
 
 
@@ -78,10 +78,8 @@ def attributes(evaluation: "Evaluation") -> dict[str, Any]:
     }
 
 
-def result_of(trial: FrozenTrial) -> "TrialResult":
+def result_of(trial: FrozenTrial) -> TrialResult:
     """What a complete trial has found, without its artifacts."""
-    from storage.trials import TrialResult
-
     return TrialResult(trial.values[0], trial.intermediate_values, trial.user_attrs)
 
 

@@ -157,7 +157,9 @@ def test_a_resumed_study_equals_an_uninterrupted_one(drive, url, make_problem, s
         drive(problem, sampler_name=sampler, n_trials=8, study="parts", stop=stop)
     with StudyStore.open(url) as store:
         states = [trial.state for trial in store.load("parts").get_trials()]
-        assert states.count(TrialState.WAITING) == 1
+        # Who need not learn is asked ahead.
+        n_ahead = 1 if sampler == "tpe" else 8 + 1
+        assert 1 <= states.count(TrialState.WAITING) <= n_ahead
         assert TrialState.RUNNING not in states
     drive(make_problem(), sampler_name=sampler, n_trials=8, study="parts")
     with StudyStore.open(url) as store:
