@@ -1,32 +1,42 @@
-# Targets: `cpu` and `cuda`; both run as an unprivileged user.
+# Targets `cpu` and `cuda`; both run as the user `hpo`, and write to /artifacts, /cache, /data and /tmp only.
 #   docker build --target cpu -t pruning-hpo:cpu .
-FROM python:3.12.11-slim-bookworm AS build
-WORKDIR /src
-COPY pyproject.toml README.md ./
-COPY hpo hpo
-COPY objectives objectives
-COPY search_spaces search_spaces
-COPY storage storage
+#   docker run --rm -v studies:/data pruning-hpo:cpu launch
+FROM python:3.12.11-slim-bookworm AS base
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TZ=UTC PATH=/opt/hpo/bin:$PATH
 
+FROM base AS build
+RUN python -m venv /opt/hpo
+
+# Torch, the largest, is installed before the source is there: a change of the source doesn't install it again.
 FROM build AS build-cpu
-# Without an index of CPU builds, the image holds CUDA's packages as well; it works all the same.
-ARG TORCH_INDEX_OPTION=
-RUN python -m venv /opt/hpo && /opt/hpo/bin/pip install --no-cache-dir $TORCH_INDEX_OPTION torch torchvision .
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch torchvision
 
 FROM build AS build-cuda
-RUN python -m venv /opt/hpo && /opt/hpo/bin/pip install --no-cache-dir torch torchvision .
+# On Linux, the builds of the package index are those for CUDA, and bring its libraries.
+RUN pip install --no-cache-dir torch torchvision
 
-FROM python:3.12.11-slim-bookworm AS base
-RUN useradd --create-home --uid 10001 hpo && install -d -o hpo -g hpo /data
-ENV PATH=/opt/hpo/bin:$PATH HPO_STORAGE=sqlite:////data/studies.db PYTHONUNBUFFERED=1 TZ=UTC
+FROM build-cpu AS install-cpu
+COPY . /src
+RUN pip install --no-cache-dir "/src[postgresql,s3]"
+
+FROM build-cuda AS install-cuda
+COPY . /src
+RUN pip install --no-cache-dir "/src[postgresql,s3]"
+
+FROM base AS runtime
+RUN useradd --create-home --uid 10001 hpo && install -d -o hpo -g hpo /artifacts /cache /data
+# Matplotlib and others look for a place of their own, and the root may be read-only.
+ENV XDG_CACHE_HOME=/tmp/cache XDG_CONFIG_HOME=/tmp/config XDG_DATA_HOME=/tmp/data \
+    HPO_STORAGE=sqlite:////data/studies.db
 USER hpo
-WORKDIR /home/hpo
-VOLUME /data
+WORKDIR /data
 ENTRYPOINT ["hpo"]
 CMD ["--help"]
 
-FROM base AS cpu
-COPY --from=build-cpu /opt/hpo /opt/hpo
+FROM runtime AS cpu
+COPY --from=install-cpu /opt/hpo /opt/hpo
 
-FROM base AS cuda
-COPY --from=build-cuda /opt/hpo /opt/hpo
+FROM runtime AS cuda
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=install-cuda /opt/hpo /opt/hpo
