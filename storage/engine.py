@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import ExitStack, closing, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
+import optuna
 from optuna.storages import RDBStorage
 from sqlalchemy import BigInteger, cast, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -22,7 +24,7 @@ from storage.errors import (
 )
 from storage.failures import database_failure, file_failures, one_line
 from storage.locks import advisory_key, file_lock
-from storage.schema import VERSION, stored_version, upgrade
+from storage.schema import VERSION, newest_versions, stored_version, stored_versions, upgrade, upgrade_optuna
 from storage.urls import lock_directory, mask_password, parse_url, secrets, sqlite_path
 
 if TYPE_CHECKING:
@@ -30,11 +32,15 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
-    from sqlalchemy.engine import URL, ExceptionContext
+    from sqlalchemy.engine import URL, Connection, ExceptionContext
+
+    from storage.schema import Versions
 
     Mode = Literal["read", "write", "create"]
 
-__all__ = ["connect"]
+__all__ = ["connect", "prepare"]
+
+_T = TypeVar("_T")
 
 _SQLITE_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 10
@@ -76,44 +82,100 @@ def connect(url: str, mode: Mode) -> RDBStorage:
     Raises:
         StorageError: One of those drawn in `storage.errors`; nothing has been written.
     """
-    parsed, shown = parse_url(url), mask_password(url)
-    path = sqlite_path(url) if parsed.get_backend_name() == "sqlite" else None
-    connector = _server_connector(parsed, shown, mode) if path is None else _sqlite_connector(path, mode)
-    if path is not None and path.is_dir():
-        raise StoreUrlError(f"The storage URL '{shown}' names a directory; write 'sqlite:///PATH' with a file's path.")
-    if path is not None:
-        _roll_back_interrupted_write(path)
-    version = None if path is not None and not path.exists() else _version(connector, parsed, shown)
+    place = _Place.of(url, mode)
+    version = None if place.is_missing_file else _read(place, stored_version)
     if version is None and mode != "create":
         raise StoreNotFoundError(
-            f"There are no studies at {shown} yet; start one with `hpo launch`, or name another store."
+            f"There are no studies at {place.shown} yet; start one with `hpo launch`, or name another store."
         )
+    _refuse_newer(version, place.shown)
+    if version == VERSION or (version is not None and mode == "read"):
+        return _storage(place)
+    with _turn(place), _no_leftovers(place.path):
+        return _storage(place, create_tables=version is None, upgrade_tables=True)
+
+
+def prepare(url: str) -> tuple[Versions | None, Versions]:
+    """Create or upgrade every table at a URL, Optuna's too, while no other process does so.
+
+    Returns:
+        The versions before, None where there was no store, and after.
+
+    Raises:
+        StorageError: As `connect` does; on PostgreSQL nothing has been written.
+    """
+    place = _Place.of(url, "create")
+    with _turn(place), _no_leftovers(place.path):
+        before = None if place.is_missing_file else _read(place, stored_versions)
+        _refuse_newer(None if before is None else before.own, place.shown)
+        if before != newest_versions():
+            storage = _storage(place, create_tables=True, upgrade_tables=True, upgrade_optunas=True)
+            storage.engine.dispose()
+        after = _read(place, stored_versions)
+        assert after is not None, "it has just been created"
+        return before, after
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a store is, and how to connect to it."""
+
+    url: str
+    parsed: URL
+    shown: str
+    path: Path | None
+    connector: Callable[[], Any]
+
+    @classmethod
+    def of(cls, url: str, mode: Mode) -> _Place:
+        """The place at a URL, of which a file has been put in order."""
+        parsed, shown = parse_url(url), mask_password(url)
+        path = sqlite_path(url) if parsed.get_backend_name() == "sqlite" else None
+        connector = _server_connector(parsed, shown, mode) if path is None else _sqlite_connector(path, mode)
+        if path is not None and path.is_dir():
+            raise StoreUrlError(
+                f"The storage URL '{shown}' names a directory; write 'sqlite:///PATH' with a file's path."
+            )
+        if path is not None:
+            _roll_back_interrupted_write(path)
+        return cls(url, parsed, shown, path, connector)
+
+    @property
+    def is_missing_file(self) -> bool:
+        return self.path is not None and not self.path.exists()
+
+    @property
+    def harmless_url(self) -> str:
+        """A URL that only says which dialect to speak; Optuna keeps it, the connector alone knows the password."""
+        return f"{self.parsed.drivername}://"
+
+
+def _refuse_newer(version: int | None, shown: str) -> None:
     if version is not None and version > VERSION:
         raise StoreFormatError(
             f"The store {shown} has tables of version {version}, and this release knows {VERSION}; "
             "update it with `pip install -U pruning-hpo`, or name another store."
         )
-    if version == VERSION or (version is not None and mode == "read"):
-        return _storage(connector, parsed, shown)
-    with _turn(url, connector, parsed, shown), _no_leftovers(path):
-        return _storage(connector, parsed, shown, create_tables=version is None, upgrade_tables=True)
 
 
 def _storage(
-    connector: Callable[[], Any],
-    parsed: URL,
-    shown: str,
-    *,
-    create_tables: bool = False,
-    upgrade_tables: bool = False,
+    place: _Place, *, create_tables: bool = False, upgrade_tables: bool = False, upgrade_optunas: bool = False
 ) -> RDBStorage:
+    parsed, shown = place.parsed, place.shown
     # A pool of our own can be closed where Optuna's constructor fails.
-    pool = QueuePool(connector, pre_ping=True)
+    pool = QueuePool(place.connector, pre_ping=True)
     try:
         with _translated(parsed, shown):
-            storage = RDBStorage(_harmless(parsed), engine_kwargs={"pool": pool}, skip_table_creation=not create_tables)
+            storage = RDBStorage(
+                place.harmless_url,
+                engine_kwargs={"pool": pool},
+                skip_table_creation=not create_tables,
+                skip_compatibility_check=upgrade_optunas,
+            )
             if upgrade_tables:
                 with storage.engine.begin() as connection:
+                    if upgrade_optunas:
+                        upgrade_optuna(connection)
                     upgrade(connection)
     except BaseException:
         pool.dispose()
@@ -123,12 +185,13 @@ def _storage(
 
 
 @contextmanager
-def _turn(url: str, connector: Callable[[], Any], parsed: URL, shown: str) -> Iterator[None]:
+def _turn(place: _Place) -> Iterator[None]:
     """Wait until no other process creates or upgrades the store."""
+    parsed, shown = place.parsed, place.shown
     busy = StoreBusyError(f"Another process has been creating the store {shown} for long; wait, or stop it.")
     with ExitStack() as stack:
         if parsed.get_backend_name() == "postgresql":
-            engine = create_engine(_harmless(parsed), creator=connector, poolclass=NullPool)
+            engine = create_engine(place.harmless_url, creator=place.connector, poolclass=NullPool)
             try:
                 with _translated(parsed, shown):
                     # The lock goes with the connection, whatever ends it.
@@ -137,14 +200,11 @@ def _turn(url: str, connector: Callable[[], Any], parsed: URL, shown: str) -> It
                     connection.execute(select(func.pg_advisory_lock(cast(advisory_key("schema"), BigInteger))))
             except StoreBusyError:
                 raise busy from None
-        elif not stack.enter_context(file_lock(lock_directory(url) / "create.lock", timeout_s=_CREATION_TIMEOUT_S)):
+        elif not stack.enter_context(
+            file_lock(lock_directory(place.url) / "create.lock", timeout_s=_CREATION_TIMEOUT_S)
+        ):
             raise busy
         yield
-
-
-def _harmless(parsed: URL) -> str:
-    """A URL that only says which dialect to speak; Optuna keeps it, and the connector alone knows the password."""
-    return f"{parsed.drivername}://"
 
 
 def _sqlite_connector(path: Path, mode: Mode) -> Callable[[], Any]:
@@ -185,10 +245,10 @@ def _server_connector(parsed: URL, shown: str, mode: Mode) -> Callable[[], Any]:
     return connector
 
 
-def _version(connector: Callable[[], Any], parsed: URL, shown: str) -> int | None:
-    engine = create_engine(_harmless(parsed), creator=connector, poolclass=NullPool)
-    with _translated(parsed, shown), engine.connect() as connection:
-        return stored_version(connection)
+def _read(place: _Place, query: Callable[[Connection], _T]) -> _T:
+    engine = create_engine(place.harmless_url, creator=place.connector, poolclass=NullPool)
+    with _translated(place.parsed, place.shown), engine.connect() as connection:
+        return query(connection)
 
 
 @contextmanager
@@ -206,8 +266,11 @@ def _translated(parsed: URL, shown: str) -> Iterator[None]:
         failure = database_failure(original, shown, connecting=True, secrets=secrets(parsed))
         reason = one_line(original, secrets(parsed))
         raise failure or StoreUnreachableError(f"Cannot open the store {shown}: {reason}") from None
-    except RuntimeError as error:  # Optuna's word for tables of another version
-        raise StoreFormatError(f"The store {shown} has another version: {one_line(error)}") from None
+    except RuntimeError:  # Optuna's word for tables of another version
+        raise StoreFormatError(
+            f"The tables of {shown} are of another version than Optuna {optuna.__version__}; upgrade older ones with "
+            "`hpo db init`, or update Optuna with `pip install -U optuna`."
+        ) from None
 
 
 def _translate_failures(storage: RDBStorage, parsed: URL, shown: str) -> None:

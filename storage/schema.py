@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import optuna
 from optuna.storages._rdb import models
-from sqlalchemy import Column, Integer, MetaData, String, Table, delete, func, insert, inspect, select
+from sqlalchemy import Column, Integer, MetaData, String, Table, delete, func, insert, inspect, select, update
 
 if TYPE_CHECKING:
+    from alembic.config import Config
     from sqlalchemy.engine import Connection
 
-__all__ = ["LEASES", "TABLES", "VERSION", "stored_version", "upgrade"]
+__all__ = [
+    "LEASES",
+    "TABLES",
+    "VERSION",
+    "Versions",
+    "newest_versions",
+    "stored_version",
+    "stored_versions",
+    "upgrade",
+    "upgrade_optuna",
+]
 
 VERSION = 1
 """Version of the store's own tables; a release that changes them raises it."""
@@ -50,3 +64,68 @@ def upgrade(connection: Connection) -> None:
     TABLES.create_all(connection)
     connection.execute(delete(_SCHEMA))
     connection.execute(insert(_SCHEMA).values(version=VERSION))
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Versions of a store's tables.
+
+    Attributes:
+        own: Of the store's own tables; 0 where there are none.
+        optuna: The revision of Optuna's tables; None where Optuna had no revisions yet.
+    """
+
+    own: int
+    optuna: str | None
+
+
+def stored_versions(connection: Connection) -> Versions | None:
+    """The versions of a database's tables, or None where it is no store yet."""
+    from alembic.migration import MigrationContext
+
+    own = stored_version(connection)
+    return None if own is None else Versions(own, MigrationContext.configure(connection).get_current_revision())
+
+
+def newest_versions() -> Versions:
+    """The versions that this release reads and writes."""
+    from alembic.script import ScriptDirectory
+
+    return Versions(VERSION, ScriptDirectory.from_config(_migrations()).get_current_head())
+
+
+def upgrade_optuna(connection: Connection) -> None:
+    """Bring Optuna's tables to the revision of the installed Optuna, in a transaction and while no other does so.
+
+    It is Optuna's `storage upgrade`, but on a connection that there is: that command makes one of its own, for which it
+    would have to be told the password.
+
+    Raises:
+        RuntimeError: A newer Optuna has made them.
+    """
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.script import ScriptDirectory
+
+    configuration = _migrations()
+    scripts = ScriptDirectory.from_config(configuration)
+    versions = stored_versions(connection)
+    if versions is not None and versions.optuna not in {None, *(each.revision for each in scripts.walk_revisions())}:
+        raise RuntimeError(f"Optuna {optuna.__version__} doesn't know the revision {versions.optuna}.")
+
+    def to_newest(revision: str | tuple[str, ...], context: object) -> list[Any]:
+        return scripts._upgrade_revs("head", revision)  # type: ignore[arg-type]
+
+    with EnvironmentContext(configuration, scripts, fn=to_newest) as environment:
+        # Batches, because SQLite alters few things of a table.
+        environment.configure(connection=connection, target_metadata=models.BaseModel.metadata, render_as_batch=True)
+        environment.run_migrations()
+    written = {"schema_version": models.SCHEMA_VERSION, "library_version": optuna.__version__}
+    connection.execute(update(models.VersionInfoModel).values(written))
+
+
+def _migrations() -> Config:
+    from alembic.config import Config
+
+    configuration = Config()
+    configuration.set_main_option("script_location", str(Path(models.__file__).with_name("alembic")).replace("%", "%%"))
+    return configuration
