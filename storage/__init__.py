@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from storage.artifacts import ArtifactRecord
     from storage.errors import StorageError
     from storage.identity import Difference, differences
-    from storage.lease import LeaseHolder, study_lease
+    from storage.lease import LeaseHolder
+    from storage.patience import Patience
     from storage.store import StudyStore
     from storage.summaries import StudySummary
     from storage.trials import TrialResult
@@ -19,6 +20,7 @@ __all__ = [
     "ArtifactRecord",
     "Difference",
     "LeaseHolder",
+    "Patience",
     "StorageError",
     "StudyStore",
     "StudySummary",
@@ -26,13 +28,13 @@ __all__ = [
     "default_storage_url",
     "differences",
     "mask_password",
-    "study_lease",
 ]
 
 _MODULE_OF = {
     "ArtifactRecord": "artifacts",
     "Difference": "identity",
     "LeaseHolder": "lease",
+    "Patience": "patience",
     "StorageError": "errors",
     "StudyStore": "store",
     "StudySummary": "summaries",
@@ -40,7 +42,6 @@ _MODULE_OF = {
     "default_storage_url": "urls",
     "differences": "identity",
     "mask_password": "urls",
-    "study_lease": "lease",
 }
 
 

@@ -6,8 +6,10 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from optuna.storages import _CachedStorage
-from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
+from optuna.trial import TrialState
+
+from storage.trials import Parameter, set_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.storages import RDBStorage
     from optuna.study import StudyDirection
-    from optuna.trial import FrozenTrial, TrialState
+    from optuna.trial import FrozenTrial
 
     from storage.patience import Outages
 
@@ -40,34 +42,29 @@ class StudyCache(_CachedStorage):
         A process that is killed while it asks therefore leaves all parameters of a trial, or none, and never some that
         a sampler would then complete to another point.
         """
-        parameters: list[tuple[int, str, float, BaseDistribution]] = []
-        self._gathered.parameters = parameters
+        gathered: dict[int, list[Parameter]] = {}
+        self._gathered.parameters = gathered
         try:
             yield
         finally:
             del self._gathered.parameters
-        if not parameters:
-            return
-        with self._lock:
-            study_id, _ = self._trial_id_to_study_id_and_number[parameters[0][0]]
-            known = self._studies[study_id].param_distribution
-            with _create_scoped_session(self._backend.scoped_session) as session:
-                for trial_id, name, value, distribution in parameters:
-                    self._backend._set_trial_param_without_commit(
-                        session, trial_id, name, value, distribution, known.get(name)
-                    )
-            for _, name, _, distribution in parameters:
-                known.setdefault(name, distribution)
+        for trial_id, parameters in gathered.items():
+            with self._lock:
+                study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
+                known = self._studies[study_id].param_distribution
+            with self._backend.engine.begin() as connection:
+                set_parameters(connection, study_id, trial_id, parameters, known)
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
         """See `BaseStorage`."""
-        parameters = getattr(self._gathered, "parameters", None)
-        if parameters is None:
+        gathered: dict[int, list[Parameter]] | None = getattr(self._gathered, "parameters", None)
+        if gathered is None:
             super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
         else:
-            parameters.append((trial_id, param_name, param_value_internal, distribution))
+            parameter = Parameter(param_name, param_value_internal, distribution)
+            gathered.setdefault(trial_id, []).append(parameter)
 
     def forget(self, trial_id: int) -> None:
         """Read a trial anew, which Optuna takes for unchangeable once it is finished."""
@@ -82,8 +79,18 @@ class StudyCache(_CachedStorage):
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         """See `BaseStorage`."""
+        if states == (TrialState.WAITING,):
+            return self._outages.wait_out(lambda again: self._read_waiting(study_id))
         read = super().get_all_trials
         return self._outages.wait_out(lambda again: read(study_id, deepcopy, states))
+
+    def _read_waiting(self, study_id: int) -> list[FrozenTrial]:
+        """What every `ask` looks for first; Optuna's cache would read all unfinished trials for it."""
+        waiting = self._backend.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,))
+        with self._lock:
+            self._studies.setdefault(study_id, _StudyInfo())
+            self._add_trials_to_cache(study_id, waiting)
+        return waiting
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """See `BaseStorage`."""

@@ -26,7 +26,7 @@ from storage.errors import LeaseLostError, StoreUnreachableError, StudyInUseErro
 from storage.failures import file_failures
 from storage.locks import advisory_key, file_lock
 from storage.schema import LEASES
-from storage.urls import fingerprint, lock_directory
+from storage.urls import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +42,6 @@ __all__ = [
     "file_lease_holder",
     "server_lease",
     "server_lease_holder",
-    "study_lease",
 ]
 
 _HOLDER_APPEARS_S = 1.0
@@ -76,11 +75,6 @@ class LeaseHolder:
 
 
 # By a file lock
-
-
-def study_lease(url: str, study_name: str) -> Any:
-    """`file_lease` in the directory of a store."""
-    return file_lease(lock_directory(url), study_name)
 
 
 @contextmanager

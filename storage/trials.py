@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from optuna.distributions import (
+    BaseDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy import delete, insert, select, update
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAILURE",
     "LOSSES",
+    "Parameter",
     "TrialResult",
     "claim",
     "fail",
@@ -36,6 +43,7 @@ __all__ = [
     "is_released",
     "release",
     "running",
+    "set_parameters",
     "to_json",
 ]
 
@@ -48,6 +56,7 @@ LOSSES = "losses"
 _VALUE = models.TrialValueModel
 _CURVE = models.TrialIntermediateValueModel
 _ATTRIBUTE = models.TrialUserAttributeModel
+_PARAMETER = models.TrialParamModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,15 @@ class TrialResult:
             to_json(f"attributes[{name!r}]", value)
 
 
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A trial's parameter: its name, its value in Optuna's internal form, and where it comes from."""
+
+    name: str
+    value: float
+    distribution: BaseDistribution
+
+
 def _check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise TrialResultError(f"`{name}` must be finite, but got {value}; look for what makes the trial diverge.")
@@ -94,6 +112,47 @@ def to_json(name: str, value: Any) -> str:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TrialResultError(f"`{name}` must be JSON with finite numbers, but got {value!r:.80}: {error}.") from error
+
+
+def set_parameters(
+    connection: Connection,
+    study_id: int,
+    trial_id: int,
+    parameters: Sequence[Parameter],
+    known: dict[str, BaseDistribution],
+) -> None:
+    """Write parameters of a running trial.
+
+    Args:
+        connection: Inside a transaction.
+        study_id: The trial's study.
+        trial_id: As Optuna numbers it.
+        parameters: Those that it doesn't have yet.
+        known: Distributions that the study's parameters have; completed from the database.
+
+    Raises:
+        ValueError: A distribution isn't compatible with the one that the study has for this name.
+        TrialNotRunningError: The trial is not running.
+    """
+    for parameter in parameters:
+        if parameter.name not in known:
+            of_study = select(_PARAMETER.distribution_json).join(models.TrialModel)
+            of_study = of_study.where(models.TrialModel.study_id == study_id, _PARAMETER.param_name == parameter.name)
+            stored = connection.scalar(of_study.limit(1))
+            known[parameter.name] = parameter.distribution if stored is None else json_to_distribution(stored)
+        check_distribution_compatibility(known[parameter.name], parameter.distribution)
+    if _state(connection, trial_id) != TrialState.RUNNING:
+        raise _not_running(connection, trial_id)
+    rows = [
+        {
+            "trial_id": trial_id,
+            "param_name": parameter.name,
+            "param_value": parameter.value,
+            "distribution_json": distribution_to_json(parameter.distribution),
+        }
+        for parameter in parameters
+    ]
+    connection.execute(insert(_PARAMETER), rows)
 
 
 def finish(connection: Connection, trial_id: int, result: TrialResult) -> None:
@@ -210,14 +269,19 @@ def _move(connection: Connection, trial_id: int, state: TrialState) -> None:
     running = (trial.trial_id == trial_id) & (trial.state == TrialState.RUNNING)
     if connection.execute(update(trial).where(running).values(changes)).rowcount == 1:
         return
+    raise _not_running(connection, trial_id)
+
+
+def _not_running(connection: Connection, trial_id: int) -> TrialNotRunningError:
+    trial = models.TrialModel
     found = connection.execute(select(trial.number, trial.state).where(trial.trial_id == trial_id)).one_or_none()
     if found is None:
-        raise TrialNotRunningError(f"The trial with id {trial_id} is gone; its study has been deleted meanwhile.")
+        return TrialNotRunningError(f"The trial with id {trial_id} is gone; its study has been deleted meanwhile.")
     if found.state.is_finished():
-        raise TrialAlreadyFinishedError(
+        return TrialAlreadyFinishedError(
             f"Trial {found.number} is {found.state.name} already and stays as it is; ask for another one."
         )
-    raise TrialNotRunningError(f"Trial {found.number} is {found.state.name}, not RUNNING; ask for it first.")
+    return TrialNotRunningError(f"Trial {found.number} is {found.state.name}, not RUNNING; ask for it first.")
 
 
 def _now() -> datetime:

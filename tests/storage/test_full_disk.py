@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import StoreFullError
-from storage.lease import study_lease
+from storage.lease import file_lease
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
@@ -107,5 +107,5 @@ def test_store_that_does_not_fit_is_not_half_created(small_disk: Path) -> None:
 
 def test_lease_that_does_not_fit_is_a_full_disk_too(small_disk: Path) -> None:
     _fill(small_disk)
-    with pytest.raises(StoreFullError, match="No space left"), study_lease(f"sqlite:///{small_disk}/s.db", "digits"):
+    with pytest.raises(StoreFullError, match="No space left"), file_lease(small_disk / "locks", "digits"):
         pass

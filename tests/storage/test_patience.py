@@ -417,18 +417,20 @@ def test_reading_waits_too(new_postgresql: Callable[[], Server]) -> None:
 def test_store_that_stays_away_is_left_in_time(new_postgresql: Callable[[], Server]) -> None:
     server = new_postgresql()
     told = Told()
-    with StudyStore.open(server.new_database(), patience=told.patience(timeout_s=1.0)) as store:
-        with store.lease("digits"):
-            study = store.create_or_resume("digits", identity={}, configuration={})
-            server.stop()
-            start = time.monotonic()
-            with pytest.raises(StoreUnreachableError, match=r"away for longer than --store-timeout \(1 s\)") as caught:
-                store.ask(study, suggest)
-            assert time.monotonic() - start < 8
-            assert "s3cret" not in str(caught.value)
-            # What is tried on the way out does not wait once more.
-            start = time.monotonic()
-            with pytest.raises(StoreUnreachableError):
-                store.adopt_orphans(study)
-            assert time.monotonic() - start < 1
+    with (
+        StudyStore.open(server.new_database(), patience=told.patience(timeout_s=1.0)) as store,
+        store.lease("digits"),
+    ):
+        study = store.create_or_resume("digits", identity={}, configuration={})
+        server.stop()
+        start = time.monotonic()
+        with pytest.raises(StoreUnreachableError, match=r"away for longer than --store-timeout \(1 s\)") as caught:
+            store.ask(study, suggest)
+        assert time.monotonic() - start < 8
+        assert "s3cret" not in str(caught.value)
+        # What is tried on the way out does not wait once more.
+        start = time.monotonic()
+        with pytest.raises(StoreUnreachableError):
+            store.adopt_orphans(study)
+        assert time.monotonic() - start < 1
     assert len(told.sentences) == 1

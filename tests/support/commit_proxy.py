@@ -1,22 +1,40 @@
-"""A way to a PostgreSQL server that loses connections just when a transaction commits."""
+"""A way to a PostgreSQL server that loses connections: when a transaction commits, or without the server's notice."""
 
 from __future__ import annotations
 
 import socket
 import threading
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Self
 
 _COMMIT = b"Q\x00\x00\x00\x0bCOMMIT\x00"
 
 
+@dataclass(eq=False)
+class _Link:
+    """A client's connection and the one to the server that stands for it."""
+
+    client: socket.socket
+    server: socket.socket
+    answer_is_lost: threading.Event = field(default_factory=threading.Event)
+    is_cut: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        for each in (self.client, self.server):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
 class CommitProxy:
-    """Forwards connections on a port of 127.0.0.1 to another, and drops one at the COMMIT that it is told to."""
+    """Forwards connections on a port of 127.0.0.1 to another, and drops them as it is told to."""
 
     def __init__(self, port: int) -> None:
         self._server = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._lock = threading.Lock()
+        self._links: list[_Link] = []
         self._n_left = 0
         self._delivered = True
         self.port: int = self._listener.getsockname()[1]
@@ -30,6 +48,8 @@ class CommitProxy:
         # A blocked `accept` ends with the shutdown, not with the closing.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for link in self._links:
+            link.close()
 
     def lose(self, n: int, *, delivered: bool) -> None:
         """Drop the connection of the nth COMMIT from now: its answer, or with `delivered=False` itself."""
@@ -40,6 +60,13 @@ class CommitProxy:
         """Drop no connection."""
         with self._lock:
             self._n_left = 0
+
+    def cut(self) -> None:
+        """Drop all connections without the server's notice, as if the client's network was gone."""
+        for link in self._links:
+            link.is_cut.set()
+            with suppress(OSError):
+                link.client.shutdown(socket.SHUT_RDWR)
 
     def _is_lost(self, data: bytes) -> bool:
         if _COMMIT not in data:
@@ -56,31 +83,25 @@ class CommitProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            server = socket.create_connection(self._server)
-            answer_is_lost = threading.Event()
+            link = _Link(client, socket.create_connection(self._server))
+            self._links.append(link)
             for pump in (self._ask, self._answer):
-                threading.Thread(target=pump, args=(client, server, answer_is_lost), daemon=True).start()
+                threading.Thread(target=pump, args=(link,), daemon=True).start()
 
-    def _ask(self, client: socket.socket, server: socket.socket, answer_is_lost: threading.Event) -> None:
+    def _ask(self, link: _Link) -> None:
         with suppress(OSError):
-            while data := client.recv(65536):
+            while data := link.client.recv(65536):
                 if self._is_lost(data):
                     if not self._delivered:
                         break
-                    answer_is_lost.set()
-                server.sendall(data)
-        if not answer_is_lost.is_set():
-            _close(client, server)
+                    link.answer_is_lost.set()
+                link.server.sendall(data)
+        if not link.answer_is_lost.is_set() and not link.is_cut.is_set():
+            link.close()
 
-    def _answer(self, client: socket.socket, server: socket.socket, answer_is_lost: threading.Event) -> None:
+    def _answer(self, link: _Link) -> None:
         with suppress(OSError):
-            while (data := server.recv(65536)) and not answer_is_lost.is_set():
-                client.sendall(data)
-        _close(client, server)
-
-
-def _close(*sockets: socket.socket) -> None:
-    for each in sockets:
-        with suppress(OSError):
-            each.shutdown(socket.SHUT_RDWR)
-        each.close()
+            while (data := link.server.recv(65536)) and not link.answer_is_lost.is_set():
+                link.client.sendall(data)
+        if not link.is_cut.is_set():
+            link.close()
