@@ -461,6 +461,121 @@ def dashboard(storage: str | None, host: str, port: int, allow_writes: bool, ver
     serve(_storage_url(storage), host=host, port=port, allow_writes=allow_writes, on_ready=announce)
 
 
+@cli.group(
+    examples="""
+    hpo db init
+    hpo db check
+    """
+)
+def db() -> None:
+    """Set up the database of a store, and look after it."""
+
+
+@db.command(
+    examples="""
+    hpo db init
+    hpo db init --storage postgresql+psycopg://ada@db.example.org/studies
+    HPO_DASHBOARD_PASSWORD=... hpo db init --dashboard-role dashboard
+    """
+)
+@_storage
+@click.option(
+    "--dashboard-role",
+    metavar="NAME",
+    help="On PostgreSQL, also let this role read everything and write nothing; its password is taken from the "
+    "environment variable HPO_DASHBOARD_PASSWORD.",
+)
+@_json
+@_verbose
+def init(storage: str | None, dashboard_role: str | None, as_json: bool, verbose: bool) -> None:
+    """Create or upgrade the tables of a store.
+
+    Studies stay as they are. Any number of processes may do so at once.
+    """
+    start_logging(verbose)
+    from hpo.administration import initialization_json, initialization_lines, initialize
+
+    done = initialize(_storage_url(storage), dashboard_role)
+    if as_json:
+        print_json(initialization_json(done))
+    else:
+        print_parts(*initialization_lines(done))
+
+
+@db.command(
+    examples="""
+    hpo db check
+    hpo db check --storage sqlite:///studies.db --json
+    """
+)
+@_storage
+@_json
+@_verbose
+@click.pass_context
+def check(ctx: click.Context, /, storage: str | None, as_json: bool, verbose: bool) -> None:
+    """Show the health of a store.
+
+    Changes nothing; exits with 1 where something is wrong.
+    """
+    start_logging(verbose)
+    from hpo.administration import health_json, health_parts
+    from storage.health import check as look
+
+    health = look(_storage_url(storage))
+    if as_json:
+        print_json(health_json(health))
+    else:
+        print_parts(*health_parts(health))
+    if health.problems:
+        ctx.exit(1)
+
+
+@cli.command(
+    examples="""
+    hpo gc
+    hpo gc --dry-run
+    hpo gc --older-than 24h --yes
+    """
+)
+@_storage
+@click.option(
+    "--older-than",
+    default="1h",
+    show_default=True,
+    metavar="TIME",
+    help="Leave files alone that were written later: seconds, or 90s, 30m, 2h. A driver may be about to record them.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@_verbose
+def gc(storage: str | None, older_than: str, dry_run: bool, yes: bool, verbose: bool) -> None:
+    """Clear away what drivers that died have left.
+
+    Releases trials that are running though nobody drives their study, so that a launch goes on with them, and removes
+    artifacts that nothing refers to. Says first what it is about to do, and asks.
+    """
+    start_logging(verbose)
+    from hpo.administration import clear, leftovers_lines, parse_age
+    from storage.leftovers import find_leftovers
+    from storage.store import StudyStore
+
+    age = parse_age(older_than)
+    with StudyStore.open(_storage_url(storage), read_only=dry_run, create=False) as store:
+        leftovers = find_leftovers(store, age)
+        if not leftovers:
+            print_parts(f"Nothing to do in {store.url_masked}.")
+            return
+        print_parts(*leftovers_lines(leftovers, store))
+        if dry_run:
+            return
+        if not yes:
+            if not sys.stdin.isatty():
+                raise ConfigurationError("Standard input is no terminal to ask at; pass --yes, or --dry-run to look.")
+            click.confirm("Go on?", abort=True)
+        for done in clear(store, leftovers):
+            print_parts(done)
+
+
 @cli.command(
     examples="""
     hpo spaces

@@ -30,12 +30,23 @@ class Option(click.Option):
         self.heading = heading
 
 
-class Command(click.Command):
-    """A command with examples, whose options stand under headings."""
+class _WithExamples(click.Command):
+    """A command whose help ends with examples."""
 
     def __init__(self, *arguments: Any, examples: str = "", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples.strip().splitlines():
+                    formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
+
+
+class Command(_WithExamples):
+    """A command with examples, whose options stand under headings."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the arguments as they were typed."""
@@ -53,18 +64,12 @@ class Command(click.Command):
             with formatter.section(heading):
                 formatter.write_dl(sections[heading])
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples."""
-        if self.examples:
-            with formatter.section("Examples"):
-                for line in self.examples.strip().splitlines():
-                    formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
 
-
-class Group(click.Group):
+class Group(_WithExamples, click.Group):
     """The command group; turns what a user can cause into one line and an exit status."""
 
     command_class = Command
+    group_class = type  # a group in a group is of the same kind
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Commands in the order of a user's day, not of the alphabet."""

@@ -20,7 +20,16 @@ from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["DEFAULT_CPUS_PER_TRIAL", "LaunchConfiguration", "OPTIONS", "Option", "Section", "given_fields", "resolve"]
+__all__ = [
+    "DEFAULT_CPUS_PER_TRIAL",
+    "LaunchConfiguration",
+    "OPTIONS",
+    "Option",
+    "Section",
+    "given_fields",
+    "parse_seconds",
+    "resolve",
+]
 
 Section = Literal["study", "search", "execution", "model", "data", "objective"]
 
@@ -182,7 +191,12 @@ def _rates(value: Any) -> tuple[float, ...]:
     return parse_rates(text)
 
 
-def _seconds(value: Any) -> float:
+def parse_seconds(value: Any) -> float:
+    """Seconds of a duration such as 90, 90s, 30m or 2h.
+
+    Raises:
+        ValueError: It is none; the message goes on from the option's name.
+    """
     wanted = "must be a duration above 0, such as 90, 90s, 30m or 2h"
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value).strip())
     if match is None or isinstance(value, bool) or float(match[1]) == 0:
@@ -264,7 +278,7 @@ class LaunchConfiguration:
     timeout_s: float | None = _option(
         "search",
         "Search no longer than this: seconds, or 90s, 30m, 2h. Heuristics and confirmation always run.",
-        read=_seconds,
+        read=parse_seconds,
         metavar="TIME",
         name="timeout",
     )
@@ -314,7 +328,7 @@ class LaunchConfiguration:
     trial_timeout_s: float | None = _option(
         "execution",
         "End a trial that takes longer, as failed: seconds, or 90s, 30m, 2h.",
-        read=_seconds,
+        read=parse_seconds,
         metavar="TIME",
         name="trial-timeout",
     )
@@ -328,7 +342,7 @@ class LaunchConfiguration:
     store_timeout_s: float = _option(
         "execution",
         "How long to wait for a database that is away: seconds, or 90s, 30m, 2h.",
-        read=_seconds,
+        read=parse_seconds,
         metavar="TIME",
         name="store-timeout",
         default=300.0,

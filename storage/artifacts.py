@@ -17,9 +17,10 @@ from sqlalchemy import delete, insert, select
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-__all__ = ["ArtifactRecord", "attach", "replace"]
+__all__ = ["ArtifactRecord", "attach", "recorded_ids", "replace"]
 
 _PREFIX = "artifacts:"
+_REMOVED = "null"  # what the dashboard leaves of a record
 _DEFAULT_MIMETYPE = "application/octet-stream"
 
 
@@ -75,6 +76,16 @@ def replace(connection: Connection, owner: dict[str, int], record: ArtifactRecor
         connection.execute(delete(table).where(of_owner, table.key.in_([_PREFIX + each for each in former])))
     attach(connection, owner, (record,))
     return former
+
+
+def recorded_ids(connection: Connection) -> set[str]:
+    """The ids of all artifacts that some study or trial refers to."""
+    ids: set[str] = set()
+    for table in (models.StudySystemAttributeModel, models.TrialSystemAttributeModel):
+        # Early versions of the dashboard put its name and the trial's id around the prefix.
+        named = select(table.key).where(table.key.contains(_PREFIX), table.value_json != _REMOVED)
+        ids.update(key.rpartition(":")[2] for key in connection.scalars(named))
+    return ids
 
 
 def _attributes_of(owner: dict[str, int]) -> Any:

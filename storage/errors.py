@@ -19,6 +19,8 @@
         ├── TrialNotRunningError     (RuntimeError)
         │   └── TrialAlreadyFinishedError
         ├── TrialNotWaitingError     (RuntimeError)
+        ├── ArtifactsMismatchError   (ValueError)         files of artifacts that are another store's
+        ├── RoleError                (PermissionError)    a role that cannot be made one that only reads
         └── DashboardAddressError    (OSError)            an address that cannot be served
 
 No message, and no text of an exception that one is raised from, holds a password.
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AfterTrialError",
+    "ArtifactsMismatchError",
     "DashboardAddressError",
     "LeaseLostError",
+    "RoleError",
     "StorageError",
     "StoreBusyError",
     "StoreFormatError",
@@ -147,6 +151,14 @@ class TrialAlreadyFinishedError(TrialNotRunningError):
 
 class TrialNotWaitingError(StorageError, RuntimeError):
     """A trial that cannot be claimed, because it is not WAITING."""
+
+
+class ArtifactsMismatchError(StorageError, ValueError):
+    """Files of artifacts that are another store's, as `HPO_ARTIFACTS` says where they are."""
+
+
+class RoleError(StorageError, PermissionError):
+    """A role of a database that cannot be made one that only reads."""
 
 
 class DashboardAddressError(StorageError, OSError):

@@ -78,6 +78,9 @@ class Versions:
     own: int
     optuna: str | None
 
+    def __str__(self) -> str:
+        return f"{self.optuna} by Optuna's count and {self.own} by our own"
+
 
 def stored_versions(connection: Connection) -> Versions | None:
     """The versions of a database's tables, or None where it is no store yet."""

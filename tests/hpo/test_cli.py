@@ -16,7 +16,7 @@ from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import HEURISTICS
 
-COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "spaces"]
+COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "db", "gc", "spaces"]
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
 
 
