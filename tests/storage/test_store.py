@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from storage.errors import (
     AfterTrialError,
@@ -30,6 +30,7 @@ from storage.errors import (
     StudyNotFoundError,
     TrialAlreadyFinishedError,
     TrialNotRunningError,
+    TrialNotWaitingError,
     TrialResultError,
 )
 from storage.store import StudyStore
@@ -445,6 +446,153 @@ def test_orphans_are_adopted(store: StudyStore, url: str) -> None:
         assert [trial.params for trial in asked] == [trial.params for trial in orphans]
         assert resumed.ask(SPACE).number == 3
     assert [trial.state for trial in other.trials] == [TrialState.RUNNING]
+
+
+# Trials that are handed out
+
+
+def suggest(trial: Trial) -> dict[str, Any]:
+    return {name: trial._suggest(name, distribution) for name, distribution in SPACE.items()}
+
+
+def waiting(**arguments: Any) -> FrozenTrial:
+    """A trial with some of a space's parameters, to be added."""
+    return create_trial(
+        **{
+            "state": TrialState.WAITING,
+            "params": {"LLR": "ZPlus"},
+            "distributions": {"LLR": SPACE["LLR"]},
+            "user_attrs": {"heuristic": "zplus"},
+            **arguments,
+        }
+    )
+
+
+def test_asked_trial_runs_with_all_that_was_suggested(store: StudyStore) -> None:
+    study, twin = create(store), create(store, "twin")
+    for _ in range(3):
+        trial, suggested = store.ask(study, suggest)
+        assert trial.params == suggested == twin.ask(SPACE).params
+    for ours, theirs in zip(store.trials(study), store.trials(twin), strict=True):
+        assert content(ours) == content(theirs)
+        assert ours.state == TrialState.RUNNING
+
+
+def test_parameters_are_written_all_at_once(store: StudyStore) -> None:
+    study = create(store)
+    seen: list[dict[str, Any]] = []
+
+    def interrupted(trial: Trial) -> None:
+        suggest(trial)
+        seen.append(store.rdb.get_trial(trial._trial_id).params)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.ask(study, interrupted)
+    [trial] = store.trials(study)
+    assert seen == [trial.params] == [{}]
+    assert trial.state == TrialState.RUNNING
+    # It is the next one's again, who draws all of its parameters.
+    store.adopt_orphans(study)
+    again, suggested = store.ask(study, suggest)
+    assert (again.number, again.params) == (0, suggested)
+    assert set(suggested) == set(SPACE)
+
+
+def test_distribution_that_the_study_does_not_have_is_refused(store: StudyStore, url: str) -> None:
+    store.ask(create(store), suggest)
+    with StudyStore.open(url) as other:
+        study = other.load("digits", RandomSampler(seed=1))
+        with pytest.raises(ValueError, match="CategoricalDistribution does not support dynamic value space"):
+            other.ask(study, lambda trial: trial.suggest_categorical("LLR", ["Gamma"]))
+        assert other.trials(study)[1].params == {}
+
+
+def test_released_trial_is_asked_again_as_it_was(store: StudyStore) -> None:
+    study = create(store)
+    first, suggested = store.ask(study, suggest)
+    second, _ = store.ask(study, suggest)
+    store.release(first, losses=2)
+    [released] = store.trials(study, [TrialState.WAITING])
+    assert (released.number, released.params, released.user_attrs) == (0, suggested, {"losses": 2})
+    again, same = store.ask(study, suggest)
+    assert (again.number, same) == (0, suggested)
+    store.release(second)
+    assert store.trials(study)[1].user_attrs == {}
+    with pytest.raises(TrialNotRunningError, match="Trial 1 is WAITING, not RUNNING"):
+        store.release(second)
+
+
+def test_finished_trial_cannot_be_released(store: StudyStore) -> None:
+    study = create(store)
+    trial, _ = store.ask(study, suggest)
+    store.finish(trial, result())
+    before = rows(store)
+    with pytest.raises(TrialAlreadyFinishedError, match="Trial 0 is COMPLETE already"):
+        store.release(trial, losses=1)
+    assert rows(store) == before
+
+
+def test_added_trial_waits_until_it_is_claimed(store: StudyStore) -> None:
+    study = create(store)
+    running, _ = store.ask(study, suggest)
+    added = store.add_waiting(study, waiting())
+    assert (added.number, added.state, added.user_attrs) == (1, TrialState.WAITING, {"heuristic": "zplus"})
+    claimed = store.claim(study, added)
+    assert (claimed.number, claimed.params) == (1, {"LLR": "ZPlus"})
+    assert claimed.datetime_start is not None
+    assert abs(datetime.now() - claimed.datetime_start) < timedelta(minutes=1)
+    assert [trial.state for trial in store.trials(study)] == [TrialState.RUNNING, TrialState.RUNNING]
+    store.finish(claimed, result())
+    for trial, state in ((claimed, "COMPLETE"), (running, "RUNNING")):
+        with pytest.raises(TrialNotWaitingError, match=f"is {state}, not WAITING"):
+            store.claim(study, store.storage.get_trial(trial._trial_id))
+
+
+def test_two_equal_trials_may_wait(store: StudyStore) -> None:
+    study = create(store)
+    assert [store.add_waiting(study, waiting()).number for _ in range(2)] == [0, 1]
+
+
+def test_trials_of_a_state(store: StudyStore) -> None:
+    study = create(store)
+    first, _ = store.ask(study, suggest)
+    store.ask(study, suggest)
+    store.finish(first, result())
+    assert [trial.number for trial in store.trials(study)] == [0, 1]
+    for state, numbers in ((TrialState.COMPLETE, [0]), (TrialState.RUNNING, [1]), (TrialState.WAITING, [])):
+        assert [trial.number for trial in store.trials(study, [state])] == numbers
+
+
+def test_attribute_of_a_study_replaces_the_former(store: StudyStore) -> None:
+    study, other = create(store), create(store, "other")
+    for value in ("first", {"auc": [0.5, None]}):
+        store.set_attribute(study, "description", value)
+        assert study.user_attrs["description"] == value
+    assert "description" not in other.user_attrs
+    with pytest.raises(TrialResultError, match="`description` must be JSON with finite numbers"):
+        store.set_attribute(study, "description", float("nan"))
+
+
+def test_asking_takes_no_longer_with_many_trials(store: StudyStore) -> None:
+    study = create(store)
+
+    def statements_of_a_trial() -> int:
+        statements: list[str] = []
+
+        def note(*arguments: Any) -> None:
+            statements.append(arguments[2])
+
+        sqlalchemy.event.listen(store.rdb.engine, "before_cursor_execute", note)
+        store.finish(store.ask(study, suggest)[0], result())
+        sqlalchemy.event.remove(store.rdb.engine, "before_cursor_execute", note)
+        return len(statements)
+
+    statements_of_a_trial()
+    first = statements_of_a_trial()
+    for _ in range(20):
+        store.finish(store.ask(study, suggest)[0], result())
+    assert statements_of_a_trial() == first < 40
 
 
 # Artifacts
