@@ -1,0 +1,173 @@
+"""The Ray executor on a real cluster of this machine, with workers that sleep, fail, hang and die."""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hpo.config import resolve
+from hpo.errors import ExecutorError
+from hpo.executors import Job
+from hpo.executors.ray import RayExecutor
+from objectives.errors import RelevanceError
+from search_spaces.errors import SpaceError
+from search_spaces.heuristics import HEURISTICS
+
+N_WORKERS = 3
+TIMEOUT_S = 4.0
+SECRETS = {"HPO_STORAGE": "postgresql://ann:secret@host/x", "PGPASSWORD": "secret", "AWS_SECRET_ACCESS_KEY": "x"}
+
+QUICK, SLOW, ILL, WRONG, EXITING, DYING, HANGING, STOPPED, TELLING, BROKEN = HEURISTICS.values()
+
+
+class Stub:
+    """A worker whose conduct follows from the composite."""
+
+    def __init__(self):
+        self.prepared = 0
+
+    def prepare(self, composites):
+        self.prepared = len(composites)
+        if BROKEN.key in [composite.key for composite in composites]:
+            raise RuntimeError("nothing to share")
+
+    def evaluate(self, composite, images):
+        conduct = {
+            SLOW.key: lambda: time.sleep(1),
+            ILL.key: lambda: raise_(RelevanceError("No relevance.")),
+            WRONG.key: lambda: raise_(SpaceError("Write it so.")),
+            EXITING.key: lambda: sys.exit(3),
+            DYING.key: lambda: os.kill(os.getpid(), signal.SIGKILL),
+            HANGING.key: lambda: "".join(map(str, range(10**9))),  # never asks for signals
+            STOPPED.key: lambda: os.kill(os.getpid(), signal.SIGSTOP),
+        }.get(composite.key, lambda: None)
+        start = time.time()
+        conduct()
+        return {"pid": os.getpid(), "start": start, "prepared": self.prepared, "environment": dict(os.environ)}
+
+
+def raise_(error):
+    raise error
+
+
+def configure(**options):
+    return resolve({"executor": "ray", "cpus_per_trial": 0.25, **options})
+
+
+def outcomes(executor, n):
+    """Outcomes of n jobs, by number."""
+    ended = {}
+    deadline = time.monotonic() + 60
+    while len(ended) < n:
+        assert time.monotonic() < deadline, f"only {sorted(ended)} have ended"
+        if (outcome := executor.wait(1)) is not None:
+            assert outcome.job.number not in ended
+            ended[outcome.job.number] = outcome
+    return ended
+
+
+def jobs(*composites, first=0):
+    return [Job(number, composite) for number, composite in enumerate(composites, first)]
+
+
+@pytest.fixture(scope="module")
+def executor():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        before = signal.getsignal(signal.SIGTERM)
+        with RayExecutor(configure(workers=N_WORKERS, trial_timeout_s=TIMEOUT_S), Stub) as executor:
+            assert signal.getsignal(signal.SIGTERM) is before
+            assert os.environ["PGPASSWORD"] == "secret"
+            for number in range(N_WORKERS):
+                executor.submit([Job(number, SLOW)])
+            outcomes(executor, N_WORKERS)
+            yield executor
+
+
+def test_workers_compute_at_once(executor):
+    assert executor.n_workers == N_WORKERS
+    start = time.monotonic()
+    for number in range(2 * N_WORKERS):
+        executor.submit([Job(number, SLOW)])
+    evaluations = [outcome.evaluation for outcome in outcomes(executor, 2 * N_WORKERS).values()]
+    assert time.monotonic() - start < 4
+    assert len({evaluation["pid"] for evaluation in evaluations}) == N_WORKERS
+
+
+def test_a_batch_stays_together_and_is_prepared_whole(executor):
+    executor.submit(jobs(QUICK, SLOW, TELLING))
+    evaluations = [outcome.evaluation for _, outcome in sorted(outcomes(executor, 3).items())]
+    assert len({evaluation["pid"] for evaluation in evaluations}) == 1
+    assert [evaluation["prepared"] for evaluation in evaluations] == [3, 3, 3]
+    assert sorted(evaluations, key=lambda evaluation: evaluation["start"]) == evaluations
+
+
+def test_a_worker_begins_the_next_batch_without_the_driver(executor):
+    for number in range(2 * N_WORKERS):
+        executor.submit([Job(number, SLOW)])
+    time.sleep(3)  # the driver is busy
+    starts = {}
+    for outcome in outcomes(executor, 2 * N_WORKERS).values():
+        starts.setdefault(outcome.evaluation["pid"], []).append(outcome.evaluation["start"])
+    assert all(1 <= max(times) - min(times) < 1.5 for times in starts.values())
+
+
+def test_workers_know_no_secret(executor):
+    executor.submit(jobs(TELLING))
+    environment = outcomes(executor, 1)[0].evaluation["environment"]
+    assert not SECRETS.keys() & environment.keys()
+    assert not [name for name, value in environment.items() if "secret" in value]
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_failures_have_causes(executor):
+    executor.submit(jobs(ILL, WRONG, EXITING, BROKEN))
+    ended = outcomes(executor, 4)
+    assert (ended[0].failure, ended[0].cause) == ("No relevance.", "composite")
+    assert (ended[1].failure, ended[1].cause) == ("Write it so.", "objective")
+    assert (ended[2].failure, ended[2].cause) == ("SystemExit: 3", "objective")
+    assert ended[3].evaluation is not None
+
+
+def test_a_dead_worker_loses_its_job_alone(executor):
+    executor.submit(jobs(QUICK, DYING, QUICK, QUICK))
+    executor.submit(jobs(SLOW, QUICK, first=4))
+    ended = outcomes(executor, 6)
+    assert [ended[number].cause for number in range(6)] == [None, "worker", "unstarted", "unstarted", None, None]
+    assert ended[1].failure == "Its worker died."
+
+
+@pytest.mark.parametrize("composite", [HANGING, STOPPED])
+def test_a_trial_that_takes_too_long_is_ended_with_its_worker(executor, composite):
+    for number in range(N_WORKERS):
+        executor.submit(jobs(composite, QUICK, first=2 * number))
+    ended = outcomes(executor, 2 * N_WORKERS)
+    assert {ended[2 * number].failure for number in range(N_WORKERS)} == {"It took longer than 4 s (--trial-timeout)."}
+    assert {ended[2 * number].cause for number in range(N_WORKERS)} == {"objective"}
+    assert {ended[2 * number + 1].cause for number in range(N_WORKERS)} == {"unstarted"}
+    executor.submit(jobs(QUICK))
+    assert outcomes(executor, 1)[0].evaluation is not None
+
+
+def test_a_worker_that_died_idle_costs_nothing(executor):
+    for number in range(N_WORKERS):
+        executor.submit([Job(number, SLOW)])
+    pids = {outcome.evaluation["pid"] for outcome in outcomes(executor, N_WORKERS).values()}
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(1)
+    executor.submit(jobs(QUICK, QUICK))
+    ended = outcomes(executor, 2)
+    assert {outcome.cause for outcome in ended.values()} == {None}
+    assert not pids & {outcome.evaluation["pid"] for outcome in ended.values()}
+
+
+def test_one_process_has_one_executor(executor):
+    with pytest.raises(ExecutorError, match="connected to Ray already"), RayExecutor(configure(), Stub):
+        pass
