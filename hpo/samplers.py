@@ -74,9 +74,10 @@ class ReseededSampler(BaseSampler):
 class GridSampler(BaseSampler):
     """Serves every distinct point of a finite space once, in the order of `SearchSpace.grid`.
 
-    What has been served is read from the trials' composites, not from their numbers, so heuristics, failures and
-    resumed studies leave no hole. A point that failed in an earlier launch is served again; one that fails now is not,
-    until the next launch. For one driver, which may have any number of trials in flight.
+    What former launches have served is read from the trials' composites, not from their numbers, so heuristics,
+    failures and resumed studies leave no hole; it is read once, and later asks take the same time however many trials
+    there are. A point that failed in an earlier launch is served again; one that fails now is not, until the next
+    launch. A trial that is asked again has its point already. For one driver, and one sampler per launch.
 
     Raises:
         SpaceNotFiniteError: The space is continuous.
@@ -84,11 +85,10 @@ class GridSampler(BaseSampler):
 
     def __init__(self, space: "SearchSpace") -> None:
         self._space = space
-        self._left = {composite.key: space.parameters(composite) for composite in space.grid()}
-        """Points that no finished trial has. Every ask looks at them, so only unfinished trials are read again."""
-        self._n_read = 0
-        self._unfinished: dict[int, str | None] = {}
+        self._points = {composite.key: space.parameters(composite) for composite in space.grid()}
         self._forgiven: frozenset[int] | None = None
+        self._unserved: dict[str, None] | None = None
+        self._served: dict[int, str] = {}
 
     def infer_relative_search_space(self, study: "Study", trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """See `BaseSampler`."""
@@ -98,18 +98,19 @@ class GridSampler(BaseSampler):
         self, study: "Study", trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The first point that no other search trial has, and that agrees with what the trial has been given."""
-        self._read(study.get_trials(deepcopy=False))
-        taken = {key for number, key in self._unfinished.items() if number != trial.number}
-        # A driver that is killed while it asks leaves a trial with some of its parameters.
-        given = trial.params.items()
-        return next(
-            (
-                dict(parameters)
-                for key, parameters in self._left.items()
-                if key not in taken and given <= parameters.items()
-            ),
-            {},
-        )
+        if trial.number not in self._served:
+            if self._unserved is None:
+                others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+                self._unserved = dict.fromkeys(self._untaken(others))
+            # An ask that is cut off may leave a trial with some of its parameters.
+            given = trial.params.items()
+            key = next((key for key in self._unserved if given <= self._points[key].items()), None)
+            if key is None:
+                return {}
+            del self._unserved[key]
+            # The store asks for a trial again where an outage has cut its ask off.
+            self._served[trial.number] = key
+        return dict(self._points[self._served[trial.number]])
 
     def sample_independent(
         self, study: "Study", trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -125,27 +126,16 @@ class GridSampler(BaseSampler):
         )
 
     def n_left(self, trials: Sequence[FrozenTrial]) -> int:
-        """How many points are to be asked for: those that no trial has, or one that waits.
+        """How many points are to be asked for: those that none of the study's trials has, or one that waits."""
+        return len(self._untaken([trial for trial in trials if trial.state != TrialState.WAITING]))
 
-        Args:
-            trials: All trials of the study, in the order of their numbers.
-        """
-        self._read(trials)
-        running = {key for number, key in self._unfinished.items() if trials[number].state == TrialState.RUNNING}
-        return len(self._left.keys() - running)
-
-    def _read(self, trials: Sequence[FrozenTrial]) -> None:
+    def _untaken(self, trials: Sequence[FrozenTrial]) -> list[str]:
+        """Keys of the points that none of these trials has, in the order of the grid."""
+        searched = [trial for trial in trials if role(trial) == "search"]
         if self._forgiven is None:
-            self._forgiven = frozenset(trial.number for trial in trials if trial.state == TrialState.FAIL)
-        for trial in [*(trials[number] for number in self._unfinished), *trials[self._n_read :]]:
-            if role(trial) != "search":
-                continue
-            key = self._unfinished.pop(trial.number, None) or self._key(trial)
-            if not trial.state.is_finished():
-                self._unfinished[trial.number] = key
-            elif key is not None and trial.number not in self._forgiven:
-                self._left.pop(key, None)
-        self._n_read = len(trials)
+            self._forgiven = frozenset(trial.number for trial in searched if trial.state == TrialState.FAIL)
+        taken = {self._key(trial) for trial in searched if trial.number not in self._forgiven}
+        return [key for key in self._points if key not in taken]
 
     def _key(self, trial: FrozenTrial) -> str | None:
         """Canonical key of a trial's point; None while its parameters are incomplete."""

@@ -117,6 +117,23 @@ def test_a_trial_of_which_half_was_asked_gets_the_other_half_of_its_point(narrow
     assert ask(study, narrow)[1] == narrow.grid()[5].key
 
 
+def test_an_ask_that_is_cut_off_and_made_again_has_the_same_point(space):
+    study = optuna.create_study(sampler=GridSampler(space))
+    cut_off = study.ask()
+    asked = [cut_off.suggest_categorical(name, d.choices) for name, d in list(space.distributions().items())[:3]]
+    release(study, cut_off)
+    again, key = ask(study, space)
+    assert (again.number, list(again.params.values())[:3]) == (cut_off.number, asked)
+    assert [key, ask(study, space)[1]] == [composite.key for composite in space.grid()[:2]]
+
+
+def test_the_grid_reads_the_study_once(space, monkeypatch):
+    study = optuna.create_study(sampler=GridSampler(space))
+    draws(None, space, 3, study)
+    monkeypatch.setattr(study, "get_trials", lambda *arguments, **options: pytest.fail("read again"))
+    draws(None, space, 3, study)
+
+
 def test_an_exhausted_grid_says_so():
     rules = dict.fromkeys(("LLR", "MLL", "HLL"), ("Epsilon",)) | {"FCL": ("Epsilon", "ZPlus")}
     space = DiscreteSpace("two", rules, abs=(True,))
