@@ -29,7 +29,7 @@ RUN useradd --create-home --uid 10001 hpo && install -d -o hpo -g hpo /artifacts
 # Matplotlib and others look for a place of their own, and the root may be read-only.
 ENV XDG_CACHE_HOME=/tmp/cache XDG_CONFIG_HOME=/tmp/config XDG_DATA_HOME=/tmp/data \
     HPO_STORAGE=sqlite:////data/studies.db
-USER hpo
+USER 10001
 WORKDIR /data
 ENTRYPOINT ["hpo"]
 CMD ["--help"]
