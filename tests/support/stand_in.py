@@ -22,6 +22,7 @@ from objectives.objective import Evaluation
 from objectives.pruning.curve import Curve
 from search_spaces.composites import CompositeSpec
 from search_spaces.spaces import SearchSpace, load_space
+from storage.patience import IMPATIENT, Patience
 from storage.store import StudyStore
 
 RATES = (0.0, 0.25, 0.5, 0.75)
@@ -157,13 +158,14 @@ def drive_study(
     sampler_name: str = "tpe",
     pictures: bool = False,
     executor: Executor | None = None,
+    patience: Patience = IMPATIENT,
     **options: Any,
 ) -> bool:
     """Run a driver on study `s` of the store at `url`."""
     configuration = resolve({"study": "s", "storage": url, "sampler": sampler_name, **options})
     space = space or load_space(configuration.space)
     with (
-        StudyStore.open(url) as store,
+        StudyStore.open(url, patience=patience) as store,
         store.lease(configuration.study),
         executor or make_executor(configuration, problem) as computing,
         (CurvePlotter if pictures else BlankPlotter)(store) as plotter,
