@@ -106,7 +106,8 @@ def status(study: str | None, storage: str | None, as_json: bool, verbose: bool)
     from hpo.report import StudyReport, configuration_table
 
     with _open(storage) as store:
-        report = StudyReport.of(_load(store, study))
+        loaded = _load(store, study)
+        report = StudyReport.of(loaded, store.lease_holder(loaded.study_name))
     if as_json:
         print_json(report.to_json())
         return

@@ -15,7 +15,7 @@ from hpo.driver import CONFIRMATION
 from hpo.errors import NothingFoundError
 from search_spaces.imports import Named, runs_code
 from storage.store import CONFIGURATION
-from storage.trials import FAILURE
+from storage.trials import FAILURE, LOSSES
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from objectives.objective import Evaluation
     from objectives.pruning.prune import PruneReport
+    from storage.lease import LeaseHolder
     from storage.summaries import StudySummary
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 LEGEND = "Composites are written LLR/MLL/HLL/FCL; abs: ranked by absolute relevance."
+
+_N_REASONS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +78,28 @@ class StudyReport:
         metric: What it maximises.
         configuration: How it was last launched.
         n_trials: Search trials by state.
+        n_losses: How often a trial was lost with its worker.
+        failures: Number of failed trials by reason, the most frequent first; heuristics too.
         best: The best trial; None before the first.
         heuristics: Each complete heuristic, best first.
         confirmation: The best trial on images that the search never saw; None until the search has ended.
+        driver: Who drives it now; None if nobody does, or it was not asked.
     """
 
     name: str
     metric: str
     configuration: LaunchConfiguration
     n_trials: Mapping[str, int]
+    n_losses: int
+    failures: Mapping[str, int]
     best: TrialSummary | None
     heuristics: tuple[TrialSummary, ...]
     confirmation: Confirmation | None
+    driver: "LeaseHolder | None" = None
 
     @classmethod
-    def of(cls, study: "Study") -> "StudyReport":
-        """What the store says of a study.
+    def of(cls, study: "Study", driver: "LeaseHolder | None" = None) -> "StudyReport":
+        """What the store says of a study, and of its driver where the caller has asked.
 
         Raises:
             NothingFoundError: The study was made by another program.
@@ -99,6 +108,9 @@ class StudyReport:
         stored = study.get_trials(deepcopy=False)
         states = Counter(trial.state for trial in stored if trials.role(trial) == "search")
         best = next(iter(trials.best(stored)), None)
+        failures = Counter(
+            trial.user_attrs.get(FAILURE, "unknown") for trial in stored if trial.state == TrialState.FAIL
+        )
         confirmation = study.user_attrs.get(CONFIRMATION)
         confirmed = None if confirmation is None else Confirmation.from_json(confirmation)
         # A search that went on may have found better since.
@@ -110,9 +122,12 @@ class StudyReport:
             metric=configuration.metric,
             configuration=configuration,
             n_trials={state.name.lower(): states[state] for state in TrialState},
+            n_losses=sum(trial.user_attrs.get(LOSSES, 0) for trial in stored),
+            failures=dict(failures.most_common()),
             best=None if best is None else _trial_report(best, None if current is None else current.auc),
             heuristics=tuple(sorted(reports, key=lambda report: (-report.value, report.number))),
             confirmation=current,
+            driver=driver,
         )
 
     @property
@@ -126,18 +141,21 @@ class StudyReport:
             "study": self.name,
             "metric": self.metric,
             "n_trials": dict(self.n_trials),
+            "n_losses": self.n_losses,
+            "failures": dict(self.failures),
             "best": None if self.best is None else asdict(self.best),
             "heuristics": [asdict(heuristic) for heuristic in self.heuristics],
             "confirmation": None if self.confirmation is None else self.confirmation.to_json(),
+            "driver": None if self.driver is None else asdict(self.driver),
             "configuration": self.configuration.to_json(),
         }
 
     def parts(self) -> "list[Table | str]":
-        """Headline, best composite, table and verdict, to be printed one after another."""
+        """Headline, remarks, best composite, table and verdict, to be printed one after another."""
         best = (
             [] if self.best is None else [f"Best: trial {self.best.number}, {self.best.composite} (LLR/MLL/HLL/FCL)."]
         )
-        return [self.headline(), *best, self.table(), *filter(None, [self.verdict()])]
+        return [self.headline(), *self.remarks(), *best, self.table(), *filter(None, [self.verdict()])]
 
     def headline(self) -> str:
         """How far the study is, in a line."""
@@ -148,6 +166,25 @@ class StudyReport:
         others = [f"{self.n_trials[state]} {state}" for state in ("fail", "running", "waiting") if self.n_trials[state]]
         remark = f" ({', '.join(others)})" if others else ""
         return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {self.metric}."
+
+    def remarks(self) -> list[str]:
+        """Who drives the study, what was lost with its worker, and why trials have failed, a line each."""
+        lines = []
+        if self.driver is not None:
+            workers = self.configuration.workers
+            shown = "" if workers is None else f" with {workers} worker{'s' * (workers > 1)}"
+            lines.append(f"Driven by {self.driver}{shown}.")
+        if self.n_losses:
+            times = "once" if self.n_losses == 1 else f"{self.n_losses} times"
+            lines.append(f"A trial was lost with its worker {times} and asked again.")
+        reasons = list(self.failures.items())
+        lines += [
+            f"Failed {count} times: {reason}" if count > 1 else f"Failed: {reason}"
+            for reason, count in reasons[:_N_REASONS]
+        ]
+        if others := sum(count for _, count in reasons[_N_REASONS:]):
+            lines.append(f"{others} more failed for other reasons; see `hpo status --json`.")
+        return lines
 
     def table(self) -> "Table":
         """The best composite against the heuristics: AUC on both sets of images, and by how much the best is better."""
@@ -273,6 +310,7 @@ def trial_json(trial: FrozenTrial) -> dict[str, Any]:
         "figures": trials.figures_of(trial),
         "curve": trial.user_attrs.get("curve"),
         "seconds": trial.user_attrs.get("seconds"),
+        "losses": trial.user_attrs.get(LOSSES, 0),
         "failure": trial.user_attrs.get(FAILURE),
     }
 
@@ -290,6 +328,8 @@ def trial_tables(trial: FrozenTrial) -> list["Table"]:
         facts.add_row("abs", str(composite.abs).lower())
     if "reused_from" in trial.user_attrs:
         facts.add_row("equals", f"trial {trial.user_attrs['reused_from']}")
+    if LOSSES in trial.user_attrs:
+        facts.add_row("lost with its worker", str(trial.user_attrs[LOSSES]))
     if FAILURE in trial.user_attrs:
         facts.add_row("failed", trial.user_attrs[FAILURE])
     for name, seconds in trial.user_attrs.get("seconds", {}).items():

@@ -1,10 +1,14 @@
 import dataclasses
 
 import pytest
+from stand_in import RandomOrderExecutor
 
 from hpo.confirmation import Difference
 from hpo.errors import NothingFoundError
-from hpo.report import StudyReport, configuration_of, next_commands, prune_command
+from hpo.report import StudyReport, configuration_of, next_commands, prune_command, trial_json
+from objectives.errors import RelevanceError
+from search_spaces.heuristics import HEURISTICS
+from storage.lease import LeaseHolder
 from storage.store import StudyStore
 
 
@@ -34,6 +38,40 @@ def test_the_headline_names_what_is_not_complete(report):
 def test_the_headline_names_no_fewer_trials_than_there_are(report):
     few = dataclasses.replace(report.configuration, n_trials=3)
     assert dataclasses.replace(report, configuration=few).headline().startswith("Study s: 4 trials, 10 heuristics")
+
+
+def test_a_report_says_what_was_lost_and_why_trials_failed(drive, load, make_problem, narrow):
+    problem, first, *others = make_problem(), *HEURISTICS.values()
+    for composite in others[:2]:
+        problem.failing[composite.key] = RelevanceError("no relevance")
+    lost = iter([first.key] * 2)
+    executor = RandomOrderExecutor(problem, 1, lose=lambda job: job.composite.key == first.key and bool(next(lost, "")))
+    drive(problem, space=narrow, sampler_name="grid", executor=executor)
+    report = StudyReport.of(load())
+    assert (report.n_losses, report.failures) == (2, {"no relevance": 2})
+    assert report.remarks() == [
+        "A trial was lost with its worker 2 times and asked again.",
+        "Failed 2 times: no relevance",
+    ]
+    assert (report.to_json()["n_losses"], report.to_json()["failures"]) == (2, {"no relevance": 2})
+    assert trial_json(load().get_trials()[0])["losses"] == 2
+
+
+def test_reasons_beyond_the_fifth_are_counted(report):
+    many = {f"reason {number}": 8 - number for number in range(7)}
+    assert dataclasses.replace(report, failures=many).remarks()[-2:] == [
+        "Failed 4 times: reason 4",
+        "5 more failed for other reasons; see `hpo status --json`.",
+    ]
+
+
+def test_a_report_names_the_driver(report):
+    holder = LeaseHolder("ada", 7, "2026-01-01T00:00:00+00:00")
+    configuration = dataclasses.replace(report.configuration, workers=4)
+    driven = dataclasses.replace(report, driver=holder, configuration=configuration)
+    assert driven.remarks() == ["Driven by pid 7 on host ada since 2026-01-01T00:00:00+00:00 with 4 workers."]
+    assert driven.to_json()["driver"]["pid"] == 7
+    assert report.remarks() == []
 
 
 def test_a_heuristic_that_is_the_best_is_not_compared_with_itself(report):
