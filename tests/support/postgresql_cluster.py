@@ -124,7 +124,9 @@ def installations() -> list[Path]:
 
 
 @contextmanager
-def running_server(installation: Path | None = None) -> Iterator[Server]:
+def running_server(
+    installation: Path | None = None, *, user: str = Server.user, password: str = PASSWORD
+) -> Iterator[Server]:
     """A started server with an empty cluster; its programs are the first of `installations()` unless told."""
     directory = Path(tempfile.mkdtemp(prefix="postgresql-"))
     try:
@@ -136,7 +138,7 @@ def running_server(installation: Path | None = None) -> Iterator[Server]:
             if _WHEEL in programs.parts:
                 programs = _copy_of_wheel(programs, directory)
             shutil.chown(directory, account)
-        server = Server(_free_port(), directory, programs, account)
+        server = Server(free_port(), directory, programs, account, user, password)
         server.create()
         server.start()
         try:
@@ -169,7 +171,8 @@ def _copy_of_wheel(programs: Path, directory: Path) -> Path:
     return directory / package.name / "pginstall" / "bin"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on 127.0.0.1 that nothing listens on, and that the system gives to no connection."""
     while True:
         port = random.choice(_PORTS)
         with socket.socket() as listener:
