@@ -102,7 +102,7 @@ class ChaosStudy:
     sampler: str = "grid"
     n_trials: int | None = None
     options: tuple[str, ...] = ()
-    settings: StubSettings = StubSettings()
+    settings: StubSettings = field(default_factory=StubSettings)
     witness_url: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -134,7 +134,7 @@ def test_a_driver_that_stands_still_keeps_its_study(url, make_study, full, recor
 def test_a_driver_that_wakes_without_its_lease_writes_nothing(new_postgresql, make_study, full, record):
     """Its connections are cut while it stands still, and another driver takes the study."""
     server = new_postgresql()
-    study = make_study(server.new_database(), settings=StubSettings(seconds=0.2))
+    study = make_study(server.new_database(), settings=StubSettings(seconds=0.1))
     with study.witness:
         first = study.start()
         first.wait_for("3/60  trial")
