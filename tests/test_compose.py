@@ -71,7 +71,7 @@ def test_the_example_names_every_variable_and_no_secret():
     handed_on = {
         name for service in services(SECRETS).values() for name, value in service.environment.items() if value is None
     }
-    assert set(re.findall(r"^(?:# )?([A-Z_]+)=", example, re.MULTILINE)) == used | handed_on
+    assert set(re.findall(r"^(?:# )?([A-Z_]+)=", example, re.MULTILINE)) == used | handed_on | {"COMPOSE_FILE"}
     assert set(re.findall(r"^([A-Z_]+)=$", example, re.MULTILINE)) == set(SECRETS)
 
 
