@@ -9,8 +9,11 @@ RUN python -m venv /opt/hpo
 
 # Torch, the largest, is installed before the source is there: a change of the source doesn't install it again.
 FROM build AS build-cpu
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch torchvision
+# Empty, the image holds CUDA's libraries as well and works all the same. `--index-url URL`, with the URL that PyTorch's
+# installation page names for CPUs, leaves them out.
+ARG TORCH_INDEX_OPTION=
+# hadolint ignore=SC2086
+RUN pip install --no-cache-dir $TORCH_INDEX_OPTION torch torchvision
 
 FROM build AS build-cuda
 # On Linux, the builds of the package index are those for CUDA, and bring its libraries.
