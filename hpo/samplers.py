@@ -41,16 +41,19 @@ class ReseededSampler(BaseSampler):
     """Draws trial N with a generator of its own, seeded by the study's seed and N.
 
     A study that was interrupted and resumed therefore asks for the points that it would have asked for anyway, and
-    several drivers' draws would not coincide. The inner sampler must keep no state but its generator.
+    several drivers' draws would not coincide. The inner sampler must keep no state but its generator, and
+    what it knows of the search space.
     """
 
     def __init__(self, build: Callable[[int], BaseSampler], seed: int) -> None:
         self._build = build
         self._seed = seed
+        # What all trials have in common is found trial by trial; a new sampler would begin with the first again.
+        self._for_space = build(seed)
 
     def infer_relative_search_space(self, study: "Study", trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """See `BaseSampler`."""
-        return self._sampler(trial.number).infer_relative_search_space(study, trial)
+        return self._for_space.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: "Study", trial: FrozenTrial, search_space: dict[str, BaseDistribution]
