@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ArtifactRecord", "attach", "recorded_ids", "replace"]
 
 _PREFIX = "artifacts:"
-_REMOVED = "null"  # what the dashboard leaves of a record
+_REMOVED = json.dumps(json.dumps(None))  # what the dashboard leaves of a record
 _DEFAULT_MIMETYPE = "application/octet-stream"
 
 

@@ -83,7 +83,7 @@ def create_reader(url: str, role: str, password: str) -> bool:
             return is_new
     except StorageError:
         raise
-    except psycopg.errors.InsufficientPrivilege as error:
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
         raise RoleError(
             f"Cannot set up the role {role!r} on {shown}: {one_line(error)}; "
             "do it as the store's owner with the right to create roles."

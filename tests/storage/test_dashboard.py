@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -15,9 +16,11 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna_dashboard._app import create_app
 
 from storage.dashboard import serve
 from storage.errors import DashboardAddressError, StoreNotFoundError
+from storage.roles import create_reader
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
@@ -132,6 +135,60 @@ def test_nothing_is_written_by_default(filled: StudyStore, url: str, start: Star
     assert [summary.name for summary in filled.summaries()] == ["digits"]
     assert study.best_value == 0.6
     assert artifact.exists()
+
+
+def test_every_page_is_shown_to_the_read_only_role(
+    postgresql_server: Any, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose writes the database refuses, even where the dashboard lets them pass."""
+    monkeypatch.setenv("HPO_ARTIFACTS", str(tmp_path / "artifacts"))
+    url = postgresql_server.new_database()
+    with StudyStore.open(url) as store:
+        study = store.create_or_resume("digits", identity={"seed": 0}, configuration={})
+        for value in (0.5, 0.6):
+            trial = study.ask({"abs": optuna.distributions.CategoricalDistribution([False, True])})
+            csv = store.write_artifact("curve.csv", b"0,0.98")
+            store.finish(trial, TrialResult(value, {0: 0.98, 50: 0.7}, artifacts=(csv,)))
+        plot = store.add_artifact(study, "best.png", b"png")
+        role = f"dashboard_{study._study_id}_{url[-8:]}"
+        create_reader(url, role, "p4ssw0rd")
+        dashboard = _open(start, url.replace("owner:s3cret%25word", f"{role}:p4ssw0rd"), allow_writes=True)
+        owners = _open(start, url)
+        values = {
+            "study_id": str(study._study_id),
+            "trial_id": str(trial._trial_id),
+            "filename": "bundle.js",
+            "": "/studies",
+        }
+        seen = 0
+        for route in create_app(optuna.storages.InMemoryStorage()).routes:
+            if route.method != "GET":
+                continue
+            artifact = csv.artifact_id if "<trial_id" in route.rule else plot
+            for plot_type in PLOTS if "<plot_type" in route.rule else [""]:
+                filling = {**values, "artifact_id": artifact, "plot_type": plot_type}
+                path = _filled(route.rule, filling)
+                status, body = dashboard.ask(path)
+                # Plots that are drawn here take plotly, which the pages don't use unless told to.
+                assert status == (owners.ask(path)[0] if plot_type else 200), (path, body)
+                seen += 1
+        assert seen > 15
+        before = store.summaries(), study.trials
+        names = {"study": study._study_id, "trial": trial._trial_id, "artifact": csv.artifact_id}
+        for method, path, body in WRITES:
+            if "artifacts" in path:  # a file, which the database doesn't guard
+                continue
+            status, _ = dashboard.ask(path.format(**names), method, body)
+            assert status >= 400, (method, path)
+        assert (store.summaries(), store.load("digits").trials) == before
+
+
+def _filled(rule: str, values: dict[str, str]) -> str:
+    """A route's rule with values in place of its `<name:type>`."""
+    return re.sub(r"<(\w*)(?::[^<>]*)?>", lambda match: values[match[1]], rule)
+
+
+PLOTS = ["contour", "slice", "parallel_coordinate", "rank", "edf", "timeline", "param_importances", "pareto_front"]
 
 
 def test_writes_work_when_allowed(filled: StudyStore, url: str, start: Start) -> None:
