@@ -312,6 +312,7 @@ def trial_json(trial: FrozenTrial) -> dict[str, Any]:
         "seconds": trial.user_attrs.get("seconds"),
         "losses": trial.user_attrs.get(LOSSES, 0),
         "failure": trial.user_attrs.get(FAILURE),
+        "remarks": trial.user_attrs.get("remarks", []),
     }
 
 
@@ -332,6 +333,8 @@ def trial_tables(trial: FrozenTrial) -> list["Table"]:
         facts.add_row("lost with its worker", str(trial.user_attrs[LOSSES]))
     if FAILURE in trial.user_attrs:
         facts.add_row("failed", trial.user_attrs[FAILURE])
+    for remark in trial.user_attrs.get("remarks", ()):
+        facts.add_row("remark", remark)
     for name, seconds in trial.user_attrs.get("seconds", {}).items():
         facts.add_row(name, f"{seconds:.2f} s")
     if trial.state != TrialState.COMPLETE:

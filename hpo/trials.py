@@ -70,11 +70,12 @@ def curve_from(attributes: Mapping[str, Any]) -> Curve:
 
 
 def attributes(evaluation: "Evaluation") -> dict[str, Any]:
-    """User attributes that keep an evaluation: the curve, every figure by its name, and what it took."""
+    """User attributes that keep an evaluation: the curve, every figure by its name, what it took, and remarks on it."""
     return {
         "curve": evaluation.curve.to_json(),
         **evaluation.figures,
         "seconds": dict(evaluation.seconds),
+        **({"remarks": list(evaluation.remarks)} if evaluation.remarks else {}),
     }
 
 

@@ -12,6 +12,7 @@ Every message is one line that names the offending value and the remedy; the com
         ├── OptionError                (ValueError)       an option of an objective or of pruning that cannot be used
         │   ├── PruningRatesError                         rates that do not increase strictly from 0 to below 1
         │   └── DeviceError                               a device that does not exist on this machine
+        ├── OutOfMemoryError           (MemoryError)      a device without room for a single image
         └── SlimFileError              (OSError)          files of a slim network that cannot be written or read
 """
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelError",
     "ObjectiveError",
     "OptionError",
+    "OutOfMemoryError",
     "PruningRatesError",
     "RelevanceError",
     "SlimFileError",
@@ -65,6 +67,10 @@ class PruningRatesError(OptionError):
 
 class DeviceError(OptionError):
     """A device that does not exist on this machine; the message lists those there are."""
+
+
+class OutOfMemoryError(ObjectiveError, MemoryError):
+    """A device without room for a single image; the message names the sizes."""
 
 
 class SlimFileError(ObjectiveError, OSError):

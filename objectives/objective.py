@@ -22,6 +22,7 @@ from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
 from objectives.errors import DataError, OptionError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
+from objectives.memory import Batches
 from objectives.models import LoadedModel
 from objectives.network import CanonicalNetwork, canonize
 from objectives.procedures import PROCEDURES
@@ -93,12 +94,14 @@ class Evaluation:
         figures: by name, see `objectives.pruning.curve`.
         image_auc: each image's own normalised area (its correctness over the rates); their mean is `auc`.
         seconds: spent on `attribution` and `evaluation`.
+        remarks: what the user should know about it, a sentence each.
     """
 
     curve: Curve
     figures: dict[str, float]
     image_auc: tuple[float, ...]
     seconds: dict[str, float]
+    remarks: tuple[str, ...] = ()
 
 
 class Objective:
@@ -124,6 +127,7 @@ class Objective:
         self.task = task
         self.options = options
         self.device = resolve_device(options.device)
+        self.batches = Batches("evaluation", options.batch_size)
         original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
         self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), self.kept_outputs)
@@ -211,6 +215,7 @@ class Objective:
 
         Raises:
             RelevanceError: the composite's relevance can't be used.
+            OutOfMemoryError: the device has no room for a single image.
         """
         evaluator = self.evaluator(images)
         seconds = {"attribution": 0.0}
@@ -240,12 +245,18 @@ class Objective:
             if len(labelled) == 0:
                 raise DataError(f"There are no {images} images; change `--confirmation-share`.")
             dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
-            resident = LabelledImages(
-                labelled.images.to(self.device, dtype, memory_format=torch.channels_last),
-                labelled.labels.to(self.device),
-            )
-            self._evaluators[images] = Evaluator(self.network, resident, self.options.batch_size, dtype)
+            self._evaluators[images] = Evaluator(self.network, self._resident(labelled, dtype), self.batches, dtype)
         return self._evaluators[images]
+
+    def _resident(self, labelled: LabelledImages, dtype: torch.dtype) -> LabelledImages:
+        """The images on the device, or in this machine's memory where the device has no room for all of them."""
+        here = labelled.images.to(dtype=dtype, memory_format=torch.channels_last)
+        labels = labelled.labels.to(self.device)
+        try:
+            return LabelledImages(here.to(self.device), labels)
+        except torch.OutOfMemoryError:
+            _log.info("The %s has no room for all images; each batch is moved there.", self.device)
+            return LabelledImages(here, labels)
 
     def _summary(
         self,
@@ -268,16 +279,21 @@ class Objective:
         )
         weights = [area(rates, [float(i == j) for j in range(len(rates))]) for i in range(len(rates))]
         image_auc = torch.tensor(weights, dtype=torch.float64) @ correct / (rates[-1] - rates[0])
-        return Evaluation(curve, curve.figures(), tuple(image_auc.tolist()), seconds)
+        return Evaluation(curve, curve.figures(), tuple(image_auc.tolist()), seconds, self._remarks())
+
+    def _remarks(self) -> tuple[str, ...]:
+        return () if self.batches.remark is None else (self.batches.remark,)
 
     # Ways to be wrong without noticing.
 
     def _check_copy(self, original: nn.Module, references: LabelledImages) -> None:
-        batch = references.images[: self.options.batch_size]
-        with torch.inference_mode():
+        def compare(batch_size: int) -> tuple[float, float]:
+            batch = references.images[:batch_size]
             expected = original(batch)[:, list(self.task.classes)]
-            difference = float((self.network.module(batch) - expected).abs().max())
-            scale = float(expected.abs().max())
+            return float((self.network.module(batch) - expected).abs().max()), float(expected.abs().max())
+
+        with torch.inference_mode():
+            difference, scale = self.batches.run(compare)
         if not difference <= _LOGIT_TOLERANCE * max(scale, 1.0):
             raise UnsupportedNetworkError(
                 f"The canonical copy's logits differ from the network's by {difference:.3g} (of {scale:.3g}); the "
@@ -292,7 +308,7 @@ class Objective:
         """
         images = self.task.search.to(self.device)
         restricted = Columns(original, self.task.classes).to(self.device)
-        accuracy = float(correct_predictions(restricted, images, self.options.batch_size).double().mean())
+        accuracy = float(correct_predictions(restricted, images, self.batches).double().mean())
         counts = torch.bincount(self.task.search.labels)
         n_classes = int((counts > 0).sum())
         chance = 1 / n_classes if n_classes > 2 else float(counts.max()) / len(self.task.search)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives.datasets import LabelledImages
+from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, cost, slim
@@ -29,15 +30,23 @@ class Measurement:
     cost: Cost
 
 
-def correct_predictions(network: nn.Module, images: LabelledImages, batch_size: int) -> Tensor:
-    """(N,) of bool, on the CPU: whether the largest logit is the label's."""
-    with torch.inference_mode():
+def correct_predictions(network: nn.Module, images: LabelledImages, batches: Batches) -> Tensor:
+    """(N,) of bool, on the CPU: whether the largest logit is the label's.
+
+    Raises:
+        OutOfMemoryError: not even a single image fits on the device.
+    """
+
+    def count(batch_size: int) -> Tensor:
         parts = [
-            network(images.images[start : start + batch_size]).argmax(dim=1)
+            network(images.images[start : start + batch_size].to(images.labels.device)).argmax(dim=1)
             == images.labels[start : start + batch_size]
             for start in range(0, len(images), batch_size)
         ]
         return torch.cat(parts).cpu()
+
+    with torch.inference_mode():
+        return batches.run(count)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,14 +57,15 @@ class Evaluator:
 
     Attributes:
         network: canonical.
-        images: on the network's device; kept in memory in the dtype of evaluation.
-        batch_size: images a forward pass.
+        images: kept in memory in the dtype of evaluation; labels are on the network's device, and so are the images
+            where it has room for them.
+        batches: images a forward pass.
         dtype: of weights and images.
     """
 
     network: CanonicalNetwork
     images: LabelledImages
-    batch_size: int
+    batches: Batches
     dtype: torch.dtype = torch.float32
     _measured: dict[bytes, Measurement] = field(default_factory=dict)
 
@@ -67,5 +77,5 @@ class Evaluator:
             module = slim(self.network, masks, scatter="product")
             size = cost(module)
             module = module.to(self.dtype).to(memory_format=torch.channels_last)
-            self._measured[key] = Measurement(correct_predictions(module, self.images, self.batch_size), size)
+            self._measured[key] = Measurement(correct_predictions(module, self.images, self.batches), size)
         return self._measured[key]

@@ -274,7 +274,7 @@ class _Pruning:
 
     def _accuracy(self, network: nn.Module) -> float:
         images = self._images().to(self.objective.device)
-        correct = correct_predictions(network, images, self.objective.options.batch_size)
+        correct = correct_predictions(network, images, self.objective.batches)
         return float(correct.double().mean())
 
     def _figures(self, network: nn.Module, canonical: fx.GraphModule) -> NetworkFigures:

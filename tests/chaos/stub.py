@@ -85,6 +85,7 @@ class StubEvaluation:
     figures: dict[str, float]
     image_auc: tuple[float, ...]
     seconds: dict[str, float]
+    remarks: tuple[str, ...] = ()
 
 
 class StubWorker:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from objectives.datasets import LabelledImages
+from objectives.memory import Batches
 from objectives.pruning.evaluation import Evaluator, correct_predictions
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import cost, slim
@@ -23,7 +24,9 @@ class Counting(torch.nn.Module):
 def test_every_image_is_counted_once_whatever_the_batches(batch_size, batches):
     images = torch.eye(5)[:, :, None, None]
     network = Counting()
-    correct = correct_predictions(network, LabelledImages(images, torch.tensor([0, 1, 3, 3, 0])), batch_size)
+    correct = correct_predictions(
+        network, LabelledImages(images, torch.tensor([0, 1, 3, 3, 0])), Batches("a test", batch_size)
+    )
     assert correct.tolist() == [True, True, False, True, False]
     assert correct.dtype == torch.bool
     assert network.batches == batches
@@ -39,7 +42,7 @@ def evaluator(prunable):
 
 def test_counts_equal_those_of_the_masked_network(evaluator):
     subject, labelled = evaluator
-    evaluate = Evaluator(subject.canonical, labelled.to("cpu", torch.float64), 16, torch.float64)
+    evaluate = Evaluator(subject.canonical, labelled.to("cpu", torch.float64), Batches("a test", 16), torch.float64)
     ranking = subject.ranking()
     for n in (0, 30, 200, 688):
         masks = ranking.masks(n)
@@ -52,7 +55,7 @@ def test_counts_equal_those_of_the_masked_network(evaluator):
 
 def test_equal_masks_are_measured_once_and_others_are_not_confused(evaluator):
     subject, labelled = evaluator
-    evaluate = Evaluator(subject.canonical, labelled.to("cpu", torch.float64), 16, torch.float64)
+    evaluate = Evaluator(subject.canonical, labelled.to("cpu", torch.float64), Batches("a test", 16), torch.float64)
     ranking = subject.ranking()
     first = evaluate.measure(ranking.masks(100))
     assert evaluate.measure(ranking.masks(100)) is first
@@ -64,7 +67,7 @@ def test_equal_masks_are_measured_once_and_others_are_not_confused(evaluator):
 def test_other_dtypes_leave_the_canonical_network_alone(evaluator, dtype):
     subject, labelled = evaluator
     state = {name: tensor.clone() for name, tensor in subject.canonical.module.state_dict().items()}
-    evaluate = Evaluator(subject.canonical, labelled.to("cpu", dtype), 16, dtype)
+    evaluate = Evaluator(subject.canonical, labelled.to("cpu", dtype), Batches("a test", 16), dtype)
     measurement = evaluate.measure(subject.ranking().masks(100))
     assert measurement.correct.shape == (40,)
     after = subject.canonical.module.state_dict()

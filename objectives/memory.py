@@ -1,0 +1,82 @@
+"""Memory: work in batches, which are halved where a device has no room for them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from objectives.errors import OutOfMemoryError
+
+__all__ = ["Batches", "lacks_memory"]
+
+T = TypeVar("T")
+
+_N_SHOWN = 200
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an exception says that a device, or this machine, has run out of memory."""
+    # PyTorch's allocator for CPUs raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+@dataclass(slots=True)
+class Batches:
+    """How many images one pass takes; a number that did not fit is not tried again.
+
+    Not thread-safe.
+
+    Attributes:
+        purpose: what the passes are for, in the user's words.
+        asked: images a pass.
+        size: those that have fitted so far.
+    """
+
+    purpose: str
+    asked: int
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.asked < 1:
+            raise ValueError(f"`asked` must be at least 1, but got {self.asked}.")
+        self.size = self.asked
+
+    def run(self, compute: Callable[[int], T]) -> T:
+        """What `compute` returns for as many images a pass as fit.
+
+        Args:
+            compute: takes the images a pass; begins anew with fewer of them where memory runs out.
+
+        Raises:
+            OutOfMemoryError: not even a single image fits.
+        """
+        while True:
+            try:
+                return compute(self.size)
+            except Exception as error:
+                if not lacks_memory(error):
+                    raise
+                reason = " ".join(str(error).split())[:_N_SHOWN]
+            # Only here, as the exception's frames keep what they had computed.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.size == 1:
+                raise OutOfMemoryError(
+                    f"Out of memory in {self.purpose} with batches of {self.asked} images, halved down to 1: {reason} "
+                    "Free memory on the device, or use another --device or a smaller --size."
+                )
+            self.size //= 2
+
+    @property
+    def remark(self) -> str | None:
+        """What a trial should say about it; None where all images asked for have fitted."""
+        if self.size == self.asked:
+            return None
+        return f"Out of memory: batches in {self.purpose} were halved from {self.asked} to {self.size} images."
