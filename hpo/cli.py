@@ -261,10 +261,12 @@ def evaluate(
                 "flops": list(curve.flops),
                 "class_accuracies": [list(accuracies) for accuracies in curve.class_accuracies],
                 "seconds": dict(evaluation.seconds),
+                "remarks": list(evaluation.remarks),
             }
         )
         return
-    print_parts(f"{spec.label} on {len(evaluation.image_auc)} {images} images", *evaluation_tables(evaluation))
+    title = f"{spec.label} on {len(evaluation.image_auc)} {images} images"
+    print_parts(title, *evaluation_tables(evaluation), *evaluation.remarks)
 
 
 @cli.command(
