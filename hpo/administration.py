@@ -12,7 +12,7 @@ from hpo.report import plain_table
 from storage.engine import prepare
 from storage.errors import StudyInUseError
 from storage.leftovers import release_orphans, remove_files
-from storage.roles import create_reader
+from storage.roles import check_reader, create_reader
 from storage.schema import Versions
 from storage.urls import mask_password
 
@@ -66,6 +66,8 @@ def initialize(url: str, role: str | None) -> Initialization:
     password = os.environ.get(_PASSWORD, "")
     if role is not None and not password:
         raise ConfigurationError(f"`--dashboard-role {role}` takes its password from {_PASSWORD}, which is not set.")
+    if role is not None:
+        check_reader(url, role, password)
     before, after = prepare(url)
     is_new = create_reader(url, role, password) if role is not None else False
     return Initialization(mask_password(url), before, after, role, is_new)

@@ -102,7 +102,8 @@ class StoreHealth:
         if self.versions != self.newest:
             found.append(f"The tables are {self.versions}, not {self.newest}: run `hpo db init`.")
         found.extend(
-            f"Study {study.name!r} has {study.n_orphans} trials RUNNING that nobody drives: launch it, or run `hpo gc`."
+            f"Study {study.name!r} has RUNNING trials that nobody drives ({study.n_orphans}): "
+            "launch it, or run `hpo gc`."
             for study in self.studies
             if study.n_orphans
         )
@@ -111,7 +112,7 @@ class StoreHealth:
         elif self.artifacts.missing:
             n_missing, first = len(self.artifacts.missing), self.artifacts.missing[0]
             found.append(
-                f"{n_missing} artifacts are missing from {self.artifacts.location}, {first} among them: "
+                f"Artifacts are missing from {self.artifacts.location} ({n_missing}, such as {first}): "
                 "is HPO_ARTIFACTS what it was when they were written?"
             )
         return tuple(found)

@@ -14,7 +14,7 @@ from storage.urls import mask_password, parse_url
 if TYPE_CHECKING:
     from psycopg import Connection, Cursor
 
-__all__ = ["create_reader"]
+__all__ = ["check_reader", "create_reader"]
 
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts what is longer
 _POWERS = {
@@ -39,6 +39,25 @@ UNION ALL SELECT 'write to table ' || c.oid::regclass FROM pg_class c JOIN pg_na
 """
 
 
+def check_reader(url: str, role: str, password: str) -> None:
+    """Check what can be checked of a reader before anything is written.
+
+    Raises:
+        RoleError: The store is not on PostgreSQL, the name is none that a role can have, or the password is empty.
+    """
+    shown = mask_password(url)
+    if parse_url(url).get_dialect().driver != "psycopg":
+        raise RoleError(
+            f"The role {role!r} is for PostgreSQL, and the store is {shown}; name one as 'postgresql+psycopg://...'."
+        )
+    if not role or len(role.encode()) > _LONGEST_NAME or not role.isprintable() or role.startswith("pg_"):
+        raise RoleError(
+            f"A role's name is 1 to {_LONGEST_NAME} printable bytes that don't begin with 'pg_', but got {role!r}."
+        )
+    if not password:
+        raise RoleError(f"The role {role!r} has no password; set one.")
+
+
 def create_reader(url: str, role: str, password: str) -> bool:
     """Let a role log in and read every table of a store, also those to come, and do nothing else; all or nothing.
 
@@ -57,17 +76,8 @@ def create_reader(url: str, role: str, password: str) -> bool:
         RoleError: The store is not on PostgreSQL, the role is another's that may do more, or rights are missing.
         StorageError: The store cannot be opened.
     """
+    check_reader(url, role, password)
     shown = mask_password(url)
-    if parse_url(url).get_dialect().driver != "psycopg":
-        raise RoleError(
-            f"The role {role!r} is for PostgreSQL, and the store is {shown}; name one as 'postgresql+psycopg://...'."
-        )
-    if not role or len(role.encode()) > _LONGEST_NAME or not role.isprintable() or role.startswith("pg_"):
-        raise RoleError(
-            f"A role's name is 1 to {_LONGEST_NAME} printable bytes that don't begin with 'pg_', but got {role!r}."
-        )
-    if not password:
-        raise RoleError(f"The role {role!r} has no password; set one.")
     import psycopg
 
     storage = connect(url, "write")

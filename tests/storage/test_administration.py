@@ -174,7 +174,7 @@ def test_trials_of_a_killed_driver_are_released(driver: subprocess.Popen[str], u
     health = check(url)
     assert [(study.holder, study.n_orphans) for study in health.studies] == [(None, 3)]
     [problem] = health.problems
-    assert problem == "Study 'digits' has 3 trials RUNNING that nobody drives: launch it, or run `hpo gc`."
+    assert problem == "Study 'digits' has RUNNING trials that nobody drives (3): launch it, or run `hpo gc`."
     with StudyStore.open(url) as store:
         leftovers = find_leftovers(store, AN_HOUR)
         assert leftovers == Leftovers((OrphanedTrials("digits", (0, 1, 2)),), (), ())
@@ -287,7 +287,7 @@ def test_missing_artifacts_are_named(filled: StudyStore, url: str) -> None:
     health = check(url).artifacts
     assert (health.n_files, health.missing) == (1, (second,))
     [problem] = check(url).problems
-    assert problem.startswith(f"1 artifacts are missing from {filled.artifacts.location}, {second} among them")
+    assert problem.startswith(f"Artifacts are missing from {filled.artifacts.location} (1, such as {second})")
     filled.artifacts.remove(first)
     assert len(check(url).artifacts.missing) == 2
 

@@ -113,6 +113,17 @@ def test_trials_that_finish_meanwhile_appear_with_later_plots(filled: StudyStore
     assert [each["filename"] for each in detail["trials"][1]["artifacts"]] == ["curve.png"]
 
 
+def test_artifacts_come_from_a_bucket(
+    postgresql_server: Any, bucket: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPO_ARTIFACTS", f"s3://{bucket}/studies")
+    url = postgresql_server.new_database()
+    with StudyStore.open(url) as store:
+        study = store.create_or_resume("digits", identity={}, configuration={})
+        plot = store.add_artifact(study, "best.png", b"\x89PNG plot")
+    assert _open(start, url).ask(f"/artifacts/{study._study_id}/{plot}") == (200, b"\x89PNG plot")
+
+
 WRITES = [
     ("DELETE", "/api/studies/{study}", None),
     ("POST", "/api/studies/{study}/rename", {"study_name": "stolen"}),
