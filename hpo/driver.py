@@ -253,12 +253,17 @@ class StudyDriver:
     def _run_trials(self, source: TrialSource) -> None:
         """Keep the workers busy until nothing is left to ask."""
         while True:
-            while self._in_flight.n_batches < self._n_batches and (batch := self._next_batch(source)):
+            if batch := self._next_batch(source) if self._in_flight.n_batches < self._n_batches else []:
                 self._in_flight.submit(batch)
                 self._executor.submit([Job(asked.number, asked.composite) for asked in batch])
-            if not self._in_flight:
+                # Who has become idle meanwhile is served before more is asked ahead.
+                outcome = self._executor.wait(timeout_s=0)
+            elif self._in_flight:
+                outcome = self._wait()
+            else:
                 return
-            self._take(source, self._wait())
+            if outcome is not None:
+                self._take(source, outcome)
 
     @property
     def _n_batches(self) -> int:

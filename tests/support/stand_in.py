@@ -127,6 +127,8 @@ class RandomOrderExecutor:
 
     def wait(self, timeout_s: float) -> Outcome | None:
         if not self._outcomes:
+            if timeout_s == 0:
+                return None
             self._compute(self._random.choice(self._batches[: self.n_workers]))
         return self._outcomes.popleft()
 
