@@ -175,6 +175,13 @@ def test_failures_in_a_row_are_counted_per_worker(drive, load, narrow):
     assert Counter(trial.state for trial in load().get_trials())[TrialState.FAIL] >= 5
 
 
+def test_progress_says_how_many_workers_there_are(drive, caplog):
+    caplog.set_level("INFO", "hpo")
+    drive(problem := StandInProblem(), n_trials=2, executor=RandomOrderExecutor(problem, 3))
+    phases = [message for message in caplog.messages if "workers" in message]
+    assert phases[:2] == ["Heuristics, 3 workers (0 of 10 done)", "Search, 3 workers (0 of 2 done)"]
+
+
 def test_the_confirmation_runs_on_all_workers_and_outlives_some(drive, load, url):
     wanted = list(HEURISTICS.values())[:3]
     losses = Losses(3, [composite.key for composite in wanted], images="confirmation")
