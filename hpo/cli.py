@@ -603,11 +603,18 @@ def spaces(as_json: bool, verbose: bool) -> None:
 
 def _print_study(configuration: "LaunchConfiguration", *, finished_before: bool) -> None:
     from hpo.report import StudyReport, next_commands
+    from storage.errors import StoreUnreachableError
+    from storage.patience import Outages, Patience
     from storage.store import StudyStore
-    from storage.urls import default_storage_url
+    from storage.urls import default_storage_url, mask_password
 
-    with StudyStore.open(configuration.storage, read_only=True) as store:
-        report = StudyReport.of(store.load(configuration.study))
+    def read(again: bool) -> StudyReport:
+        with StudyStore.open(configuration.storage, read_only=True) as store:
+            return StudyReport.of(store.load(configuration.study))
+
+    # Everything is stored: a database that is away just now must not let the launch fail.
+    patience = Patience(configuration.store_timeout_s)
+    report = Outages(patience, mask_password(configuration.storage), (StoreUnreachableError,)).wait_out(read)
     if finished_before:
         print_parts(f"Study {configuration.study} is finished; a larger --n-trials goes on with it.")
     commands = next_commands(report, default_storage_url())
