@@ -185,6 +185,19 @@ def _executor(value: Any) -> str:
     return str(value)
 
 
+def _gpus(value: Any) -> float:
+    number = _number(value)
+    if number < 0 or (number > 1 and number != int(number)):
+        raise ValueError("must be 0, a share of a GPU such as 0.25, or a whole number")
+    return number
+
+
+def _ray_address(value: Any) -> str:
+    if not isinstance(value, str) or re.fullmatch(r"auto|[^/\s]+:\d+", value) is None:
+        raise ValueError("must be auto or HOST:PORT")
+    return value
+
+
 def _rates(value: Any) -> tuple[float, ...]:
     # Whatever is wrong with rates is said by their own parser, in full.
     text = value if isinstance(value, str) else ",".join(str(item) for item in _items(value))
@@ -299,7 +312,7 @@ class LaunchConfiguration:
     gpus_per_trial: float | None = _option(
         "execution",
         "GPUs of a worker, such as 1 or 0.25.",
-        read=_between(0, math.inf, "must be a number of at least 0"),
+        read=_gpus,
         metavar="N",
         shown="1 where there are GPUs and --device is not cpu",
     )
@@ -312,9 +325,9 @@ class LaunchConfiguration:
     )
     ray_address: str | None = _option(
         "execution",
-        "Running Ray cluster: auto, or HOST:PORT.",
-        read=_text,
-        metavar="ADDRESS",
+        "Running Ray cluster that this machine belongs to: auto, or HOST:PORT.",
+        read=_ray_address,
+        metavar="auto|HOST:PORT",
         shown="a cluster of its own on this machine",
     )
     trials_per_batch: int = _option(
@@ -646,8 +659,10 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
             value = getattr(configuration, OPTIONS[name].field)
             if value is not None and (name, value) != ("workers", 1):
                 raise ConfigurationError(f"`--{name}` is for workers of Ray; add `--executor ray`.")
-    elif configuration.device.startswith("cuda:"):
-        raise ConfigurationError(
-            f"Ray chooses each worker's GPU, so `--device {configuration.device}` cannot hold; pass `--device cuda`."
-        )
+        return configuration
+    device, gpus = configuration.device, configuration.gpus_per_trial
+    if device.startswith("cuda:"):
+        raise ConfigurationError(f"Ray chooses each worker's GPU, so `--device {device}` cannot hold; write cuda.")
+    if gpus is not None and ((device == "cpu" and gpus > 0) or (device == "cuda" and gpus == 0)):
+        raise ConfigurationError(f"`--gpus-per-trial {gpus:g}` contradicts `--device {device}`; leave one out.")
     return configuration

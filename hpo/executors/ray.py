@@ -5,7 +5,6 @@ import math
 import os
 import queue
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +23,12 @@ from typing import Any, Self
 
 from hpo.config import DEFAULT_CPUS_PER_TRIAL, LaunchConfiguration
 from hpo.errors import ExecutorError
-from hpo.executors import Job, Outcome, Worker
+from hpo.executors import Job, Outcome, Worker, reaper
 from hpo.executors.computation import compute, prepare
 from search_spaces.errors import PruningHPOError
 from storage.urls import mask_password
 
-__all__ = ["RayExecutor"]
+__all__ = ["RayExecutor", "Room"]
 
 _CONNECT_TIMEOUT_S = 20.0
 _MOST_FAILED_STARTS = 3
@@ -40,6 +39,10 @@ _TICK_S = 0.2
 _INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
 # What a worker could reach a database or a bucket with; workers know neither.
 _SECRETS = ("AWS_SECRET", "AWS_SESSION", "HPO_", "PG")
+_SETTINGS = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 _OURS = ("hpo", "objectives", "search_spaces", "storage")
 
 _log = logging.getLogger("hpo")
@@ -103,7 +106,7 @@ class RayExecutor:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._ray = ray = stack.enter_context(_connected(self._configuration.ray_address))
-            room = _Room.of(ray.nodes(), self._configuration)
+            room = Room.of(ray.nodes(), self._configuration)
             self._n_workers = room.n_workers(self._configuration)
             resources = {"num_cpus": room.cpus, "num_gpus": room.gpus}
             self._actor_class = ray.remote(**resources, max_restarts=0, max_task_retries=0)(_Actor)
@@ -315,7 +318,7 @@ class _Actor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Room:
+class Room:
     """What a worker needs, and how many such workers a cluster has room for.
 
     Attributes:
@@ -420,14 +423,14 @@ def _connected(address: str | None) -> Iterator[Any]:
         if address is None:
             # A directory of its own: Ray leaves its logs behind, and `auto` must not find this cluster.
             folder = tempfile.mkdtemp(prefix="hpo-ray-")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            announce = stack.enter_context(_reaped(folder))
             arguments: dict[str, Any] = {"address": "local", "_temp_dir": folder}
         else:
             arguments = {"address": address}
         if (masked := [mask_password(argument) for argument in sys.argv]) != sys.argv:
             # A cluster shows its users the command line of every driver.
-            ray._raylet.setproctitle(shlex.join(masked))
-        with _without_secrets():
+            ray._raylet.setproctitle(shlex.join(masked))  # type: ignore[attr-defined]  # compiled
+        with _environment():
             if address is not None:
                 _check_reachable(address)
             stack.callback(ray.shutdown)
@@ -437,7 +440,22 @@ def _connected(address: str | None) -> Iterator[Any]:
             except Exception as error:
                 what = "Ray cannot start here" if address is None else f"There is no usable Ray cluster at {address!r}"
                 raise ExecutorError(f"{what}: {_reason(error)}") from error
+        if address is None:
+            announce()
         yield ray
+
+
+@contextmanager
+def _reaped(folder: str) -> Iterator[Callable[[], None]]:
+    """Have the cluster in this folder cleared away when this context, or this process, ends; call once it is up."""
+    with subprocess.Popen(
+        [sys.executable, "-I", reaper.__file__, str(os.getpid()), folder],
+        stdin=subprocess.PIPE,
+        text=True,
+        process_group=0,  # Ctrl-C in a terminal is for the driver
+    ) as process:
+        assert process.stdin is not None, "it is a pipe"
+        yield partial(print, file=process.stdin, flush=True)
 
 
 def _check_reachable(address: str) -> None:
@@ -447,37 +465,34 @@ def _check_reachable(address: str) -> None:
         ExecutorError: There is no usable cluster.
     """
     program = f"import ray, sys; ray.init(address=sys.argv[1], **{_INIT!r})"
+    command = [sys.executable, "-c", program, address]
     try:
-        subprocess.run(
-            [sys.executable, "-c", program, address],
-            check=True,
-            timeout=_CONNECT_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ExecutorError(
-            f"No Ray cluster answers at {address!r} within {_CONNECT_TIMEOUT_S:.0f} s; start one with `ray start`, or "
-            "leave out --ray-address."
-        ) from error
-    except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip().splitlines()[-1] if error.stderr.strip() else f"exit status {error.returncode}"
+        subprocess.run(command, check=True, timeout=_CONNECT_TIMEOUT_S, stdin=subprocess.DEVNULL, capture_output=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        lines = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        if any("InvalidAuthToken" in line for line in lines):
+            reason = "it wants another token; set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN."
+        elif isinstance(error, subprocess.TimeoutExpired) or not lines:
+            reason = f"none answers within {_CONNECT_TIMEOUT_S:.0f} s; run `ray start`, or leave out --ray-address."
+        else:
+            reason = lines[-1]
         raise ExecutorError(f"There is no usable Ray cluster at {address!r}: {reason}") from error
 
 
 @contextmanager
-def _without_secrets() -> Iterator[None]:
-    """Hide what only the driver may know from processes that start now."""
-    hidden = {name: value for name, value in os.environ.items() if name.startswith(_SECRETS)}
-    for name in hidden:
-        del os.environ[name]
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+def _environment() -> Iterator[None]:
+    """What processes that start now see: none of what only the driver may know."""
+    former = dict(os.environ)
+    for name in former:
+        if name.startswith(_SECRETS):
+            del os.environ[name]
+    os.environ.update(_SETTINGS)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        for name in _SETTINGS.keys() - former.keys():
+            del os.environ[name]
+        os.environ.update(former)
 
 
 @contextmanager

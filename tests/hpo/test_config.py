@@ -154,6 +154,19 @@ def test_model_options_have_types(text, value):
         ("timeout_s", "soon", "`--timeout` must be a duration above 0, such as 90, 90s, 30m or 2h, but got 'soon'."),
         ("metric", "auk", "Unknown metric 'auk'. Did you mean 'auc'? Known: auc, auc_flops, "),
         ("executor", "rey", "Unknown executor 'rey'. Did you mean 'ray'?"),
+        ("workers", "2", "`--workers` is for workers of Ray; add `--executor ray`."),
+        ("gpus_per_trial", "1", "`--gpus-per-trial` is for workers of Ray; add `--executor ray`."),
+        ("cpus_per_trial", "1", "`--cpus-per-trial` is for workers of Ray; add `--executor ray`."),
+        ("ray_address", "auto", "`--ray-address` is for workers of Ray; add `--executor ray`."),
+        ("trial_timeout_s", "9", "`--trial-timeout` is for workers of Ray; add `--executor ray`."),
+        ("workers", "0", "`--workers` must be a whole number of at least 1, but got '0'."),
+        (
+            "gpus_per_trial",
+            "1.5",
+            "`--gpus-per-trial` must be 0, a share of a GPU such as 0.25, or a whole number, but",
+        ),
+        ("cpus_per_trial", "0", "`--cpus-per-trial` must be a number above 0, but got '0'."),
+        ("ray_address", "ray://h:1", "`--ray-address` must be auto or HOST:PORT, but got 'ray://h:1'."),
         ("dtype", "fp16", "`--dtype` must be one of fp32, bf16, but got 'fp16'."),
         ("device", "gpu", "`--device` must be auto, cpu, cuda or cuda:N, but got 'gpu'."),
         ("confirmation_share", "1", "`--confirmation-share` must be a share of at least 0 and below 1, but got '1'."),
@@ -175,6 +188,29 @@ def test_bad_values_are_named_with_the_remedy(field, value, message):
     with pytest.raises(ConfigurationError) as caught:
         resolve({field: value})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:1"}, "Ray chooses each worker's GPU, so `--device cuda:1` cannot hold; write cuda."),
+        (
+            {"device": "cpu", "gpus_per_trial": "0.5"},
+            "`--gpus-per-trial 0.5` contradicts `--device cpu`; leave one out.",
+        ),
+        ({"device": "cuda", "gpus_per_trial": 0}, "`--gpus-per-trial 0` contradicts `--device cuda`; leave one out."),
+    ],
+)
+def test_ray_chooses_gpus(options, message):
+    with pytest.raises(ConfigurationError) as caught:
+        resolve({"executor": "ray", **options})
+    assert str(caught.value) == message
+
+
+def test_samplers_that_do_not_learn_have_large_batches():
+    sizes = {sampler: resolve({"sampler": sampler}).trials_per_batch for sampler in ("grid", "random", "tpe")}
+    assert sizes == {"grid": 8, "random": 8, "tpe": 1}
+    assert resolve({"sampler": "grid", "trials_per_batch": "2"}).trials_per_batch == 2
 
 
 @pytest.mark.parametrize("rates", ["0.1,0.5", "0,0.5,0.5", "0:1:0.1", "0", "x"])

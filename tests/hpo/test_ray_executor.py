@@ -1,10 +1,12 @@
 """The Ray executor on a real cluster of this machine, with workers that sleep, fail, hang and die."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ import pytest
 from hpo.config import resolve
 from hpo.errors import ExecutorError
 from hpo.executors import Job
-from hpo.executors.ray import RayExecutor
+from hpo.executors.ray import RayExecutor, Room
 from objectives.errors import RelevanceError
 from search_spaces.errors import SpaceError
 from search_spaces.heuristics import HEURISTICS
+from storage.store import StudyStore
 
 N_WORKERS = 3
 TIMEOUT_S = 4.0
@@ -166,6 +169,140 @@ def test_a_worker_that_died_idle_costs_nothing(executor):
     ended = outcomes(executor, 2)
     assert {outcome.cause for outcome in ended.values()} == {None}
     assert not pids & {outcome.evaluation["pid"] for outcome in ended.values()}
+
+
+def node(cpus, gpus=0, alive=True):
+    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "cpus", "gpus", "n_workers"),
+    [
+        ([node(4)], {}, 1, 0, 4),
+        ([node(4)], {"cpus_per_trial": 1.5}, 1.5, 0, 2),
+        ([node(4)], {"workers": 3}, 1, 0, 3),
+        ([node(8, 2), node(8, 4), node(8, 8, alive=False), node(0)], {}, 1, 1, 6),
+        ([node(8, 2), node(8)], {"gpus_per_trial": 0.25}, 1, 0.25, 8),
+        ([node(8, 2)], {"gpus_per_trial": 0.3}, 1, 0.3, 6),
+        ([node(8, 8)], {"gpus_per_trial": 4, "cpus_per_trial": 2}, 2, 4, 2),
+        ([node(2, 8)], {}, 1, 1, 2),
+        ([node(8, 8)], {"device": "cpu"}, 1, 0, 8),
+        ([node(8, 8)], {"gpus_per_trial": 0}, 1, 0, 8),
+        ([node(2)], {"workers": 5, "ray_address": "auto"}, 1, 0, 5),
+    ],
+)
+def test_as_many_workers_as_fit(nodes, options, cpus, gpus, n_workers):
+    configuration = resolve({"executor": "ray", **options})
+    room = Room.of(nodes, configuration)
+    assert (room.cpus, room.gpus, room.n_workers(configuration)) == (cpus, gpus, n_workers)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "message"),
+    [
+        (
+            [node(4), node(8, 1)],
+            {"gpus_per_trial": 2},
+            "A worker of 1 CPUs and 2 GPUs fits nowhere: Ray has machines of 4 CPUs with 0 GPUs and "
+            "8 CPUs with 1 GPUs; change `--cpus-per-trial` or `--gpus-per-trial`.",
+        ),
+        (
+            [node(4)],
+            {"device": "cuda"},
+            "A worker of 1 CPUs and 1 GPUs fits nowhere: Ray has machines of 4 CPUs with 0 GPUs; "
+            "change `--cpus-per-trial` or `--gpus-per-trial`.",
+        ),
+        (
+            [node(2)],
+            {"workers": 4},
+            "`--workers 4` of 1 CPUs and 0 GPUs each do not fit into 2 CPUs with 0 GPUs: pass `--workers 2`, "
+            "or lower `--cpus-per-trial` or `--gpus-per-trial`.",
+        ),
+    ],
+)
+def test_more_than_there_is_is_refused(nodes, options, message):
+    configuration = resolve({"executor": "ray", **options})
+    with pytest.raises(ExecutorError) as caught:
+        Room.of(nodes, configuration).n_workers(configuration)
+    assert str(caught.value) == message
+
+
+class Launch:
+    """`hpo launch` on digits with workers of Ray, in a session of its own as in a terminal."""
+
+    def __init__(self, folder):
+        # Ray's sockets allow no long paths.
+        self.temporary = Path(tempfile.mkdtemp(prefix="t"))
+        self.url = f"sqlite:///{folder / 'studies.db'}"
+        command = [sys.executable, "-m", "hpo.cli", "launch", "--executor", "ray", "--workers", "2", "--seed", "0"]
+        self.process = subprocess.Popen(
+            [*command, "--evaluation-images", "100", "--n-trials", "400"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "HPO_STORAGE": self.url, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"},
+        )
+
+    def wait_for(self, part):
+        for line in self.process.stderr:
+            if part in line:
+                return
+        raise AssertionError(f"no line has {part!r}")
+
+    def pids(self):
+        """The driver and all that it has started, as long as they run."""
+        pids = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                pids.append(int(folder.name))
+        return pids
+
+
+@pytest.fixture
+def launch(tmp_path):
+    launch = Launch(tmp_path)
+    yield launch
+    for pid in launch.pids():
+        os.kill(pid, signal.SIGKILL)
+    launch.process.communicate()
+    shutil.rmtree(launch.temporary)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_terminal_ends_everything_in_order(launch, number):
+    launch.wait_for("2/10  trial")
+    if number == signal.SIGINT:
+        os.killpg(launch.process.pid, number)
+    else:
+        launch.process.send_signal(number)
+    start = time.monotonic()
+    stdout, stderr = launch.process.communicate(timeout=30)
+    assert time.monotonic() - start < 15
+    assert (launch.process.returncode, stdout) == (130, "")
+    lines = [line for line in stderr.splitlines() if "/10  trial " not in line]
+    assert lines == [
+        "Interrupted: no finished trial is lost. To go on:",
+        "  hpo launch --executor ray --workers 2 --seed 0 --evaluation-images 100 --n-trials 400",
+    ]
+    assert launch.pids() == []
+    assert list(launch.temporary.iterdir()) == []
+    with StudyStore.open(launch.url, read_only=True) as store:
+        assert "RUNNING" not in {trial.state.name for trial in store.load("digits").get_trials()}
+
+
+def test_a_driver_that_is_killed_leaves_no_process(launch):
+    launch.wait_for("2/10  trial")
+    assert len(launch.pids()) > 4
+    launch.process.kill()
+    deadline = time.monotonic() + 10
+    while launch.pids() or list(launch.temporary.iterdir()):
+        assert time.monotonic() < deadline, (launch.pids(), list(launch.temporary.iterdir()))
+        time.sleep(0.1)
 
 
 def test_one_process_has_one_executor(executor):
