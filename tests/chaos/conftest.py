@@ -9,6 +9,8 @@ import pytest
 # Before the modules of this directory are imported; the launchers' processes have it in PYTHONPATH.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+pytest.register_assert_rewrite("chaos.invariants", "chaos.launches")
+
 from chaos.launches import FULL, ChaosStudy, full_only
 from chaos.record import Record
 

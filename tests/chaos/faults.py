@@ -49,8 +49,8 @@ def every(interval_s: Callable[[], float], fault: Callable[[], bool]) -> Iterato
 
 
 def ray_workers(mark: str) -> list[int]:
-    """Processes of Ray's actors that hold our workers."""
-    return [pid for pid, title in marked(mark).items() if title.startswith("ray::") and "IDLE" not in title]
+    """Processes of our workers; those of Ray itself have other titles."""
+    return [pid for pid, title in marked(mark).items() if title.startswith("ray::_Actor")]
 
 
 def kill_ray_worker(mark: str, choose: random.Random) -> bool:

@@ -219,7 +219,8 @@ def marked(mark: str) -> dict[int, str]:
             environment = (directory / "environ").read_bytes()
             where = os.readlink(directory / "cwd")
             if state != "Z" and (f"{MARK}={mark}".encode() in environment or mark in where):
-                found[int(directory.name)] = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                title = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(directory.name)] = title.strip()
     return found
 
 

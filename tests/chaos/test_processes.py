@@ -1,6 +1,7 @@
 """Processes that die, stand still or are interrupted: workers and drivers, at any moment and at each step."""
 
 import itertools
+import os
 import random
 import signal
 import time
@@ -8,7 +9,7 @@ from functools import partial
 
 import pytest
 from chaos.faults import every, kill_ray_worker
-from chaos.invariants import assert_no_orphans, composite_key
+from chaos.invariants import assert_no_orphans, composite_key, marked
 from chaos.launches import EXIT_INTERRUPTED, GRID_6, GRID_60, RAY, full_only
 from chaos.stub import StubSettings
 from optuna.trial import TrialState
@@ -98,6 +99,23 @@ def test_a_kill_at_a_release(postgresql_server, make_study, record):
             assert_no_orphans(killed.mark)
             study.run()
         record(3, study.check(), drivers_killed=1, workers_killed=kills.n)
+
+
+@full_only
+@pytest.mark.parametrize("program", ["raylet", "gcs_server"])
+def test_a_process_of_ray_is_killed(postgresql_server, make_study, record, program):
+    """Ray may go on without it for a while; else the launch ends, and says so, and the next one goes on."""
+    study = make_study(postgresql_server.new_database(), options=RAY)
+    with study.witness:
+        launch = study.start()
+        launch.wait_for("3/60  trial")
+        [pid] = [pid for pid, title in marked(launch.mark).items() if f"/{program} " in title]
+        os.kill(pid, signal.SIGKILL)
+        if launch.end(120) != 0:
+            assert launch.log.splitlines()[-1].startswith("Error: "), launch.log
+        assert_no_orphans(launch.mark)
+        study.run()
+    record(2, study.check())
 
 
 def test_a_kill_before_every_commit(new_url, make_study, full, record):
