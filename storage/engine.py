@@ -66,6 +66,8 @@ _POSTGRESQL_SETTINGS = (
 _POSTGRESQL_READING = ("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",)
 # A process that is stopped in a transaction must not hold its rows for ever.
 _POSTGRESQL_WRITING = ("SET idle_in_transaction_session_timeout = '60s'",)
+# Who waits for a lock any longer is told so, and can be patient in its own way.
+_LOCK_TIMEOUT_S = 10
 
 
 def connect(url: str, mode: Mode) -> RDBStorage:
@@ -233,6 +235,7 @@ def _server_connector(parsed: URL, shown: str, mode: Mode) -> Callable[[], Any]:
     settings: tuple[str, ...] = ()
     if dialect.name == "postgresql":
         settings = _POSTGRESQL_SETTINGS + (_POSTGRESQL_READING if mode == "read" else _POSTGRESQL_WRITING)
+        settings += (f"SET lock_timeout = '{_LOCK_TIMEOUT_S}s'",)
 
     def connector() -> Any:
         connection: Any = dialect.connect(*arguments, **options)

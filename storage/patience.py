@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, wait_exponential
@@ -14,9 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, wait_exponential
 from storage.errors import StorageError, StoreUnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tenacity import RetryCallState
+    from collections.abc import Callable
 
 __all__ = ["IMPATIENT", "Outages", "Patience"]
 
@@ -48,7 +45,9 @@ IMPATIENT = Patience()
 class Outages:
     """Waits out the outages of a store, with longer and longer pauses.
 
-    Thread-safe: an outage is one for all threads, and told once.
+    Thread-safe. Every call has its own time, which begins with its first failure: what others can still do, as who
+    reads where writes are held up, does not prolong it. The time of a call within another is that of the outer one.
+    An outage is told once for all threads. Where patience has ended, none waits again before something has succeeded.
 
     Args:
         patience: How long.
@@ -62,7 +61,10 @@ class Outages:
         self._passing = passing
         self._stop = patience.stop or threading.Event()
         self._lock = threading.Lock()
-        self._since: float | None = None
+        self._within = threading.local()
+        self._n_waiting = 0
+        self._told_since = 0.0
+        self._has_ended = False
 
     def wait_out(self, attempt: Callable[[bool], _T]) -> _T:
         """What an attempt returns, made again for as long as the store is away and patience lasts.
@@ -75,71 +77,92 @@ class Outages:
             StoreUnreachableError: The store was away for too long.
             StorageError: Whatever else an attempt raises, or what it last raised where the waiting was stopped.
         """
-        failures: list[BaseException] = []
-
-        def sleep(seconds: float) -> None:
-            if self._stop.wait(seconds):
-                raise failures[-1]
-
-        def note(state: RetryCallState) -> None:
-            assert state.outcome is not None
-            failure = state.outcome.exception()
-            assert failure is not None, "only failures are retried"
-            failures.append(failure)
-
+        if getattr(self._within, "a_call", False):
+            return attempt(False)
+        call = _Call()
         attempts = Retrying(
             retry=retry_if_exception_type(self._passing),
             wait=wait_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
-            stop=self._give_up,
-            before_sleep=note,
-            sleep=sleep,
-            retry_error_callback=self._too_long,
+            stop=lambda state: self._stop.is_set() or self._has_ended or call.away_s >= self._patience.timeout_s,
+            sleep=lambda seconds: self._sleep(call, seconds),
+            retry_error_callback=lambda state: self._too_long(call),
         )
-        result: _T = attempts(self._once, attempt, count())
+        self._within.a_call = True
+        try:
+            result: _T = attempts(self._once, attempt, call)
+        finally:
+            self._within.a_call = False
+            self._leave(call)
         return result
 
-    def _once(self, attempt: Callable[[bool], _T], numbers: Iterator[int]) -> _T:
+    def _once(self, attempt: Callable[[bool], _T], call: _Call) -> _T:
+        again = call.since is not None
         try:
-            result = attempt(next(numbers) > 0)
+            result = attempt(again)
         except self._passing as failure:
-            self._begin(failure)
+            call.failure = failure
+            if not again:
+                call.since = time.monotonic()
+                self._enter(failure)
             raise
         except Exception:
-            self._end()
+            call.failure = None
             raise
-        self._end()
+        call.failure = None
         return result
 
-    def _begin(self, failure: Exception) -> None:
+    def _sleep(self, call: _Call, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            assert call.failure is not None, "only failures are retried"
+            raise call.failure
+
+    def _enter(self, failure: Exception) -> None:
         with self._lock:
-            if self._since is not None:
+            self._n_waiting += 1
+            if self._n_waiting > 1 or self._has_ended:
                 return
-            self._since = time.monotonic()
+            self._told_since = time.monotonic()
         if self._patience.timeout_s > 0:
             self._patience.notify(f"{failure} Waiting for it, at most {self._patience.timeout_s:g} s.")
 
-    def _end(self) -> None:
+    def _leave(self, call: _Call) -> None:
+        """Tell that the store is back, if it is and nobody waits any more."""
         with self._lock:
-            since, self._since = self._since, None
-        if since is not None and self._patience.timeout_s > 0:
-            away_s = time.monotonic() - since
+            if call.failure is None:
+                self._has_ended = False
+            if call.since is None:
+                return
+            self._n_waiting -= 1
+            is_back = call.failure is None and self._n_waiting == 0
+            away_s = time.monotonic() - self._told_since
+        if is_back and self._patience.timeout_s > 0:
             self._patience.notify(f"The store {self._where} is back after {away_s:.1f} s; the study goes on.")
 
-    def _away_s(self) -> float:
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def _give_up(self, state: RetryCallState) -> bool:
-        return self._stop.is_set() or self._away_s() >= self._patience.timeout_s
-
-    def _too_long(self, state: RetryCallState) -> NoReturn:
+    def _too_long(self, call: _Call) -> NoReturn:
         """Raise what patience ends in."""
-        assert state.outcome is not None
-        failure = state.outcome.exception()
-        assert failure is not None, "patience ends with a failure"
+        assert call.failure is not None, "patience ends with a failure"
         if self._stop.is_set() or self._patience.timeout_s <= 0:
-            raise failure
+            raise call.failure
+        with self._lock:
+            self._has_ended = True
         raise StoreUnreachableError(
             f"The store {self._where} has been away for longer than --store-timeout ({self._patience.timeout_s:g} s); "
             "finished trials are kept: launch again once it is back."
-        ) from failure
+        ) from call.failure
+
+
+@dataclass(slots=True)
+class _Call:
+    """An outermost call of `wait_out`.
+
+    Attributes:
+        since: When its first attempt failed, in seconds of the monotonic clock; None before.
+        failure: What its last attempt failed with, if that may pass.
+    """
+
+    since: float | None = None
+    failure: StorageError | None = None
+
+    @property
+    def away_s(self) -> float:
+        return 0.0 if self.since is None else time.monotonic() - self.since

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from commit_proxy import CommitProxy
 from optuna.artifacts import get_all_artifact_meta
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -20,6 +23,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from postgresql_cluster import Server
 
+from storage import engine
 from storage.errors import StoreBusyError, StoreUnreachableError
 from storage.patience import IMPATIENT, Outages, Patience
 from storage.store import StudyStore
@@ -106,6 +110,42 @@ def test_each_outage_has_its_own_time() -> None:
         # 0.3 s each.
         waiting.wait_out(fails_first(2))
     assert len(told.sentences) == 6
+
+
+def test_success_of_a_call_within_prolongs_nothing() -> None:
+    told = Told()
+    waiting = outages(told.patience(timeout_s=0.5))
+
+    def attempt(again: bool) -> None:
+        assert waiting.wait_out(lambda again: 1) == 1
+        raise AWAY
+
+    start = time.monotonic()
+    with pytest.raises(StoreUnreachableError, match=r"longer than --store-timeout \(0\.5 s\)"):
+        waiting.wait_out(attempt)
+    assert time.monotonic() - start < 2
+    assert len(told.sentences) == 1
+
+
+def test_success_of_another_thread_prolongs_nothing() -> None:
+    told, done = Told(), threading.Event()
+    waiting = outages(told.patience(timeout_s=0.5))
+
+    def read() -> None:
+        while not done.wait(0.01):
+            waiting.wait_out(lambda again: None)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        start = time.monotonic()
+        with pytest.raises(StoreUnreachableError, match="longer than --store-timeout"):
+            waiting.wait_out(fails_first(10**6))
+        assert time.monotonic() - start < 2
+    finally:
+        done.set()
+        reader.join()
+    assert len(told.sentences) == 1
 
 
 def test_patience_ends() -> None:
@@ -434,3 +474,40 @@ def test_store_that_stays_away_is_left_in_time(new_postgresql: Callable[[], Serv
             store.adopt_orphans(study)
         assert time.monotonic() - start < 1
     assert len(told.sentences) == 1
+
+
+def test_reads_that_work_do_not_prolong_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_SQLITE_TIMEOUT_S", 0.1)
+    told, path = Told(), tmp_path / "studies.db"
+    with StudyStore.open(f"sqlite:///{path}", patience=told.patience(timeout_s=1.0)) as store:
+        study = store.create_or_resume("digits", identity={}, configuration={})
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            start = time.monotonic()
+            with pytest.raises(StoreUnreachableError, match=r"away for longer than --store-timeout \(1 s\)"):
+                store.ask(study, suggest)
+            assert time.monotonic() - start < 6
+    assert len(told.sentences) == 1
+
+
+def test_write_that_waits_for_a_lock_ends(postgresql_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_LOCK_TIMEOUT_S", 1)
+    told, url = Told(), postgresql_server.new_database()
+    holder = sqlalchemy.create_engine(url)
+    with StudyStore.open(url, patience=told.patience(timeout_s=1.0)) as store:
+        study = store.create_or_resume("digits", identity={}, configuration={})
+        trial, _ = store.ask(study, suggest)
+        with holder.connect() as connection:
+            connection.execute(sqlalchemy.text("LOCK TABLE trials IN SHARE MODE"))
+            # Ends the test where it would wait for ever.
+            connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = '20s'"))
+            start = time.monotonic()
+            with pytest.raises(StoreUnreachableError, match=r"away for longer than --store-timeout \(1 s\)"):
+                store.finish(trial, RESULT)
+            assert time.monotonic() - start < 8
+            connection.rollback()
+        # The lock is gone, and the very next write succeeds.
+        store.finish(trial, RESULT)
+    holder.dispose()
+    [begin] = told.sentences
+    assert begin.startswith("Another process holds")
