@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-# Before the modules of this directory are imported; the launchers' processes have it in PYTHONPATH.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+# Before the modules of this directory are imported. The root comes first: tests of a package lie in a directory of its
+# name, which would take its place.
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 pytest.register_assert_rewrite("chaos.invariants", "chaos.launches")
 
-from chaos.launches import FULL, ChaosStudy, full_only
-from chaos.record import Record
+from chaos.launches import FULL, ChaosStudy, full_only  # noqa: E402
+from chaos.record import Record  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
