@@ -307,7 +307,11 @@ class LaunchConfiguration:
         default="local",
     )
     workers: int | None = _option(
-        "execution", "Trials at a time.", read=_whole(1), metavar="N", shown="as many as Ray has GPUs, else CPUs, for"
+        "execution",
+        "Trials at a time.",
+        read=_whole(1),
+        metavar="N",
+        shown="1; of Ray, as many as it has GPUs, else CPUs, for",
     )
     gpus_per_trial: float | None = _option(
         "execution",

@@ -22,13 +22,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpo.config import DEFAULT_CPUS_PER_TRIAL, LaunchConfiguration
-from hpo.errors import ExecutorError
+from hpo.errors import ExecutorError, Interrupted
 from hpo.executors import Job, Outcome, Worker, reaper
 from hpo.executors.computation import compute, prepare
 from search_spaces.errors import PruningHPOError
 from storage.urls import mask_password
 
-__all__ = ["RayExecutor", "Room"]
+__all__ = ["RayExecutor", "Room", "is_users"]
 
 _CONNECT_TIMEOUT_S = 20.0
 _MOST_FAILED_STARTS = 3
@@ -384,7 +384,7 @@ def _n_fit(cpus: float, gpus: float, machine_cpus: float, machine_gpus: float) -
 
 def _put(ray: Any, factory: Callable[[], Worker]) -> Any:
     """Send what makes a worker to the cluster, with the user's own modules: other machines don't have them."""
-    own = [module for name, module in sorted(sys.modules.items()) if _is_users(name, getattr(module, "__file__", None))]
+    own = [module for name, module in sorted(sys.modules.items()) if is_users(name, getattr(module, "__file__", None))]
     with ExitStack() as stack:
         for module in own:
             ray.cloudpickle.register_pickle_by_value(module)
@@ -398,9 +398,9 @@ def _put(ray: Any, factory: Callable[[], Worker]) -> Any:
             ) from error
 
 
-def _is_users(name: str, file: str | None) -> bool:
+def is_users(name: str, file: str | None) -> bool:
     """Whether a module lies in the working directory and is not installed."""
-    if file is None or name == "__main__" or name.partition(".")[0] in _OURS:
+    if file is None or name == "__main__" or name.partition(".")[0] in sys.stdlib_module_names.union(_OURS):
         return False
     path = Path(file)
     return path.is_relative_to(Path.cwd()) and not {"dist-packages", "site-packages"} & set(path.parts)
@@ -437,6 +437,8 @@ def _connected(address: str | None) -> Iterator[Any]:
             try:
                 with _sigterm_kept():
                     ray.init(**_INIT, **arguments)
+            except SystemExit as error:  # Ray's answer to SIGTERM
+                raise Interrupted from error
             except Exception as error:
                 what = "Ray cannot start here" if address is None else f"There is no usable Ray cluster at {address!r}"
                 raise ExecutorError(f"{what}: {_reason(error)}") from error

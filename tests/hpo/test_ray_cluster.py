@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,7 @@ def evaluations(executor, batches):
     }
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_local_executor(connect, one_thread):
     problem = load_problem(resolve({"evaluation_images": "100", "confirmation_share": "0.2"}), None)
     composites = list(HEURISTICS.values())[:6]
@@ -138,6 +140,7 @@ def test_values_are_those_of_the_local_executor(connect, one_thread):
     assert evaluations(connect(problem.worker(), workers=2), [jobs[:3], jobs[3:5], jobs[5:]]) == local
 
 
+@pytest.mark.slow
 def test_a_network_of_the_users_own_travels_with_its_module(connect, one_thread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -150,6 +153,7 @@ def test_a_network_of_the_users_own_travels_with_its_module(connect, one_thread,
     assert evaluations(connect(problem.worker(), workers=1), [[job]]) == evaluations(LocalExecutor(problem), [[job]])
 
 
+@pytest.mark.slow
 def test_workers_take_the_room_that_there_is(connect, cluster):
     jobs = [Job(number, HEURISTICS["zplus"]) for number in range(60)]
     with connect(Sleeper, workers=6) as executor:
@@ -193,6 +197,7 @@ def test_more_than_any_machine_has_is_refused(connect):
         pass
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_named(connect, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN[::-1])
     with pytest.raises(
@@ -201,6 +206,7 @@ def test_a_wrong_token_is_named(connect, monkeypatch):
         connect(Sleeper).__enter__()
 
 
+@pytest.mark.slow
 def test_an_address_where_nobody_answers_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         executor = RayExecutor(
@@ -230,14 +236,18 @@ with RayExecutor(resolve({{"executor": "ray", "ray_address": {cluster!r}, "worke
     time.sleep(60)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, "--storage", "postgresql://ann:secret@host/studies"],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
     ) as driver:
         pids = [int(pid) for pid in driver.stdout.readline().split()]
+        # A cluster shows its users the command line of every driver, as it stands here.
+        command_line = Path(f"/proc/{driver.pid}/cmdline").read_text()
         driver.kill()
     assert len(pids) == 2
+    assert "postgresql://ann:***@host/studies" in command_line
+    assert "secret" not in command_line
     deadline = time.monotonic() + 10
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
@@ -246,7 +256,6 @@ with RayExecutor(resolve({{"executor": "ray", "ray_address": {cluster!r}, "worke
 
 def is_alive(pid):
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False

@@ -14,7 +14,7 @@ import pytest
 from hpo.config import resolve
 from hpo.errors import ExecutorError
 from hpo.executors import Job
-from hpo.executors.ray import RayExecutor, Room
+from hpo.executors.ray import RayExecutor, Room, is_users
 from objectives.errors import RelevanceError
 from search_spaces.errors import SpaceError
 from search_spaces.heuristics import HEURISTICS
@@ -273,6 +273,7 @@ def launch(tmp_path):
     shutil.rmtree(launch.temporary)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_in_a_terminal_ends_everything_in_order(launch, number):
     launch.wait_for("2/10  trial")
@@ -295,6 +296,7 @@ def test_ctrl_c_in_a_terminal_ends_everything_in_order(launch, number):
         assert "RUNNING" not in {trial.state.name for trial in store.load("digits").get_trials()}
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_no_process(launch):
     launch.wait_for("2/10  trial")
     assert len(launch.pids()) > 4
@@ -308,3 +310,19 @@ def test_a_driver_that_is_killed_leaves_no_process(launch):
 def test_one_process_has_one_executor(executor):
     with pytest.raises(ExecutorError, match="connected to Ray already"), RayExecutor(configure(), Stub):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "users"),
+    [
+        ("mine", "mine.py", True),
+        ("mine.nets", "mine/nets.py", True),
+        ("json", "lib/python3.11/json/__init__.py", False),
+        ("timm", ".venv/lib/python3.11/site-packages/timm/__init__.py", False),
+        ("hpo.config", "hpo/config.py", False),
+        ("other", "/opt/other.py", False),
+    ],
+)
+def test_only_modules_of_the_users_own_travel(name, file, users, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_users(name, str(tmp_path / file)) is users
