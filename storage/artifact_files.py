@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import uuid
@@ -15,17 +16,26 @@ from typing import TYPE_CHECKING, Protocol
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-from storage.errors import StoreUnreachableError
+from storage.errors import ArtifactsMismatchError, StorageError, StoreUnreachableError
 from storage.failures import file_failures
-from storage.urls import Bucket, artifact_location
+from storage.urls import Bucket, artifact_location, artifacts_are_placed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import BinaryIO
 
-__all__ = ["ArtifactFiles", "DirectoryFiles", "StoredFile", "is_artifact_id", "open_artifact_files"]
+__all__ = [
+    "ArtifactFiles",
+    "DirectoryFiles",
+    "StoredFile",
+    "claim",
+    "is_artifact_id",
+    "is_claimed",
+    "open_artifact_files",
+]
 
 _ARTIFACT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_MARK = "store.json"
 _PART = re.compile(rf"\.({_ARTIFACT_ID.pattern})\.part")
 
 
@@ -60,9 +70,11 @@ class ArtifactFiles(Protocol):
 
     Attributes:
         location: Where the files are, fit for messages.
+        is_placed: Whether `HPO_ARTIFACTS` says so, which could say it to several stores.
     """
 
     location: str
+    is_placed: bool
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """A file's content; Optuna's `ArtifactNotFound` where there is none."""
@@ -109,16 +121,67 @@ def open_artifact_files(url: str) -> ArtifactFiles:
         from storage.s3 import BucketFiles
 
         return BucketFiles(location)
-    return DirectoryFiles(location)
+    return DirectoryFiles(location, is_placed=artifacts_are_placed())
+
+
+def is_claimed(files: ArtifactFiles, store_id: str) -> bool:
+    """Whether a place says that it is this store's; one that no store has written to since the mark exists does not.
+
+    Raises:
+        ArtifactsMismatchError: It says that it is another store's.
+    """
+    try:
+        with files.open_reader(_MARK) as mark:
+            owner = json.load(mark)["store"]
+    except ArtifactNotFound:
+        return False
+    except (ValueError, TypeError, KeyError):
+        owner = None
+    if owner != store_id:
+        raise ArtifactsMismatchError(
+            f"The artifacts in {files.location} are another store's; set HPO_ARTIFACTS to a place of this one's own, "
+            f"or remove {_MARK} there if that store is gone."
+        )
+    return True
+
+
+def claim(files: ArtifactFiles, store_id: str) -> None:
+    """Mark a place as a store's, if `HPO_ARTIFACTS` names it: another store would take the files there for leftovers.
+
+    Raises:
+        ArtifactsMismatchError: It is another store's.
+        StorageError: It cannot be written.
+    """
+    if not files.is_placed or is_claimed(files, store_id):
+        return
+    try:
+        files.write_bytes(_MARK, json.dumps({"store": store_id}).encode())
+    except StorageError:
+        # Another process of this store may have been in between.
+        if not is_claimed(files, store_id):
+            raise
+    # Another store may have been.
+    is_claimed(files, store_id)
 
 
 class DirectoryFiles(FileSystemArtifactStore):
     """Artifact files in a directory, which is created with the first of them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_placed: bool = False) -> None:
         super().__init__(directory)
+        self.is_placed = is_placed
         self.directory = directory
         self.location = str(directory)
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """A file's content; Optuna's `ArtifactNotFound` where there is none."""
+        with file_failures(self.directory, "read"):
+            return super().open_reader(artifact_id)
+
+    def remove(self, artifact_id: str) -> None:
+        """Remove a file; Optuna's `ArtifactNotFound` where there is none."""
+        with file_failures(self.directory):
+            super().remove(artifact_id)
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Write a file under another name first, so that none is ever there in part."""
@@ -138,39 +201,40 @@ class DirectoryFiles(FileSystemArtifactStore):
 
     def discard(self, artifact_id: str) -> None:
         """Remove a file, if it is there and can be removed."""
-        with suppress(ArtifactNotFound, OSError):
+        with suppress(ArtifactNotFound, StorageError):
             self.remove(artifact_id)
 
     def stored(self) -> Iterator[StoredFile]:
         """Every file, then what interrupted writes have left; none where the directory is not there yet."""
-        try:
-            names = sorted(os.listdir(self.directory))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StoreUnreachableError(
-                f"Cannot read {self.directory}: {error.strerror}; check the path and its permissions."
-            ) from error
+        with file_failures(self.directory, "read"):
+            try:
+                names = sorted(os.listdir(self.directory))
+            except FileNotFoundError:
+                return
         whole = [(name, name, None) for name in names if is_artifact_id(name)]
         parts = [(name, match[1], name) for name in names if (match := _PART.fullmatch(name))]
         for name, artifact_id, upload in [*whole, *parts]:
-            with suppress(FileNotFoundError):
-                status = os.stat(self.directory / name)
-                yield StoredFile(artifact_id, datetime.fromtimestamp(status.st_mtime, UTC), status.st_size, upload)
+            with file_failures(self.directory, "read"):
+                try:
+                    status = os.stat(self.directory / name)
+                except FileNotFoundError:
+                    continue
+            yield StoredFile(artifact_id, datetime.fromtimestamp(status.st_mtime, UTC), status.st_size, upload)
 
     def delete(self, file: StoredFile) -> None:
         """Remove a file or a leftover; one that is gone meanwhile is no error."""
-        with file_failures(self.directory), suppress(ArtifactNotFound):
+        with suppress(ArtifactNotFound):
             self.remove(file.upload or file.artifact_id)
 
     def try_writing(self) -> None:
         """Raise what a write would raise now; leaves nothing, not even the directory."""
-        if self.directory.exists():
+        with file_failures(self.directory):
+            parent = next(each for each in (self.directory, *self.directory.parents) if each.exists())
+        if parent == self.directory:
             probe = str(uuid.uuid4())
             self.write_bytes(probe, b"probe")
             self.remove(probe)
             return
-        parent = next(each for each in self.directory.parents if each.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
             raise StoreUnreachableError(
                 f"Cannot create {self.directory}: {parent} is not a directory that you may write to; "

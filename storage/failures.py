@@ -19,6 +19,7 @@ from storage.errors import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
+    from typing import Literal
 
 __all__ = ["database_failure", "file_failures", "one_line"]
 
@@ -92,7 +93,7 @@ def _full(where: object) -> StoreFullError:
 
 
 @contextmanager
-def file_failures(path: Path) -> Iterator[None]:
+def file_failures(path: Path, doing: Literal["read", "write"] = "write") -> Iterator[None]:
     """Translate what the operating system says about files at a path.
 
     Raises:
@@ -107,4 +108,4 @@ def file_failures(path: Path) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise _full(path) from error
         reason = error.strerror or one_line(error)
-        raise StoreUnreachableError(f"Cannot write {path}: {reason}; check the path and its permissions.") from error
+        raise StoreUnreachableError(f"Cannot {doing} {path}: {reason}; check the path and its permissions.") from error

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 from sqlalchemy import func, select, text
 
+from storage.artifact_files import is_claimed
 from storage.artifacts import recorded_ids
 from storage.errors import StorageError
-from storage.schema import Versions, newest_versions, stored_versions
+from storage.schema import Versions, newest_versions, store_id, stored_versions
 from storage.store import StudyStore
 from storage.urls import parse_url, sqlite_path
 
@@ -179,8 +180,10 @@ def _may_write(connection: Connection, url: str) -> bool:
 def _artifact_health(store: StudyStore, may_write: bool, connection: Connection) -> ArtifactHealth:
     files = store.artifacts
     # Records first: an artifact's file is written before its record.
-    recorded = recorded_ids(connection)
+    recorded, identity = recorded_ids(connection), store_id(connection)
     try:
+        if files.is_placed and identity is not None:
+            is_claimed(files, identity)
         whole = {file.artifact_id: file.n_bytes for file in files.stored() if file.upload is None}
         if may_write:
             files.try_writing()

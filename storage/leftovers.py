@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
+from storage.artifact_files import is_claimed
 from storage.artifacts import recorded_ids
 from storage.errors import ArtifactsMismatchError
+from storage.schema import store_id
 
 if TYPE_CHECKING:
     from storage.artifact_files import StoredFile
@@ -61,19 +63,22 @@ def find_leftovers(store: StudyStore, older_than: timedelta) -> Leftovers:
         older_than: Files that were written later are left alone: a driver may be about to write their records.
 
     Raises:
-        ArtifactsMismatchError: There are files, and not one of those that the store refers to is among them.
+        ArtifactsMismatchError: The files are another store's, or may be: nothing says whose, and the store refers to
+            none; or it does refer to some, and not one of them is there.
     """
     # Files first: the record of an artifact is written after its file.
     stored = list(store.artifacts.stored())
     with store.rdb.engine.connect() as connection:
-        recorded = recorded_ids(connection)
-    if stored and recorded and recorded.isdisjoint(file.artifact_id for file in stored):
+        recorded, identity = recorded_ids(connection), store_id(connection)
+    files = store.artifacts
+    is_ours = not files.is_placed or (identity is not None and is_claimed(files, identity))
+    if stored and (recorded or not is_ours) and recorded.isdisjoint(file.artifact_id for file in stored):
         raise ArtifactsMismatchError(
             f"None of the {len(recorded)} artifacts of {store.url_masked} is in {store.artifacts.location}, but others "
             "are: they belong to another store; correct HPO_ARTIFACTS."
         )
-    latest = datetime.now(UTC) - older_than
-    old = [file for file in stored if file.written < latest]
+    now = datetime.now(UTC)
+    old = [file for file in stored if now - file.written > older_than]
     return Leftovers(
         tuple(_orphans(store)),
         tuple(file for file in old if file.upload is None and file.artifact_id not in recorded),

@@ -45,6 +45,7 @@ class BucketFiles:
 
     def __init__(self, bucket: Bucket) -> None:
         self.location = str(bucket)
+        self.is_placed = True
         self._bucket = bucket.name
         self._prefix = f"{bucket.prefix}/" if bucket.prefix else ""
         self._client = _client(self.location)

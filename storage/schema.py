@@ -1,7 +1,8 @@
-"""The store's own tables beside Optuna's: a version, and who drives which study."""
+"""The store's own tables beside Optuna's: a version, an identity, and who drives which study."""
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ __all__ = [
     "VERSION",
     "Versions",
     "newest_versions",
+    "store_id",
     "stored_version",
     "stored_versions",
     "upgrade",
     "upgrade_optuna",
 ]
 
-VERSION = 1
+VERSION = 2
 """Version of the store's own tables; a release that changes them raises it."""
 
 TABLES = MetaData()
@@ -45,6 +47,8 @@ LEASES = Table(
 """The last holder of each study's lease: a random token, the server's process that has the lock, and `LeaseHolder`."""
 
 _SCHEMA = Table("hpo_schema", TABLES, Column("version", Integer, primary_key=True, autoincrement=False))
+# One row: what tells the store from every other, wherever it is moved.
+_STORE = Table("hpo_store", TABLES, Column("id", String(32), primary_key=True))
 _LAST_OF_OPTUNA = "alembic_version"  # Optuna creates it when all its others are there
 
 
@@ -64,6 +68,16 @@ def upgrade(connection: Connection) -> None:
     TABLES.create_all(connection)
     connection.execute(delete(_SCHEMA))
     connection.execute(insert(_SCHEMA).values(version=VERSION))
+    if store_id(connection) is None:
+        connection.execute(insert(_STORE).values(id=uuid.uuid4().hex))
+
+
+def store_id(connection: Connection) -> str | None:
+    """What tells a store from every other; None where an earlier release has made its tables."""
+    if not inspect(connection).has_table(_STORE.name):
+        return None
+    found: str | None = connection.scalar(select(_STORE.c.id))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from search_spaces.suggestions import did_you_mean
 from storage import artifacts, trials
-from storage.artifact_files import open_artifact_files
+from storage.artifact_files import claim, open_artifact_files
 from storage.artifacts import ArtifactRecord
 from storage.cache import StudyCache
 from storage.engine import connect
@@ -35,6 +35,7 @@ from storage.errors import (
 from storage.identity import differences
 from storage.lease import LeaseHolder, file_lease, file_lease_holder, server_lease, server_lease_holder
 from storage.patience import IMPATIENT, Outages, Patience
+from storage.schema import store_id
 from storage.summaries import CREATED, StudySummary, summaries
 from storage.urls import lock_directory, mask_password, without_user_information
 
@@ -101,6 +102,7 @@ class StudyStore:
         self._outages = Outages(patience, url_masked, passing if on_server else passing[:1])
         self._lock_files = lock_files
         self._given: set[int] = set()
+        self._has_place = not artifact_files.is_placed
         self.rdb = rdb
         self.storage = StudyCache(rdb, self._outages)
         self.artifacts = artifact_files
@@ -215,12 +217,14 @@ class StudyStore:
         Raises:
             StudyNameError: No study can have this name.
             StudyIdentityError: The stored study is another search; it is left as it is.
+            ArtifactsMismatchError: `HPO_ARTIFACTS` names another store's place.
             TrialResultError: Identity or configuration is not JSON.
         """
         if not name or len(name) > _LONGEST_NAME or not name.isprintable():
             raise StudyNameError(f"A study's name is 1 to {_LONGEST_NAME} printable characters, but got {name!r:.80}.")
         asked = json.loads(trials.to_json(IDENTITY, identity))
         launched = json.loads(trials.to_json(CONFIGURATION, _without_credentials(configuration)))
+        self._claim_place()
         if not self.exists(name) and self._create(name, {IDENTITY: asked, CONFIGURATION: launched}):
             return self.load(name, sampler)
         study = self.load(name, sampler)
@@ -449,12 +453,22 @@ class StudyStore:
 
     # Artifacts
 
+    def _claim_place(self) -> None:
+        if not self._has_place:
+            identity = self._patiently(lambda connection, again: store_id(connection))
+            # Only one that may not be written to can be of an earlier release still.
+            if identity is not None:
+                claim(self.artifacts, identity)
+            self._has_place = True
+
     def write_artifact(self, filename: str, content: bytes, mimetype: str | None = None) -> ArtifactRecord:
         """Write a file whose record is still to be stored, as part of a `TrialResult`.
 
         Raises:
+            ArtifactsMismatchError: `HPO_ARTIFACTS` names another store's place.
             StoreFullError: It doesn't fit on the disk; no part of it is left.
         """
+        self._claim_place()
         record = ArtifactRecord.new(filename, mimetype)
         self.artifacts.write_bytes(record.artifact_id, content)
         return record

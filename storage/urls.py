@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Bucket",
     "artifact_location",
+    "artifacts_are_placed",
     "data_directory",
     "default_storage_url",
     "fingerprint",
@@ -186,6 +187,11 @@ def artifact_location(url: str) -> Path | Bucket:
             "'s3://BUCKET/PREFIX' with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
     return Path(chosen).expanduser().resolve()
+
+
+def artifacts_are_placed() -> bool:
+    """Whether `HPO_ARTIFACTS` names the place of artifacts, whatever the store."""
+    return bool(os.environ.get("HPO_ARTIFACTS"))
 
 
 def lock_directory(url: str) -> Path:

@@ -270,13 +270,64 @@ def test_interrupted_write_is_cleared_away(filled: StudyStore, bucket: str, s3_c
     assert not find_leftovers(filled, AN_HOUR)
 
 
-def test_files_of_another_store_are_left_alone(filled: StudyStore, tmp_path: Path) -> None:
+def test_place_of_another_store_is_left_alone(filled: StudyStore, tmp_path: Path) -> None:
+    kept = stored(filled)
     with StudyStore.open(f"sqlite:///{tmp_path}/other.db") as other:
-        study = other.create_or_resume("other", identity={}, configuration={})
-        mine = other.add_artifact(study, "best.png", b"png")
-        other.artifacts.discard(mine)
-        with pytest.raises(ArtifactsMismatchError, match="they belong to another store; correct HPO_ARTIFACTS"):
-            find_leftovers(other, AN_HOUR)
+        refusal = f"The artifacts in {filled.artifacts.location} are another store's; set HPO_ARTIFACTS to a place "
+        for use in (
+            lambda: other.create_or_resume("other", identity={}, configuration={}),
+            lambda: other.write_artifact("curve.csv", b"0,1"),
+            lambda: find_leftovers(other, timedelta(seconds=-5)),
+        ):
+            with pytest.raises(ArtifactsMismatchError) as caught:
+                use()
+            assert str(caught.value).startswith(refusal)
+        assert other.summaries() == []
+    [problem] = check(f"sqlite:///{tmp_path}/other.db").problems
+    assert problem.startswith(refusal)
+    assert stored(filled) == kept
+
+
+def test_place_is_claimed_once(filled: StudyStore, url: str) -> None:
+    with filled.artifacts.open_reader("store.json") as mark:
+        before = mark.read()
+    with StudyStore.open(url) as again:
+        again.create_or_resume("digits", identity={}, configuration={})
+        assert again.write_artifact("curve.csv", b"0,1").artifact_id in stored(filled)
+    with filled.artifacts.open_reader("store.json") as mark:
+        assert mark.read() == before
+
+
+def test_files_of_nobody_are_left_alone(filled: StudyStore, tmp_path: Path) -> None:
+    # Files that an earlier release has written, which set no mark.
+    filled.artifacts.remove("store.json")
+    kept = stored(filled)
+    belong = "they belong to another store; correct HPO_ARTIFACTS"
+    with (
+        StudyStore.open(f"sqlite:///{tmp_path}/empty.db") as empty,
+        pytest.raises(ArtifactsMismatchError, match=belong),
+    ):
+        find_leftovers(empty, timedelta(seconds=-5))
+    lost = filled.write_artifact("curve.csv", b"lost").artifact_id
+    assert {file.artifact_id for file in find_leftovers(filled, timedelta(seconds=-5)).files} == {lost}
+    assert stored(filled) == kept | {lost}
+
+
+def test_files_of_which_none_is_ours_are_left_alone(filled: StudyStore) -> None:
+    for artifact_id in stored(filled):
+        filled.artifacts.remove(artifact_id)
+    filled.write_artifact("curve.csv", b"lost")
+    with pytest.raises(ArtifactsMismatchError, match="they belong to another store; correct HPO_ARTIFACTS"):
+        find_leftovers(filled, AN_HOUR)
+
+
+def test_default_directory_has_no_mark(tmp_path: Path) -> None:
+    with StudyStore.open(f"sqlite:///{tmp_path}/own.db") as own:
+        own.create_or_resume("digits", identity={}, configuration={})
+        record = own.write_artifact("curve.csv", b"0,1")
+        assert os.listdir(tmp_path / "own.db.artifacts") == [record.artifact_id]
+        [file] = find_leftovers(own, timedelta(seconds=-5)).files
+        assert file.artifact_id == record.artifact_id
 
 
 def test_missing_artifacts_are_named(filled: StudyStore, url: str) -> None:

@@ -150,6 +150,16 @@ def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         files.write_bytes(new_id(), b"")
 
 
+@pytest.mark.parametrize("use", ["open_reader", "remove", "stored", "try_writing"])
+def test_what_the_system_says_is_translated(directory: DirectoryFiles, use: str) -> None:
+    # Rights don't stop root, but nothing is found inside a file.
+    directory.directory.touch()
+    inside = DirectoryFiles(directory.directory / "inside")
+    arguments = [new_id()] if use in {"open_reader", "remove"} else []
+    with pytest.raises(StoreUnreachableError, match=f"{inside.location}: "):
+        list(getattr(inside, use)(*arguments) or ())
+
+
 def test_full_disk_is_said_of_the_directory(mount_disk: Callable[[int], Path]) -> None:
     files = DirectoryFiles(mount_disk(2**16))
     files.try_writing()

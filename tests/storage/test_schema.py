@@ -13,7 +13,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 
 from storage.errors import StoreFormatError
-from storage.schema import TABLES, VERSION, stored_version
+from storage.schema import TABLES, VERSION, store_id, stored_version, upgrade
 from storage.store import StudyStore
 
 OPEN = """
@@ -73,6 +73,17 @@ def test_former_store_is_upgraded_when_it_is_written_to(former_url: str) -> None
     with StudyStore.open(former_url, create=False) as store, store.lease("digits"):
         assert store.exists("digits")
     assert tables(former_url) == before | set(TABLES.tables)
+
+
+def test_identity_stays(former_url: str) -> None:
+    found = set()
+    for _ in range(2):
+        with StudyStore.open(former_url) as store, store.rdb.engine.begin() as connection:
+            found.add(store_id(connection))
+            upgrade(connection)
+    [identity] = found
+    assert identity is not None
+    assert len(identity) == 32
 
 
 def test_former_store_is_read_as_it_is(former_url: str) -> None:
