@@ -355,8 +355,8 @@ class StudyDriver:
         try:
             with self._naming_sampler():
                 self._store.finish(asked.trial, replace(result, artifacts=(table,)))
-        except StorageError:
-            self._store.artifacts.discard(table.artifact_id)
+        except StorageError as error:
+            self._store.discard_refused(table, error)
             raise
         source.told(asked)
         self._remember(asked.trial, asked.composite, result.value, asked.heuristic)

@@ -4,6 +4,7 @@
     └── StorageError
         ├── StoreUrlError            (ValueError)         a storage URL that cannot be read
         ├── StoreUnreachableError    (ConnectionError)    no driver, no server, no access
+        │   └── ArtifactsAwayError                        a bucket's service that doesn't answer for now
         ├── StoreNotFoundError       (FileNotFoundError)  nothing has been stored there yet
         ├── StoreFormatError         (ValueError)         not a study store, or one of another Optuna
         ├── StoreFullError           (OSError)            no space left
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AfterTrialError",
+    "ArtifactsAwayError",
     "ArtifactsMismatchError",
     "DashboardAddressError",
     "LeaseLostError",
@@ -71,6 +73,10 @@ class StoreUrlError(StorageError, ValueError):
 
 class StoreUnreachableError(StorageError, ConnectionError):
     """A store that cannot be reached: its driver, its server or its access rights are missing."""
+
+
+class ArtifactsAwayError(StoreUnreachableError):
+    """A bucket whose service does not answer, or says itself that it cannot for now."""
 
 
 class StoreNotFoundError(StorageError, FileNotFoundError):

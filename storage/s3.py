@@ -7,6 +7,7 @@ Service, region and credentials are those of boto3's standard settings, such as 
 from __future__ import annotations
 
 import io
+import re
 import uuid
 from contextlib import contextmanager, suppress
 from datetime import UTC
@@ -16,7 +17,7 @@ from optuna.artifacts import Boto3ArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
 from storage.artifact_files import StoredFile, is_artifact_id
-from storage.errors import StorageError, StoreFullError, StoreUnreachableError
+from storage.errors import ArtifactsAwayError, StorageError, StoreFullError, StoreUnreachableError
 from storage.failures import one_line
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ _READ_TIMEOUT_S = 60
 _N_ATTEMPTS = 3
 _NO_ACCESS = {"AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "403"}
 _HTTP_INSUFFICIENT_STORAGE = 507
+_HTTP_SERVER_ERROR = 500
+_PASSWORD = re.compile(r"(://[^:/\s]*:)\S*@")
 
 
 class BucketFiles:
@@ -140,33 +143,47 @@ def _client(location: str) -> Any:
             return boto3.session.Session().client("s3", config=settings)
         except ValueError as error:  # botocore's word for an endpoint that is no URL
             raise StoreUnreachableError(
-                f"Cannot reach {location}: {one_line(error)}; check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION."
-            ) from error
+                f"Cannot reach {location}: {_reason(error)}; check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION."
+            ) from None
 
 
 @contextmanager
 def _failures(location: str) -> Iterator[None]:
     """Translate what boto3 says about a bucket."""
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        HTTPClientError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
+    from botocore.exceptions import ConnectionError as BotoConnectionError
 
+    # `from None`: what boto3 says may repeat a password in AWS_ENDPOINT_URL.
     try:
         yield
     except ClientError as error:
-        raise _refusal(error.response, location, one_line(error)) from error
+        raise _refusal(error.response, location, _reason(error)) from None
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise StoreUnreachableError(
-            f"Cannot reach {location}: {one_line(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-        ) from error
+            f"Cannot reach {location}: {_reason(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        ) from None
     except (Boto3Error, BotoCoreError) as error:
-        raise StoreUnreachableError(
-            f"Cannot reach {location}: {one_line(error).rstrip('.')}; check AWS_ENDPOINT_URL and that the service runs."
-        ) from error
+        may_pass = isinstance(error, BotoConnectionError | HTTPClientError)
+        raise (ArtifactsAwayError if may_pass else StoreUnreachableError)(
+            f"Cannot reach {location}: {_reason(error).rstrip('.')}; check AWS_ENDPOINT_URL and that the service runs."
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return _PASSWORD.sub(r"\1***@", one_line(error))
 
 
 def _refusal(response: dict[str, Any], location: str, reason: str) -> StorageError:
     code = response.get("Error", {}).get("Code", "")
-    if response.get("ResponseMetadata", {}).get("HTTPStatusCode") == _HTTP_INSUFFICIENT_STORAGE:
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if status == _HTTP_INSUFFICIENT_STORAGE:
         return StoreFullError(f"No space left for {location}; free some and launch again: finished trials are kept.")
     if code == "NoSuchBucket":
         return StoreUnreachableError(f"There is no bucket for {location}; create it, or correct HPO_ARTIFACTS.")
@@ -174,4 +191,5 @@ def _refusal(response: dict[str, Any], location: str, reason: str) -> StorageErr
         return StoreUnreachableError(
             f"No access to {location}: {reason}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and their rights."
         )
-    return StoreUnreachableError(f"Cannot use {location}: {reason}; check HPO_ARTIFACTS and AWS_ENDPOINT_URL.")
+    failure = ArtifactsAwayError if status >= _HTTP_SERVER_ERROR else StoreUnreachableError
+    return failure(f"Cannot use {location}: {reason}; check HPO_ARTIFACTS and AWS_ENDPOINT_URL.")

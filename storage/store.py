@@ -22,6 +22,7 @@ from storage.cache import StudyCache
 from storage.engine import connect
 from storage.errors import (
     AfterTrialError,
+    ArtifactsAwayError,
     StorageError,
     StoreBusyError,
     StoreUnreachableError,
@@ -100,6 +101,7 @@ class StudyStore:
         on_server = rdb.engine.dialect.name != "sqlite"
         passing: tuple[type[StorageError], ...] = (StoreBusyError, StoreUnreachableError)
         self._outages = Outages(patience, url_masked, passing if on_server else passing[:1])
+        self._artifact_outages = Outages(patience, artifact_files.location, (ArtifactsAwayError,))
         self._lock_files = lock_files
         self._given: set[int] = set()
         self._has_place = not artifact_files.is_placed
@@ -462,7 +464,7 @@ class StudyStore:
             self._has_place = True
 
     def write_artifact(self, filename: str, content: bytes, mimetype: str | None = None) -> ArtifactRecord:
-        """Write a file whose record is still to be stored, as part of a `TrialResult`.
+        """Write a file whose record is still to be stored, as part of a `TrialResult`; waits out a bucket's outage.
 
         Raises:
             ArtifactsMismatchError: `HPO_ARTIFACTS` names another store's place.
@@ -470,7 +472,7 @@ class StudyStore:
         """
         self._claim_place()
         record = ArtifactRecord.new(filename, mimetype)
-        self.artifacts.write_bytes(record.artifact_id, content)
+        self._artifact_outages.wait_out(lambda again: self.artifacts.write_bytes(record.artifact_id, content))
         return record
 
     def add_artifact(
@@ -490,14 +492,22 @@ class StudyStore:
 
         try:
             self._patiently(write)
-        except BaseException:
-            self.artifacts.discard(record.artifact_id)
+        except Exception as error:
+            self.discard_refused(record, error)
             raise
         for artifact_id in former - {record.artifact_id}:
             self.artifacts.discard(artifact_id)
         if not isinstance(owner, Study):
             self.storage.forget(owner._trial_id)
         return record.artifact_id
+
+    def discard_refused(self, record: ArtifactRecord, error: Exception) -> None:
+        """Remove a file whose record could not be stored, unless it may have been: the answer was lost, say.
+
+        What stays without a record is found by `hpo gc`.
+        """
+        if not isinstance(error, StoreBusyError | StoreUnreachableError):
+            self.artifacts.discard(record.artifact_id)
 
     def _patiently(self, work: Callable[[Connection, bool], _T]) -> _T:
         """What is done in a transaction of its own, and again in another where an outage has cut it off."""

@@ -17,7 +17,10 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 
 from storage.artifact_files import ArtifactFiles, DirectoryFiles, open_artifact_files
 from storage.artifacts import ArtifactRecord
+from storage.engine import connect
 from storage.errors import StoreFullError, StoreUnreachableError, StoreUrlError
+from storage.patience import Patience
+from storage.store import StudyStore
 
 URL = "postgresql+psycopg://ada@db.example.org/studies"
 
@@ -295,6 +298,35 @@ def test_service_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in texts:
         assert text.startswith("Cannot reach s3://bucket: Could not connect to the endpoint URL")
         assert text.endswith("check AWS_ENDPOINT_URL and that the service runs.")
+
+
+def test_password_of_an_endpoint_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    texts = refusals("s3://bucket", monkeypatch, AWS_ENDPOINT_URL="http://ada:s3cret@127.0.0.1:1", **keys)
+    assert texts
+    for text in texts:
+        assert "http://ada:***@127.0.0.1:1" in text
+        assert "s3cret" not in text
+
+
+def test_bucket_that_is_away_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("ENDPOINT_URL", "http://127.0.0.1:1"), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("HPO_ARTIFACTS", "s3://bucket/p")
+    files = open_artifact_files(URL)
+    # Not marked as the store's own: that is not waited for.
+    files.is_placed = False
+    told: list[str] = []
+    rdb = connect(f"sqlite:///{tmp_path}/studies.db", "create")
+    patience = Patience(0.5, notify=told.append)
+    with (
+        StudyStore(rdb, files, "sqlite:///studies.db", tmp_path, patience) as store,
+        pytest.raises(StoreUnreachableError) as caught,
+    ):
+        store.write_artifact("curve.csv", b"0,1")
+    assert str(caught.value).startswith("The store s3://bucket/p has been away for longer than --store-timeout (0.5 s)")
+    [begin] = told
+    assert begin.startswith("Cannot reach s3://bucket/p: ")
 
 
 @pytest.mark.parametrize("endpoint", ["minio:9000", "http://ho st"])

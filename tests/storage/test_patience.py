@@ -392,6 +392,22 @@ def test_operation_is_done_once_whichever_commit_is_lost(
         assert len(told.sentences) == 2 * (n - 1)
 
 
+def test_file_stays_whose_record_may_be_there(postgresql_server: Server, proxy: CommitProxy, tmp_path: Path) -> None:
+    url = postgresql_server.new_database()
+    stop = threading.Event()
+    patience = Patience(60.0, stop, lambda sentence: stop.set())
+    with (
+        StudyStore.open(by_proxy(url, postgresql_server, proxy), patience=patience) as store,
+        StudyStore.open(url, read_only=True) as witness,
+    ):
+        study = store.create_or_resume("digits", identity={}, configuration={})
+        # The launch is stopped while it waits for the answer to a commit that has been carried out.
+        proxy.lose(1, delivered=True)
+        with pytest.raises(StoreUnreachableError):
+            store.add_artifact(study, "best.png", b"png")
+        has_artifact(witness, witness.load("digits"))
+
+
 # Servers that restart
 
 
