@@ -158,8 +158,9 @@ def parse_age(text: str) -> timedelta:
     """
     try:
         return timedelta(seconds=0 if text == "0" else parse_seconds(text))
-    except ValueError as error:
-        raise ConfigurationError(f"`--older-than` {error}, but got {text!r}.") from None
+    except (ValueError, OverflowError):
+        wanted = "must be a duration such as 0, 90, 90s, 30m or 24h"
+        raise ConfigurationError(f"`--older-than` {wanted}, but got {text!r}.") from None
 
 
 def leftovers_lines(leftovers: "Leftovers", store: "StudyStore") -> Iterator[str]:

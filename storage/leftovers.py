@@ -93,6 +93,9 @@ def _orphans(store: StudyStore) -> list[OrphanedTrials]:
     for summary in store.summaries():
         if summary.n_trials.get(TrialState.RUNNING) and store.lease_holder(summary.name) is None:
             running = store.load(summary.name).get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            # A driver may have ended in between, or begun.
+            if not running or store.lease_holder(summary.name) is not None:
+                continue
             found.append(OrphanedTrials(summary.name, tuple(trial.number for trial in running)))
     return found
 

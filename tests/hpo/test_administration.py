@@ -232,9 +232,9 @@ def test_gc_leaves_a_study_alone_that_is_driven(messy: StudyStore) -> None:
         assert states(messy)["RUNNING"] == 2
 
 
-@pytest.mark.parametrize("text", ["", "soon", "-1", "1d"])
+@pytest.mark.parametrize("text", ["", "soon", "-1", "1d", "10000000000000h", "9" * 400])
 def test_age_that_is_none(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="`--older-than` must be a duration"):
+    with pytest.raises(ConfigurationError, match="`--older-than` must be a duration such as 0, 90"):
         parse_age(text)
 
 

@@ -379,3 +379,21 @@ def test_bucket_that_is_not_there_is_a_problem(
 ) -> None:
     monkeypatch.setenv("HPO_ARTIFACTS", "s3://no-such-bucket")
     assert check(url).problems == ("There is no bucket for s3://no-such-bucket; create it, or correct HPO_ARTIFACTS.",)
+
+
+def test_driver_that_ends_meanwhile_leaves_no_orphans(
+    store: StudyStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = store.create_or_resume("digits", identity={}, configuration={})
+    look = StudyStore.lease_holder
+
+    def end_before_a_look(looking: StudyStore, name: str) -> Any:
+        for trial in store.trials(study, (TrialState.RUNNING,)):
+            store.release(trial)
+        return look(looking, name)
+
+    monkeypatch.setattr(StudyStore, "lease_holder", end_before_a_look)
+    study.ask()
+    assert find_leftovers(store, AN_HOUR).orphans == ()
+    study.ask()
+    assert check(url).problems == ()
