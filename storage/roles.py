@@ -59,10 +59,12 @@ def check_reader(url: str, role: str, password: str) -> None:
 
 
 def create_reader(url: str, role: str, password: str) -> bool:
-    """Let a role log in and read every table of a store, also those to come, and do nothing else; all or nothing.
+    """Let a role log in and read every table of a store, also those to come, and write to none; all or nothing.
 
     The password leaves this process only as a SCRAM-SHA-256 verifier. That a role may create nothing takes that nobody
     may by default: schema and database keep `CREATE` and `TEMPORARY` for those who have been granted them by name.
+    What PostgreSQL lets every role do in every database stays, because only a superuser could take it away: to make
+    large objects, to hold advisory locks, and to connect to the server's other databases. So the password is a secret.
 
     Args:
         url: Where the store is, as a user who may create roles.
