@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from objectives.attribution.composites import check_groups, check_shape
-from objectives.attribution.engine import OutputRelevance, ZennitAttribution
-from objectives.attribution.relevance import AbsScope, Relevance
+from objectives.attribution.engine import Attribution, OutputRelevance, ZennitAttribution
+from objectives.attribution.relevance import AbsScope
+from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
 from objectives.errors import DataError, OptionError, UnsupportedNetworkError
@@ -35,16 +35,21 @@ from search_spaces.suggestions import did_you_mean
 
 __all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
 
+AttributionEngine = Literal["shared", "zennit"]
 Dtype = Literal["fp32", "bf16"]
 ImageSet = Literal["search", "confirmation"]
 
-_CHOICES = {"abs_scope": get_args(AbsScope), "dtype": get_args(Dtype), "output_relevance": get_args(OutputRelevance)}
+_CHOICES = {
+    "abs_scope": get_args(AbsScope),
+    "attribution": get_args(AttributionEngine),
+    "dtype": get_args(Dtype),
+    "output_relevance": get_args(OutputRelevance),
+}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A canonical copy in float32 differs from its network by rounding only.
 _LOGIT_TOLERANCE = 1e-3
 # Share of images whose prediction rounding may change.
 _BORDER_SHARE = {"fp32": 0.005, "bf16": 0.03}
-_RELEVANCES_KEPT = 8
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +67,9 @@ class ObjectiveOptions:
         batch_size: images a pass, in attribution and evaluation.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         layer_groups: a user's own name patterns by group.
+        attribution: `shared` attributes many composites together, `zennit` one at a time; their scores agree to
+            rounding, as those of two devices do, so neither is part of a study's identity.
+        attribution_memory: bytes that the shared engine may take.
     """
 
     rates: tuple[float, ...]
@@ -72,6 +80,8 @@ class ObjectiveOptions:
     batch_size: int = 100
     device: str = "auto"
     layer_groups: Mapping[str, Sequence[str]] | None = None
+    attribution: AttributionEngine = "shared"
+    attribution_memory: int = DEFAULT_MEMORY
 
     def __post_init__(self) -> None:
         check_rates(self.rates)
@@ -141,16 +151,13 @@ class Objective:
             self.layer_groups = {name: document.layer_groups[name] for name in self.network.layers}
         references = task.references.to(self.device)
         self._check_copy(original, references)
-        self.attribution = ZennitAttribution(
-            self.network,
-            self.layer_groups,
-            references,
-            options.batch_size,
-            options.abs_scope,
-            options.output_relevance,
+        settings = (references, options.batch_size, options.abs_scope, options.output_relevance)
+        self.attribution: Attribution = (
+            ZennitAttribution(self.network, self.layer_groups, *settings)
+            if options.attribution == "zennit"
+            else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
         )
         self._evaluators: dict[ImageSet, Evaluator] = {}
-        self._relevances: OrderedDict[str, Relevance] = OrderedDict()
         self.unpruned_accuracy: float = self._unpruned(original)
 
     @property
@@ -196,15 +203,13 @@ class Objective:
             "batch_size": options.batch_size,
         }
 
+    def prepare(self, composites: Sequence[CompositeSpec]) -> None:
+        """Computes together what attributions of composites that will be evaluated soon share."""
+        self.attribution.prepare(composites)
+
     def scores(self, composite: CompositeSpec) -> dict[str, Tensor]:
-        """Score of every component, layer -> (components,); both values of `abs` share one attribution."""
-        key = composite.attribution_key
-        if key not in self._relevances:
-            self._relevances[key] = self.attribution.attribute(composite)
-            if len(self._relevances) > _RELEVANCES_KEPT:
-                self._relevances.popitem(last=False)
-        self._relevances.move_to_end(key)
-        return self._relevances[key].scores(absolute=composite.abs)
+        """Score of every component, layer -> (components,); all rankings of one attribution share it."""
+        return self.attribution.attribute(composite).scores(absolute=composite.abs)
 
     def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
         """Attributes, prunes and counts.
@@ -282,7 +287,8 @@ class Objective:
         return Evaluation(curve, curve.figures(), tuple(image_auc.tolist()), seconds, self._remarks())
 
     def _remarks(self) -> tuple[str, ...]:
-        return () if self.batches.remark is None else (self.batches.remark,)
+        remarks = (self.attribution.batches.remark, self.batches.remark)
+        return tuple(remark for remark in remarks if remark is not None)
 
     # Ways to be wrong without noticing.
 

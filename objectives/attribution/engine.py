@@ -5,9 +5,10 @@ Relevance starts as 1 at the true class's logit and 0 elsewhere (Yeom et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,16 +17,18 @@ from zennit.core import stabilize
 
 from objectives.attribution.composites import check_groups, zennit_composite
 from objectives.attribution.operations import STABILIZER
-from objectives.attribution.relevance import AbsScope, Relevance
+from objectives.attribution.relevance import AbsScope, Relevance, moments
 from objectives.datasets import LabelledImages
 from objectives.errors import RelevanceError
+from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
 from search_spaces.composites import CompositeSpec
 
-__all__ = ["Attribution", "OutputRelevance", "ZennitAttribution"]
+__all__ = ["Attribution", "OutputRelevance", "ZennitAttribution", "captured", "start_relevance"]
 
 OutputRelevance = Literal["one", "logit"]
 
+_N_KEPT = 8
 _BALANCE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
@@ -35,13 +38,29 @@ class Attribution(Protocol):
     Engines are not thread-safe: hooks live on the one canonical copy. Use one engine a worker.
     """
 
+    @property
+    def batches(self) -> Batches:
+        """Samples that are attributed at a time."""
+        ...
+
     def attribute(self, composite: CompositeSpec) -> Relevance:
         """Relevance under a composite.
 
         Raises:
             RelevanceError: relevance that isn't finite or doesn't balance.
+            OutOfMemoryError: the device has no room for a single image.
         """
         ...
+
+    def prepare(self, composites: Sequence[CompositeSpec]) -> None:
+        """Computes together what composites that will be asked soon share; may do nothing."""
+        ...
+
+
+def start_relevance(logits: Tensor, labels: Tensor, output_relevance: OutputRelevance) -> Tensor:
+    """What relevance starts as, (N, classes): 0 but at the true classes (N,)."""
+    chosen = logits.gather(1, labels[:, None]) if output_relevance == "logit" else 1.0
+    return torch.zeros_like(logits).scatter_(1, labels[:, None], chosen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +74,7 @@ class ZennitAttribution:
         batch_size: part of a study's identity, since it changes rounding.
         abs_scope: where `abs` is taken.
         output_relevance: what relevance starts as.
+        batches: images a pass; halved where memory runs out.
 
     Raises:
         UnsupportedNetworkError: a layer has no group.
@@ -66,36 +86,42 @@ class ZennitAttribution:
     batch_size: int
     abs_scope: AbsScope = "sum"
     output_relevance: OutputRelevance = "one"
+    batches: Batches = field(init=False)
+    _kept: OrderedDict[str, Relevance] = field(init=False, default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         check_groups(self.network, self.layer_groups)
+        object.__setattr__(self, "batches", Batches("attribution", self.batch_size))
 
     def attribute(self, composite: CompositeSpec) -> Relevance:
-        """See `Attribution.attribute`."""
-        signed: dict[str, list[Tensor]] = {name: [] for name in self.network.components}
-        element: dict[str, list[Tensor]] = {name: [] for name in self.network.components}
+        """See `Attribution.attribute`; the latest relevances are kept, which other rankings share."""
+        key = composite.attribution_key
+        if key not in self._kept:
+            self._kept[key] = self.batches.run(lambda batch_size: self._attribute(composite, batch_size))
+            if len(self._kept) > _N_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def prepare(self, composites: Sequence[CompositeSpec]) -> None:
+        """Does nothing: zennit attributes one composite at a time."""
+
+    def _attribute(self, composite: CompositeSpec, batch_size: int) -> Relevance:
+        sums: dict[str, Tensor] = {}
         rules = zennit_composite(composite, self.layer_groups)
         with rules.context(self.network.module) as module, captured(module, self.network) as values:
-            for start in range(0, len(self.references), self.batch_size):
-                batch = slice(start, start + self.batch_size)
+            for start in range(0, len(self.references), batch_size):
+                batch = slice(start, start + batch_size)
                 relevance = self._backward(module, values, self.references.images[batch], self.references.labels[batch])
                 for name, at_outputs in relevance.items():
-                    flat = at_outputs.flatten(start_dim=2) if at_outputs.ndim > 2 else at_outputs.unsqueeze(-1)
-                    signed[name].append(flat.sum(dim=-1))
-                    element[name].append(flat.abs().sum(dim=-1))
-        signed_all = {name: torch.cat(parts) for name, parts in signed.items()}
-        if self.abs_scope == "element":
-            magnitude = {name: torch.cat(parts) for name, parts in element.items()}
-        else:
-            magnitude = {name: parts.abs() for name, parts in signed_all.items()}
-        return Relevance(signed_all, magnitude)
+                    of_batch = moments(at_outputs, self.abs_scope)
+                    sums[name] = sums[name] + of_batch if name in sums else of_batch
+        return Relevance(len(self.references), {name: of_all.cpu() for name, of_all in sums.items()})
 
     def _backward(self, module: nn.Module, values: CapturedValues, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.enable_grad():
             logits = module(images.detach().clone().requires_grad_())
-        start = torch.zeros_like(logits)
-        chosen = logits.detach().gather(1, labels[:, None]) if self.output_relevance == "logit" else 1.0
-        start.scatter_(1, labels[:, None], chosen)
+        start = start_relevance(logits.detach(), labels, self.output_relevance)
         names = list(self.network.components)
         sums = [tensor for branches, output in values.sums.values() for tensor in (*branches, output)]
         relevances = torch.autograd.grad(logits, [values.outputs[name] for name in names] + sums, start)

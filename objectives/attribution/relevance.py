@@ -1,4 +1,4 @@
-"""Relevance of every component for every reference sample, and the scores made from it."""
+"""Relevance of every component over the reference samples, and the scores made from it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,66 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from objectives.errors import RelevanceError
 
-__all__ = ["AbsScope", "Relevance"]
+__all__ = ["AbsScope", "Relevance", "moments"]
 
 AbsScope = Literal["sum", "element"]
 """Where the absolute value is taken: of each sample's sum over space (Hatefi et al. 2024), or of every element before
 any sum (Yeom et al. 2021)."""
 
 
+def moments(relevance: Tensor, abs_scope: AbsScope) -> Tensor:
+    """What rankings need of a layer's relevance; moments of batches add up.
+
+    Args:
+        relevance: of a layer's outputs on N samples, (..., N, components) or (..., N, components, height, width).
+        abs_scope: where the absolute value is taken.
+
+    Returns:
+        (..., 3, components) in float64, sums over samples: of the relevance summed over space, of its magnitude, and of
+        the magnitude's square.
+    """
+    if relevance.ndim > 3:
+        signed = relevance.sum(dim=(-2, -1)).double()
+        magnitude = signed.abs() if abs_scope == "sum" else relevance.abs().sum(dim=(-2, -1)).double()
+    else:
+        signed = relevance.double()
+        magnitude = signed.abs()
+    return torch.stack([signed.sum(dim=-2), magnitude.sum(dim=-2), magnitude.square().sum(dim=-2)], dim=-2)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Relevance:
-    """Relevance summed over space, by layer in forward order.
+    """Moments of every component's relevance over the reference samples.
 
-    Both rankings, signed and absolute, come from one attribution.
+    All rankings of one composite come from one attribution.
 
     Attributes:
-        signed: layer -> (samples, components), the sum over space.
-        magnitude: layer -> (samples, components): with scope "sum" the absolute value of `signed`, with scope "element"
-            the sum over space of absolute values.
+        n_samples: reference samples.
+        sums: layer -> (3, components) in float64, in forward order; see `moments`.
     """
 
-    signed: Mapping[str, Tensor]
-    magnitude: Mapping[str, Tensor]
+    n_samples: int
+    sums: Mapping[str, Tensor]
+
+    @property
+    def signed(self) -> dict[str, Tensor]:
+        """Mean relevance, layer -> (components,)."""
+        return {name: sums[0] / self.n_samples for name, sums in self.sums.items()}
+
+    @property
+    def magnitude(self) -> dict[str, Tensor]:
+        """Mean magnitude of the relevance, layer -> (components,)."""
+        return {name: sums[1] / self.n_samples for name, sums in self.sums.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all moments."""
+        return sum(sums.nbytes for sums in self.sums.values())
 
     def scores(self, *, absolute: bool) -> dict[str, Tensor]:
         """Score of every component: the mean over samples, layer -> (components,).
@@ -38,13 +73,13 @@ class Relevance:
         Raises:
             RelevanceError: a score isn't finite, or a layer has no relevance at all.
         """
-        source = self.magnitude if absolute else self.signed
-        scores = {name: values.double().mean(dim=0) for name, values in source.items()}
+        magnitudes = self.magnitude
+        scores = magnitudes if absolute else self.signed
         for name, values in scores.items():
             if not bool(values.isfinite().all()):
                 raise RelevanceError(
                     f"The relevance of layer {name!r} isn't finite; use a larger epsilon or another rule there."
                 )
-            if not bool((self.magnitude[name] != 0).any()):
+            if not bool((magnitudes[name] != 0).any()):
                 raise RelevanceError(f"No relevance reaches layer {name!r} under this composite; use another rule.")
         return scores

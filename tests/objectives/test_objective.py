@@ -15,25 +15,12 @@ from objectives.objective import Columns, Objective, ObjectiveOptions
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
-from search_spaces.composites import CompositeSpec
 from search_spaces.heuristics import HEURISTICS
 
 RATES = (0.0, 0.1, 0.3, 0.6, 0.9)
 OPTIONS = ObjectiveOptions(RATES, device="cpu")
 EPSILON = HEURISTICS["epsilon-abs"]
 ZPLUS = HEURISTICS["zplus"]
-
-
-class Counting:
-    """An engine that counts what it is asked for."""
-
-    def __init__(self, engine):
-        self.engine = engine
-        self.asked = []
-
-    def attribute(self, composite):
-        self.asked.append(composite.attribution_key)
-        return self.engine.attribute(composite)
 
 
 @pytest.fixture(scope="module")
@@ -90,35 +77,45 @@ def test_the_curve_is_that_of_the_masked_network(objective, model, task):
         assert curve.collapsed_accuracy == float(collapsed)
 
 
-def test_both_values_of_abs_share_one_attribution(model, task):
-    objective = Objective(model, task, OPTIONS)
-    objective.attribution = engine = Counting(objective.attribution)
+@pytest.mark.parametrize("attribution", ["shared", "zennit"])
+def test_both_values_of_abs_share_one_attribution(model, task, attribution):
+    objective = Objective(model, task, replace(OPTIONS, attribution=attribution))
     signed, absolute = HEURISTICS["epsilon"], HEURISTICS["epsilon-abs"]
-    first = objective.evaluate(signed)
-    assert len(engine.asked) == 1
-    second = objective.evaluate(absolute)
-    assert len(engine.asked) == 1
+    first, second = objective.evaluate(signed), objective.evaluate(absolute)
     assert first.curve.accuracies != second.curve.accuracies
+    assert objective.attribution.attribute(signed) is objective.attribution.attribute(absolute)
     assert objective.evaluate(absolute, "confirmation").curve.accuracies != second.curve.accuracies
-    assert len(engine.asked) == 1
     assert objective.evaluate(signed).curve == first.curve
-    objective.evaluate(ZPLUS)
-    assert engine.asked == [signed.attribution_key, ZPLUS.attribution_key]
 
 
-def test_relevances_are_kept_for_a_few_composites_only(model, task):
-    objective = Objective(model, task, OPTIONS)
-    objective.attribution = engine = Counting(objective.attribution)
-    composites = [
-        CompositeSpec.parse_rules(f"LLR={rule},MLL={other},HLL=Epsilon,FCL=Epsilon", abs=True)
-        for rule in ("Epsilon", "ZPlus", "AlphaBeta", "Gamma")
-        for other in ("Epsilon", "ZPlus", "AlphaBeta")
-    ]
-    for composite in (composites[0], *composites[:9], composites[0]):
-        objective.scores(composite)
-    assert len(engine.asked) == len(set(engine.asked)) + 1 == 10  # the first was dropped when the ninth came
-    objective.scores(composites[8])
-    assert len(engine.asked) == 10
+def test_engines_give_the_same_curves(objective, model, task):
+    zennit = Objective(model, task, replace(OPTIONS, attribution="zennit"))
+    assert type(zennit.attribution) is not type(objective.attribution)
+    assert zennit.identity() == objective.identity()
+    for composite in (EPSILON, ZPLUS):
+        expected, given = zennit.scores(composite), objective.scores(composite)
+        for name, values in expected.items():
+            torch.testing.assert_close(given[name], values, rtol=0, atol=1e-5 * float(values.abs().max()))
+        assert zennit.evaluate(composite).figures["auc"] == pytest.approx(objective.evaluate(composite).figures["auc"])
+
+
+def test_prepared_composites_are_attributed_together(model, task):
+    together, alone = (Objective(model, task, OPTIONS) for _ in range(2))
+    composites = list(HEURISTICS.values())
+    together.prepare(composites)
+    kept = [together.attribution.attribute(composite) for composite in composites]
+    for composite, relevance in zip(composites, kept, strict=True):
+        scores, expected = together.scores(composite), alone.scores(composite)
+        assert together.attribution.attribute(composite) is relevance
+        for name, values in expected.items():
+            torch.testing.assert_close(scores[name], values, rtol=0, atol=1e-5 * float(values.abs().max()))
+
+
+def test_memory_of_attribution_is_an_option(model, task, objective):
+    little = Objective(model, task, replace(OPTIONS, attribution_memory=1))
+    assert little.attribution.batches.size == 1 < objective.attribution.batches.size
+    with pytest.raises(OptionError, match=r"^`memory` must be at least 1 byte, but got 0\.$"):
+        Objective(model, task, replace(OPTIONS, attribution_memory=0))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -78,11 +78,11 @@ def test_abs_scopes_differ(engine):
 
 @pytest.mark.parametrize("rule", ["Epsilon", "ZPlus", "AlphaBeta", "Gamma"])
 def test_relevance_of_the_logit_is_the_logit_times_relevance_of_one(engine, rule):
-    one = engine.attribute(all_layers(rule)).signed
-    logit = replace(engine, output_relevance="logit").attribute(all_layers(rule)).signed
-    references = engine.references
+    references = LabelledImages(engine.references.images[:1], engine.references.labels[:1])
+    one = replace(engine, references=references).attribute(all_layers(rule)).signed
+    logit = replace(engine, references=references, output_relevance="logit").attribute(all_layers(rule)).signed
     with torch.no_grad():
-        factor = engine.network.module(references.images).gather(1, references.labels[:, None])
+        factor = engine.network.module(references.images)[0, references.labels[0]]
     for name in one:
         scale = float(logit[name].abs().max())
         torch.testing.assert_close(logit[name], one[name] * factor, rtol=1e-9, atol=1e-12 * scale)
@@ -93,7 +93,7 @@ def test_batches_change_rounding_only(engine, references):
         replace(engine, references=references, batch_size=batch_size).attribute(MIXED) for batch_size in (1, 50)
     )
     for name in one.signed:
-        assert one.signed[name].shape == (50, engine.network.components[name])
+        assert one.signed[name].shape == (engine.network.components[name],)
         scale = float(all_of_them.magnitude[name].max())
         torch.testing.assert_close(one.signed[name], all_of_them.signed[name], rtol=0, atol=1e-10 * scale)
         torch.testing.assert_close(one.magnitude[name], all_of_them.magnitude[name], rtol=0, atol=1e-10 * scale)
@@ -101,12 +101,43 @@ def test_batches_change_rounding_only(engine, references):
 
 def test_attribution_is_repeatable_and_leaves_no_hooks(engine):
     module = engine.network.module
-    first, again = engine.attribute(MIXED), engine.attribute(MIXED)
+    first, again = (replace(engine).attribute(MIXED) for _ in range(2))
     assert all(torch.equal(first.signed[name], again.signed[name]) for name in first.signed)
     assert not any(hooks(module))
     assert all(parameter.grad is None for parameter in module.parameters())
     logits = module(engine.references.images)
     assert logits.grad_fn is None
+
+
+def test_the_latest_relevances_are_kept(engine):
+    fresh = replace(engine)
+    composites = [CompositeSpec.parse_rules(f"LLR=Epsilon({i}),MLL=ZPlus,HLL=ZPlus,FCL=ZPlus") for i in range(1, 10)]
+    first, *_, eighth = [fresh.attribute(composite) for composite in composites[:8]]
+    assert fresh.attribute(replace(composites[7], abs=True)) is eighth
+    assert fresh.attribute(composites[0]) is first
+    fresh.prepare(composites)
+    fresh.attribute(composites[8])
+    assert fresh.attribute(composites[0]) is first
+    second = fresh.attribute(composites[1])
+    assert fresh.attribute(composites[1]) is second
+
+
+def test_out_of_memory_halves_the_batches(engine, monkeypatch):
+    backward = ZennitAttribution._backward
+
+    def limited(self, module, values, images, labels):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return backward(self, module, values, images, labels)
+
+    monkeypatch.setattr(ZennitAttribution, "_backward", limited)
+    fresh = replace(engine)
+    given = fresh.attribute(MIXED)
+    assert fresh.batches.remark == "Out of memory: batches in attribution were halved from 4 to 1 images."
+    monkeypatch.undo()
+    expected = replace(engine).attribute(MIXED)
+    for name, sums in expected.sums.items():
+        torch.testing.assert_close(given.sums[name], sums, rtol=1e-9, atol=1e-12 * float(sums.abs().max()))
 
 
 def test_users_network_is_bit_for_bit_what_it_was(build, references, snapshot):

@@ -1,13 +1,44 @@
 import pytest
 import torch
+from torch import Tensor
 
-from objectives.attribution.relevance import Relevance
+from objectives.attribution.relevance import Relevance, moments
 from objectives.errors import RelevanceError
 
 
 def relevance(signed: list[list[float]], magnitude: list[list[float]] | None = None) -> Relevance:
+    """Of one layer, from (samples, components); the magnitude is that of `signed` where it isn't given."""
     values = torch.tensor(signed)
-    return Relevance({"conv": values}, {"conv": values.abs() if magnitude is None else torch.tensor(magnitude)})
+    sums = moments(values, "sum")
+    if magnitude is not None:
+        of_magnitude = torch.tensor(magnitude).double()
+        sums = torch.stack([sums[0], of_magnitude.sum(dim=0), of_magnitude.square().sum(dim=0)])
+    return Relevance(len(values), {"conv": sums})
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (5, 3, 2, 4), (2, 5, 3, 2, 4)])
+@pytest.mark.parametrize("abs_scope", ["sum", "element"])
+def test_moments_are_sums_over_samples(shape, abs_scope):
+    values = random(*shape)
+    rows = values.reshape(-1, 5, 3, 8 if len(shape) > 3 else 1).double()
+    for row, sums in zip(rows, moments(values, abs_scope).reshape(-1, 3, 3), strict=True):
+        for component in range(3):
+            signed = [sum(values) for values in row[:, component].tolist()]
+            magnitudes = [sum(map(abs, values)) for values in row[:, component].tolist()]
+            if abs_scope == "sum":
+                magnitudes = [abs(value) for value in signed]
+            expected = [sum(signed), sum(magnitudes), sum(value**2 for value in magnitudes)]
+            assert sums[:, component].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_moments_of_batches_add_up():
+    values = random(6, 3, 2, 2)
+    parts = moments(values[:2], "element") + moments(values[2:], "element")
+    torch.testing.assert_close(parts, moments(values, "element"))
 
 
 def test_scores_are_means_over_samples_in_float64():
