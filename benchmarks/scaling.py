@@ -263,14 +263,16 @@ WAYS = {"study": time_study, "executor": time_executor, "tune": time_tune}
 def run_apart(way: str, n_workers: int, n_trials: int, trial_s: float, url: str) -> dict[str, float]:
     """One run in a process of its own: none inherits another's Ray."""
     numbers = [str(n_workers), str(n_trials), str(trial_s)]
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", way, *numbers],
-        env={**os.environ, "HPO_STORAGE": url, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=600,
-        check=True,
-    )
+    with tempfile.TemporaryDirectory() as artifacts:
+        own = {"HPO_ARTIFACTS": artifacts, "HPO_STORAGE": url}
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", way, *numbers],
+            env={**os.environ, **own, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=600,
+            check=True,
+        )
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(way, json.dumps(result), flush=True)
     return result
@@ -282,8 +284,7 @@ def scale(ways: list[str], workers: list[int]) -> None:
 
     path = HERE / "results" / "scaling.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    with running_server() as server, tempfile.TemporaryDirectory() as artifacts:
-        os.environ["HPO_ARTIFACTS"] = artifacts
+    with running_server() as server:
         for way in ways:
             results[way] = [run_apart(way, n, N_TRIALS, TRIAL_S, server.new_database()) for n in workers]
             results[f"{way} ceiling"] = run_apart(way, 8, N_CEILING_TRIALS, 0.0, server.new_database())

@@ -1,3 +1,4 @@
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -40,11 +41,14 @@ def url(new_url: Callable[[], str]) -> str:
 
 @pytest.fixture
 def make_study(tmp_path: Path) -> Iterator[Callable[..., ChaosStudy]]:
-    """Makes studies, of which no process outlives the test."""
+    """Makes studies, of which no process outlives the test; each store has a place of its own for artifacts."""
     made: list[ChaosStudy] = []
+    places: dict[str, str] = {}
 
     def make(url: str, **fields: Any) -> ChaosStudy:
-        made.append(ChaosStudy(url, tmp_path, **fields))
+        store = fields.get("witness_url") or url
+        place = places.setdefault(store, os.environ["HPO_ARTIFACTS"] + (f"-{len(places)}" if places else ""))
+        made.append(ChaosStudy(url, tmp_path, Path(place), **fields))
         return made[-1]
 
     yield make

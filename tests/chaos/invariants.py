@@ -99,6 +99,7 @@ def digest(trial: FrozenTrial) -> str:
 
 def assert_invariants(
     url: str,
+    artifacts: Path,
     space: SearchSpace,
     settings: StubSettings,
     *,
@@ -113,6 +114,7 @@ def assert_invariants(
 
     Args:
         url: The store.
+        artifacts: The store's artifacts.
         space: What was searched.
         settings: Of the stub that was searched with; they say what every value has to be.
         study: Its name.
@@ -125,7 +127,7 @@ def assert_invariants(
     with StudyStore.open(url, read_only=True) as store:
         loaded = store.load(study)
         stored, attributes = loaded.get_trials(), loaded.user_attrs
-        files = set() if not store.artifacts.directory.is_dir() else set(os.listdir(store.artifacts.directory))
+    files = set(os.listdir(artifacts)) if artifacts.is_dir() else set()
     search = [trial for trial in stored if trials.role(trial) == "search"]
     complete = [trial for trial in search if trial.state == TrialState.COMPLETE]
     failed = [trial for trial in search if trial.state == TrialState.FAIL]

@@ -86,6 +86,7 @@ class ChaosStudy:
     Attributes:
         url: The store.
         directory: Where its processes run.
+        artifacts: The store's artifacts.
         space_path: What is searched.
         sampler: Who chooses.
         n_trials: The budget; None for the whole grid.
@@ -98,6 +99,7 @@ class ChaosStudy:
 
     url: str
     directory: Path
+    artifacts: Path
     space_path: str = GRID_60
     sampler: str = "grid"
     n_trials: int | None = None
@@ -121,6 +123,7 @@ class ChaosStudy:
         if self.n_trials is not None:
             arguments += ["--n-trials", str(self.n_trials)]
         own = {
+            "HPO_ARTIFACTS": str(self.artifacts),
             "HPO_STORAGE": url or self.url,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
@@ -167,6 +170,7 @@ class ChaosStudy:
         """Assert the invariants."""
         return assert_invariants(
             self.witness_url or self.url,
+            self.artifacts,
             self.space,
             self.settings,
             sampler=self.sampler,

@@ -10,20 +10,22 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from datetime import datetime
 
 from chaos.faults import every
 from chaos.launcher import ASK_LOG
 from chaos.stub import StubProblem, StubSettings, StubWorker
-from optuna.samplers import RandomSampler
-from optuna.trial import create_trial
+from optuna.distributions import distribution_to_json
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+from sqlalchemy import insert
 
 from hpo import trials
 from hpo.config import resolve
 from hpo.driver import identity
 from hpo.plots import CURVE_CSV, CURVE_PNG
-from storage.artifacts import ArtifactRecord
 from storage.store import IDENTITY, StudyStore
+from storage.trials import TrialResult, finish
 
 
 @contextmanager
@@ -109,30 +111,38 @@ def test_thousands_of_trials(postgresql_server, make_study, tmp_path, full, reco
 
 
 def fill(study, n_trials):
-    """Write a study as a driver does, but without its pauses."""
-    settings, space = study.settings, study.space
+    """Write a study as a driver leaves it, in one transaction."""
+    worker, space = StubWorker(study.settings), study.space
     distributions = space.distributions()
     with StudyStore.open(study.url) as store:
-        store.artifacts.write_bytes("empty", b"")
-        empty = [json.dumps(asdict(ArtifactRecord("empty", name, "", None))) for name in (CURVE_CSV, CURVE_PNG)]
-        stored = store.create_or_resume(
-            "s", identity=identity_of(study, "grid"), configuration={}, sampler=RandomSampler()
-        )
-        stored.add_trials(
-            create_trial(
-                params=space.parameters(composite),
-                distributions=distributions,
-                value=settings.curve(composite).figures()["auc"],
-                intermediate_values=trials.steps(settings.rates, settings.curve(composite).accuracies),
-                user_attrs={
-                    "role": "search",
-                    "composite": composite.to_json(),
-                    **trials.attributes(StubWorker(settings).evaluate(composite, "search")),
-                },
-                system_attrs={f"artifacts:empty{number}": record for number, record in enumerate(empty)},
-            )
-            for composite in space.grid()[:n_trials]
-        )
+        files = [store.write_artifact(name, b"") for name in (CURVE_CSV, CURVE_PNG)]
+        stored = store.create_or_resume("s", identity=identity_of(study, "grid"), configuration={})
+        with store.rdb.engine.begin() as connection:
+            for number, composite in enumerate(space.grid()[:n_trials]):
+                row = {"number": number, "study_id": stored._study_id, "state": TrialState.RUNNING}
+                [trial_id] = connection.execute(
+                    insert(models.TrialModel).values(**row, datetime_start=datetime(2026, 1, 1))
+                ).inserted_primary_key
+                connection.execute(
+                    insert(models.TrialParamModel),
+                    [
+                        {
+                            "trial_id": trial_id,
+                            "param_name": name,
+                            "param_value": distributions[name].to_internal_repr(value),
+                            "distribution_json": distribution_to_json(distributions[name]),
+                        }
+                        for name, value in space.parameters(composite).items()
+                    ],
+                )
+                evaluation = worker.evaluate(composite, "search")
+                result = TrialResult(
+                    evaluation.figures["auc"],
+                    trials.steps(evaluation.curve.rates, evaluation.curve.accuracies),
+                    {"role": "search", "composite": composite.to_json(), **trials.attributes(evaluation)},
+                    tuple(files),
+                )
+                finish(connection, trial_id, result)
 
 
 def identity_of(study, sampler):
