@@ -43,6 +43,7 @@ _DEFAULT_N_TRIALS_DIGITS = 60
 _DEFAULT_TRIALS_PER_BATCH = 8
 
 _ABS_SCOPES = ("sum", "element")
+_ATTRIBUTIONS = ("shared", "zennit")
 _DTYPES = ("fp32", "bf16")
 _EXECUTORS = ("local", "ray")
 _OF_RAY = ("workers", "gpus-per-trial", "cpus-per-trial", "ray-address", "trial-timeout")
@@ -495,6 +496,20 @@ class LaunchConfiguration:
         read=_whole(1),
         metavar="N",
         default=100,
+    )
+    attribution: Literal["shared", "zennit"] = _option(
+        "objective",
+        "Attribute many composites together, or one at a time by zennit; scores agree to rounding.",
+        read=_choice(_ATTRIBUTIONS),
+        metavar="|".join(_ATTRIBUTIONS),
+        default="shared",
+    )
+    attribution_memory: int = _option(
+        "objective",
+        "Memory in MiB that attributing composites together may take.",
+        read=_whole(1),
+        metavar="MIB",
+        default=1024,
     )
     device: str = _option(
         "objective", "Device to compute on.", read=_device, metavar="auto|cpu|cuda[:N]", default="auto"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from objectives.datasets import Task
     from objectives.models import LoadedModel
-    from objectives.objective import Evaluation, Objective, ObjectiveOptions
+    from objectives.objective import Evaluation, Objective
     from search_spaces.composites import CompositeSpec
     from search_spaces.documents import CompositeDocument
 
@@ -122,11 +122,17 @@ class LoadedProblem:
         }
 
     def worker(self) -> "Callable[[], Worker]":
-        """See `Problem.worker`; network and images travel with it, so that a worker reads no file."""
-        return partial(_problem, self.configuration, self.model, self.task, self.objective.options, self.document)
+        """See `Problem.worker`; network and images travel with it, so that a worker reads no file.
+
+        Nothing else does: the configuration may hold the store's password.
+        """
+        from objectives.objective import Objective
+
+        return partial(Objective, self.model, self.task, self.objective.options, self.document)
 
     def prepare(self, composites: "Sequence[CompositeSpec]") -> None:
         """See `Worker.prepare`."""
+        self.objective.prepare(composites)
 
     def evaluate(self, composite: "CompositeSpec", images: Images) -> "Evaluation":
         """See `Worker.evaluate`."""
@@ -150,7 +156,7 @@ def load_problem(
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
     """
-    from objectives.objective import ObjectiveOptions
+    from objectives.objective import Objective, ObjectiveOptions
 
     model, task = load_model_and_task(configuration, given)
     options = ObjectiveOptions(
@@ -161,21 +167,11 @@ def load_problem(
         batch_size=configuration.batch_size,
         device=configuration.device,
         layer_groups=layer_groups,
+        attribution=configuration.attribution,
+        attribution_memory=configuration.attribution_memory * 2**20,
     )
     if document is not None:
         options = replace(options, procedure=document.procedure)
-    return _problem(configuration, model, task, options, document)
-
-
-def _problem(
-    configuration: LaunchConfiguration,
-    model: "LoadedModel",
-    task: "Task",
-    options: "ObjectiveOptions",
-    document: "CompositeDocument | None",
-) -> LoadedProblem:
-    from objectives.objective import Objective
-
     return LoadedProblem(configuration, Objective(model, task, options, document), document)
 
 

@@ -48,9 +48,9 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
     problem = load_problem(configuration, space.layer_groups)
     stop = threading.Event()
     with (
+        make_executor(configuration, problem) as executor,
         StudyStore.open(configuration.storage, patience=Patience(configuration.store_timeout_s, stop)) as store,
         store.lease(configuration.study),
-        make_executor(configuration, problem) as executor,
         CurvePlotter(store) as plotter,
         stop_on_signals(stop),  # last: Ray handles signals in its own way when it starts
     ):
