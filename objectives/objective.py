@@ -209,7 +209,8 @@ class Objective:
 
     def scores(self, composite: CompositeSpec) -> dict[str, Tensor]:
         """Score of every component, layer -> (components,); all rankings of one attribution share it."""
-        return self.attribution.attribute(composite).scores(absolute=composite.abs)
+        relevance = self.attribution.attribute(composite)
+        return relevance.scores(absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize)
 
     def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
         """Attributes, prunes and counts.

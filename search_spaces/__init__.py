@@ -1,6 +1,6 @@
 """Composites that can be searched: rules, spaces, heuristics and documents, without torch."""
 
-from search_spaces.composites import ATTENTION_RULES, CompositeSpec
+from search_spaces.composites import AGGREGATES, ATTENTION_RULES, NORMALIZATIONS, CompositeSpec
 from search_spaces.documents import CompositeDocument, document_schema, load_document, write_document
 from search_spaces.errors import (
     CompositeError,
@@ -24,6 +24,7 @@ from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchS
 from search_spaces.suggestions import did_you_mean
 
 __all__ = [
+    "AGGREGATES",
     "ATTENTION_RULES",
     "CompositeDocument",
     "CompositeError",
@@ -36,6 +37,7 @@ __all__ = [
     "DocumentWriteError",
     "GROUPS",
     "HEURISTICS",
+    "NORMALIZATIONS",
     "Named",
     "OutsideSpaceError",
     "PruningHPOError",

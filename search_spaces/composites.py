@@ -9,18 +9,32 @@ from search_spaces.errors import CompositeError
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["ATTENTION_RULES", "CompositeSpec"]
+__all__ = ["AGGREGATES", "ATTENTION_RULES", "CompositeSpec", "NORMALIZATIONS"]
+
+AGGREGATES = ("mean", "rms")
+"""How a component's relevance is taken over the reference samples: its mean, or the root of its mean square."""
 
 ATTENTION_RULES = ("AttnLRP", "CP", "ZPlus")
 """Rules of the attention softmax; only transformers have one."""
 
-_PARAMETERS = (*GROUPS, "abs", "epsilon", "attention", *(f"{group}_gamma" for group in GROUPS))
+NORMALIZATIONS = ("none", "l2", "mean")
+"""What the scores of a layer are divided by: nothing, their l2 norm, or the mean of their absolute values."""
+
+_PARAMETERS = (
+    *GROUPS,
+    "abs",
+    "epsilon",
+    "attention",
+    "aggregate",
+    "normalize",
+    *(f"{group}_gamma" for group in GROUPS),
+)
 _COMMA_OUTSIDE_PARENTHESES = re.compile(r",(?![^(]*\))")
 
 
 @dataclass(frozen=True, slots=True)
 class CompositeSpec:
-    """A rule per layer group, and whether components are ranked by absolute relevance.
+    """A rule per layer group, and how components are ranked by the relevance that these give.
 
         >>> CompositeSpec.parse_rules("LLR=Epsilon,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon", abs=True)
 
@@ -31,8 +45,11 @@ class CompositeSpec:
         MLL: Rule of the mid-level layers.
         HLL: Rule of the high-level layers.
         FCL: Rule of the fully-connected layers.
-        abs: Rank by absolute relevance (Hatefi et al. 2024) rather than by its signed value.
+        abs: Rank by absolute relevance (Hatefi et al. 2024) rather than by its signed value; always true with `rms`,
+            which knows no sign.
         attention: Rule of the attention softmax; None for networks without attention.
+        aggregate: Of `AGGREGATES`.
+        normalize: Of `NORMALIZATIONS`.
 
     Raises:
         CompositeError: A field is of the wrong type, or no attention rule has this name.
@@ -44,6 +61,8 @@ class CompositeSpec:
     FCL: RuleSpec
     abs: bool
     attention: str | None = None
+    aggregate: str = "mean"
+    normalize: str = "none"
 
     def __post_init__(self) -> None:
         for group, rule in self.rules.items():
@@ -55,6 +74,12 @@ class CompositeSpec:
             raise CompositeError(
                 f"Unknown attention rule {self.attention!r}.{did_you_mean(str(self.attention), ATTENTION_RULES)}"
             )
+        for field, known in (("aggregate", AGGREGATES), ("normalize", NORMALIZATIONS)):
+            value = getattr(self, field)
+            if value not in known:
+                raise CompositeError(f"Unknown value {value!r} of `{field}`.{did_you_mean(str(value), known)}")
+        if self.aggregate == "rms":
+            object.__setattr__(self, "abs", True)
 
     @property
     def rules(self) -> dict[str, RuleSpec]:
@@ -69,14 +94,21 @@ class CompositeSpec:
 
     @property
     def attribution_key(self) -> str:
-        """Canonical text of what decides the relevance; both values of `abs` share it."""
+        """Canonical text of what decides the relevance; all ways to rank by it share it."""
         rules = ",".join(f"{group}={rule}" for group, rule in self.rules.items())
         return rules if self.attention is None else f"{rules},attention={self.attention}"
 
     @property
     def key(self) -> str:
         """Canonical text: equal if and only if the composites are."""
-        return f"{self.attribution_key},abs={str(self.abs).lower()}"
+        further = "".join(f",{name}={value}" for name, value in self._further.items())
+        return f"{self.attribution_key},abs={str(self.abs).lower()}{further}"
+
+    @property
+    def _further(self) -> dict[str, str]:
+        """The ways to rank that differ from the usual ones; names of stored composites leave the usual ones out."""
+        usual = {"aggregate": "mean", "normalize": "none"}
+        return {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
 
     @property
     def label(self) -> str:
@@ -87,14 +119,18 @@ class CompositeSpec:
         )
         attention = "" if self.attention is None else f" attention={self.attention}"
         epsilon = "" if self.epsilon in (None, RULE_DEFAULTS["Epsilon"]["epsilon"]) else f" epsilon={self.epsilon!r}"
-        return f"{rules}{attention}{epsilon}{' abs' if self.abs else ''}"
+        absolute = " abs" if self.abs and self.aggregate != "rms" else ""
+        further = "".join(
+            f" {value}" if name == "aggregate" else f" {name}={value}" for name, value in self._further.items()
+        )
+        return f"{rules}{attention}{epsilon}{absolute}{further}"
 
     def to_json(self) -> dict[str, Any]:
         """JSON form, as `{"rules": {"LLR": {"name": "Epsilon", "epsilon": 1e-06}, ...}, "abs": true}`."""
         value: dict[str, Any] = {"rules": {group: rule.to_json() for group, rule in self.rules.items()}}
         if self.attention is not None:
             value["attention"] = self.attention
-        return {**value, "abs": self.abs}
+        return {**value, "abs": self.abs, **self._further}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CompositeSpec":
@@ -105,7 +141,7 @@ class CompositeSpec:
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), Mapping):
             raise CompositeError(f"A composite is an object with 'rules' and 'abs', but got {value!r}.")
-        _require_known("composite key", value, ("rules", "abs", "attention"))
+        _require_known("composite key", value, ("rules", "abs", "attention", "aggregate", "normalize"))
         rules = value["rules"]
         _require_groups(rules)
         if "abs" not in value:
@@ -114,6 +150,8 @@ class CompositeSpec:
             **{group: RuleSpec.from_json(rules[group]) for group in GROUPS},
             abs=value["abs"],
             attention=value.get("attention"),
+            aggregate=value.get("aggregate", "mean"),
+            normalize=value.get("normalize", "none"),
         )
 
     @classmethod
@@ -122,7 +160,7 @@ class CompositeSpec:
 
         Args:
             parameters: A rule as `RuleSpec.parse` reads it for each group, and `abs`; where they matter also
-                `epsilon` (for all groups), `LLR_gamma` ... `FCL_gamma` and `attention`.
+                `epsilon` (for all groups), `LLR_gamma` ... `FCL_gamma`, `attention`, `aggregate` and `normalize`.
 
         Raises:
             UnknownRuleError: No rule has this name.
@@ -144,16 +182,28 @@ class CompositeSpec:
             )
         abs_: Any = parameters["abs"]
         attention: Any = parameters.get("attention")
-        return cls(**rules, abs=abs_, attention=attention)
+        aggregate: Any = parameters.get("aggregate", "mean")
+        normalize: Any = parameters.get("normalize", "none")
+        return cls(**rules, abs=abs_, attention=attention, aggregate=aggregate, normalize=normalize)
 
     @classmethod
-    def parse_rules(cls, text: str, *, abs: bool = False, epsilon: float | None = None) -> "CompositeSpec":
+    def parse_rules(
+        cls,
+        text: str,
+        *,
+        abs: bool = False,
+        epsilon: float | None = None,
+        aggregate: str = "mean",
+        normalize: str = "none",
+    ) -> "CompositeSpec":
         """The composite of a command line, as `LLR=Epsilon,MLL=Gamma(0.1),HLL=ZPlus,FCL=Epsilon`.
 
         Args:
             text: A rule as `RuleSpec.parse` reads it for each of the four groups, in any order.
             abs: Rank by absolute relevance.
             epsilon: Parameter of every bare `Epsilon`; 1e-6 where absent.
+            aggregate: Of `AGGREGATES`.
+            normalize: Of `NORMALIZATIONS`.
 
         Raises:
             UnknownRuleError: No rule has this name.
@@ -168,7 +218,8 @@ class CompositeSpec:
                 raise CompositeError(f"Group {group!r} is given twice in rules {text!r}.")
             rules[group] = rule
         _require_groups(rules)
-        return cls.from_parameters({**rules, "abs": abs, "epsilon": epsilon})
+        ranking = {"abs": abs, "aggregate": aggregate, "normalize": normalize}
+        return cls.from_parameters({**rules, **ranking, "epsilon": epsilon})
 
     def __str__(self) -> str:
         return self.key

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from search_spaces.composites import CompositeSpec
+from search_spaces.composites import AGGREGATES, NORMALIZATIONS, CompositeSpec
 from search_spaces.errors import (
     CompositeError,
     OutsideSpaceError,
@@ -64,8 +64,8 @@ class SearchSpace(Protocol):
     def grid(self) -> tuple[CompositeSpec, ...]:
         """The distinct points in tree order.
 
-        Points that share rules from the output down stand together (FCL varies slowest, LLR fastest), and the two
-        values of `abs`, which share an attribution, are neighbours.
+        Points that share rules from the output down stand together (FCL varies slowest, LLR fastest), and all ways to
+        rank, which share an attribution, are neighbours.
 
         Raises:
             SpaceNotFiniteError: The space is continuous.
@@ -106,6 +106,8 @@ class DiscreteSpace:
         rules: For each group the rules to try, as `RuleSpec.parse` reads them; `Epsilon` always bare.
         abs: Values of `abs`.
         epsilon: Values of the one epsilon that all `Epsilon` rules of a composite share.
+        aggregate: Of `AGGREGATES`; a parameter only where there is more than the mean.
+        normalize: Of `NORMALIZATIONS`; a parameter only where there is more than none.
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
 
     Raises:
@@ -117,6 +119,8 @@ class DiscreteSpace:
     rules: Mapping[str, tuple[str, ...]]
     abs: tuple[bool, ...] = (False, True)
     epsilon: tuple[float, ...] = (RULE_DEFAULTS["Epsilon"]["epsilon"],)
+    aggregate: tuple[str, ...] = AGGREGATES[:1]
+    normalize: tuple[str, ...] = NORMALIZATIONS[:1]
     layer_groups: Mapping[str, tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
@@ -124,7 +128,14 @@ class DiscreteSpace:
         for group in GROUPS:
             if group not in self.rules:
                 raise SpaceError(f"Parameter {group} is missing; list the rules to try, as {group} = ['Epsilon'].")
-        for parameter, values in {**self.rules, "abs": self.abs, "epsilon": self.epsilon}.items():
+        further = {"aggregate": (self.aggregate, AGGREGATES), "normalize": (self.normalize, NORMALIZATIONS)}
+        lists = {
+            **self.rules,
+            "abs": self.abs,
+            "epsilon": self.epsilon,
+            **{name: own for name, (own, _) in further.items()},
+        }
+        for parameter, values in lists.items():
             if not values:
                 raise SpaceError(f"Parameter {parameter} has no values; list at least one or leave the key out.")
         for value in self.abs:
@@ -135,6 +146,12 @@ class DiscreteSpace:
         except CompositeError as error:
             raise SpaceError(f"Parameter epsilon has a value out of range: {error}") from error
         object.__setattr__(self, "epsilon", tuple(rule.parameters["epsilon"] for rule in epsilons))
+        for parameter, (own, known) in further.items():
+            for name in own:
+                if name not in known:
+                    suggestion = did_you_mean(str(name), known)
+                    raise SpaceError(f"Parameter {parameter} has the unknown value {name!r}.{suggestion}")
+            _require_distinct(parameter, own)
         _require_distinct("abs", self.abs)
         _require_distinct("epsilon", self.epsilon)
         for group in GROUPS:
@@ -159,7 +176,7 @@ class DiscreteSpace:
         return {name: CategoricalDistribution(choices) for name, choices in self._choices().items()}
 
     def parameters(self, composite: CompositeSpec) -> dict[str, bool | float | str]:
-        """See `SearchSpace.parameters`; an unused epsilon has its first value."""
+        """See `SearchSpace.parameters`; an unused epsilon or abs has its first value."""
         epsilon = composite.epsilon if composite.epsilon in self.epsilon else self.epsilon[0]
         parameters: dict[str, bool | float | str] = {}
         for group, rule in composite.rules.items():
@@ -169,9 +186,18 @@ class DiscreteSpace:
                     break
             else:
                 raise OutsideSpaceError(f"Space {self.name!r} has no {rule} in {group}; composite: {composite}.")
-        if composite.abs not in self.abs or composite.attention is not None:
+        knows_sign = composite.aggregate != "rms"
+        if (
+            (knows_sign and composite.abs not in self.abs)
+            or composite.aggregate not in self.aggregate
+            or composite.normalize not in self.normalize
+            or composite.attention is not None
+        ):
             raise OutsideSpaceError(f"Space {self.name!r} does not contain composite {composite}.")
-        return {**parameters, "abs": composite.abs, "epsilon": epsilon}
+        absolute = composite.abs if knows_sign else self.abs[0]
+        found = {**parameters, "abs": absolute, "epsilon": epsilon}
+        found.update({name: getattr(composite, name) for name in self._choices() if name not in found})
+        return found
 
     def grid(self) -> tuple[CompositeSpec, ...]:
         """See `SearchSpace.grid`."""
@@ -183,13 +209,16 @@ class DiscreteSpace:
             ]
             for group in reversed(GROUPS)
         )
-        return tuple(
-            CompositeSpec(llr, mll, hll, fcl, abs=abs)
+        points = (
+            CompositeSpec(llr, mll, hll, fcl, abs=abs, aggregate=aggregate, normalize=normalize)
             for fcl, hll, mll, llr in itertools.product(*from_the_output)
             # All Epsilon rules of a composite share one epsilon.
             if len({llr.epsilon, mll.epsilon, hll.epsilon, fcl.epsilon} - {None}) <= 1
+            for normalize in self.normalize
+            for aggregate in self.aggregate
             for abs in self.abs
         )
+        return tuple(dict.fromkeys(points))
 
     def size(self) -> int:
         """See `SearchSpace.size`."""
@@ -204,7 +233,14 @@ class DiscreteSpace:
         }
 
     def _choices(self) -> dict[str, tuple[bool | float | str, ...]]:
-        return {**{group: self.rules[group] for group in GROUPS}, "abs": self.abs, "epsilon": self.epsilon}
+        choices: dict[str, tuple[bool | float | str, ...]] = {group: self.rules[group] for group in GROUPS}
+        choices |= {"abs": self.abs, "epsilon": self.epsilon}
+        # Absent where they aren't searched: stored studies of such spaces lack them too.
+        if self.aggregate != AGGREGATES[:1]:
+            choices["aggregate"] = self.aggregate
+        if self.normalize != NORMALIZATIONS[:1]:
+            choices["normalize"] = self.normalize
+        return choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +338,18 @@ def _cnn() -> SearchSpace:
     return DiscreteSpace("cnn", dict.fromkeys(GROUPS, tuple(RULE_DEFAULTS)), epsilon=(1e-6, 1e-2, 1e-1))
 
 
+@register("cnn-extended")
+def _cnn_extended() -> SearchSpace:
+    """The points of `cnn` with two ways to aggregate relevance over samples and three to normalise it per layer."""
+    return DiscreteSpace(
+        "cnn-extended",
+        dict.fromkeys(GROUPS, tuple(RULE_DEFAULTS)),
+        epsilon=(1e-6, 1e-2, 1e-1),
+        aggregate=AGGREGATES,
+        normalize=NORMALIZATIONS,
+    )
+
+
 @register("cnn-continuous")
 def _cnn_continuous() -> SearchSpace:
     """The rules of `cnn` with a gamma for each layer group and epsilon from continuous ranges."""
@@ -377,7 +425,7 @@ def _space_of_toml(stem: str, content: Mapping[str, Any]) -> DiscreteSpace:
     parameters = _table(content, "parameters")
     if parameters is None:
         raise SpaceError("Table [parameters] is missing; list the rules of LLR, MLL, HLL and FCL in it.")
-    _require_known("parameter", parameters, (*GROUPS, "abs", "epsilon"))
+    _require_known("parameter", parameters, (*GROUPS, "abs", "epsilon", "aggregate", "normalize"))
     lists = {parameter: _list(parameter, values) for parameter, values in parameters.items()}
     groups = _table(content, "groups")
     others = {parameter: values for parameter, values in lists.items() if parameter not in GROUPS}

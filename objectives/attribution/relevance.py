@@ -67,19 +67,41 @@ class Relevance:
         """Bytes of all moments."""
         return sum(sums.nbytes for sums in self.sums.values())
 
-    def scores(self, *, absolute: bool) -> dict[str, Tensor]:
-        """Score of every component: the mean over samples, layer -> (components,).
+    def scores(self, *, absolute: bool, aggregate: str = "mean", normalize: str = "none") -> dict[str, Tensor]:
+        """Score of every component, layer -> (components,).
+
+        Args:
+            absolute: of the magnitude, rather than of the signed relevance.
+            aggregate: the mean over samples, or `rms`, the root of the mean square of the magnitude, whatever
+                `absolute` is.
+            normalize: `l2` divides a layer's scores by their l2 norm, `mean` by the mean of their absolute values.
 
         Raises:
             RelevanceError: a score isn't finite, or a layer has no relevance at all.
         """
-        magnitudes = self.magnitude
-        scores = magnitudes if absolute else self.signed
-        for name, values in scores.items():
+        scores: dict[str, Tensor] = {}
+        for name, (signed, magnitude, square) in self.sums.items():
+            means = magnitude if absolute else signed
+            values = (square / self.n_samples).sqrt() if aggregate == "rms" else means / self.n_samples
             if not bool(values.isfinite().all()):
                 raise RelevanceError(
                     f"The relevance of layer {name!r} isn't finite; use a larger epsilon or another rule there."
                 )
-            if not bool((magnitudes[name] != 0).any()):
+            if not bool((magnitude != 0).any()):
                 raise RelevanceError(f"No relevance reaches layer {name!r} under this composite; use another rule.")
+            scores[name] = _normalized(values, normalize)
         return scores
+
+
+def _normalized(scores: Tensor, normalize: str) -> Tensor:
+    match normalize:
+        case "none":
+            return scores
+        case "l2":
+            size = scores.square().sum().sqrt()
+        case "mean":
+            size = scores.abs().mean()
+        case _:
+            raise ValueError(f"`normalize` must be none, l2 or mean, but got {normalize=}.")
+    # Signed relevances may cancel in every component: then all scores are 0, and stay so.
+    return scores / size if bool(size != 0) else scores

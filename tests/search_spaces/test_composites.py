@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import CompositeError, CompositeSpec, RuleSpec, UnknownRuleError, load_space
+from search_spaces import (
+    AGGREGATES,
+    NORMALIZATIONS,
+    CompositeError,
+    CompositeSpec,
+    RuleSpec,
+    UnknownRuleError,
+    load_space,
+)
 
 ALL_EPSILON = {"LLR": "Epsilon", "MLL": "Epsilon", "HLL": "Epsilon", "FCL": "Epsilon"}
 ALL_ZPLUS = {group: {"name": "ZPlus"} for group in ALL_EPSILON}
@@ -14,7 +22,15 @@ rules = st.one_of(
     st.builds(RuleSpec, st.just("Gamma"), gamma=st.floats(min_value=0, max_value=100)),
 )
 composites = st.builds(
-    CompositeSpec, rules, rules, rules, rules, st.booleans(), st.sampled_from([None, "CP", "AttnLRP", "ZPlus"])
+    CompositeSpec,
+    rules,
+    rules,
+    rules,
+    rules,
+    st.booleans(),
+    st.sampled_from([None, "CP", "AttnLRP", "ZPlus"]),
+    st.sampled_from(AGGREGATES),
+    st.sampled_from(NORMALIZATIONS),
 )
 
 
@@ -75,8 +91,9 @@ def test_keys_are_canonical(one: CompositeSpec, other: CompositeSpec) -> None:
     assert (one.key == other.key) == (one == other)
 
 
-def test_labels_tell_the_points_of_a_space_apart() -> None:
-    points = load_space("cnn").grid()
+@pytest.mark.parametrize("space", ["cnn", "cnn-extended"])
+def test_labels_tell_the_points_of_a_space_apart(space: str) -> None:
+    points = load_space(space).grid()
     assert len({point.label for point in points}) == len(points)
 
 
@@ -90,6 +107,33 @@ def test_labels_tell_the_points_of_a_space_apart() -> None:
 )
 def test_label(rules: str, epsilon: float | None, label: str) -> None:
     assert CompositeSpec.parse_rules(rules, abs=True, epsilon=epsilon).label == label
+
+
+def test_ways_to_rank() -> None:
+    zplus = ",".join(f"{group}=ZPlus" for group in ALL_EPSILON)
+    usual = CompositeSpec.parse_rules(zplus)
+    other = CompositeSpec.parse_rules(zplus, aggregate="rms", normalize="l2")
+    assert other.attribution_key == usual.attribution_key
+    assert other.key == f"{zplus},abs=true,aggregate=rms,normalize=l2"
+    assert other.label == "ZPlus/ZPlus/ZPlus/ZPlus rms normalize=l2"
+    assert other.to_json() == {**usual.to_json(), "abs": True, "aggregate": "rms", "normalize": "l2"}
+    assert CompositeSpec.parse_rules(zplus, abs=True, normalize="mean").label.endswith(" abs normalize=mean")
+
+
+def test_root_mean_squares_know_no_sign() -> None:
+    signed, absolute = (
+        CompositeSpec.from_parameters({**ALL_EPSILON, "abs": value, "aggregate": "rms"}) for value in (False, True)
+    )
+    assert signed == absolute
+    assert signed.key == absolute.key
+
+
+def test_usual_ways_to_rank_leave_no_trace() -> None:
+    """Stored studies and documents hold keys and JSON of composites from before there was a choice."""
+    usual = CompositeSpec.from_parameters({**ALL_EPSILON, "abs": True, "aggregate": "mean", "normalize": "none"})
+    assert usual == CompositeSpec.from_parameters({**ALL_EPSILON, "abs": True})
+    assert usual.key == "LLR=Epsilon(1e-06),MLL=Epsilon(1e-06),HLL=Epsilon(1e-06),FCL=Epsilon(1e-06),abs=true"
+    assert usual.to_json().keys() == {"rules", "abs"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +158,8 @@ def test_rules_that_cannot_be_read(rules: str, message: str) -> None:
     [
         ({"abs": 1}, "`abs` must be true or false, but got 1."),
         ({"attention": "CPP"}, "Unknown attention rule 'CPP'. Did you mean 'CP'? Known: AttnLRP, CP, ZPlus."),
+        ({"aggregate": "median"}, "Unknown value 'median' of `aggregate`. Did you mean 'mean'? Known: mean, rms."),
+        ({"normalize": "L2"}, "Unknown value 'L2' of `normalize`. Did you mean 'l2'?"),
         ({"epsilonn": 1}, "Unknown parameter 'epsilonn'. Did you mean 'epsilon'?"),
         ({"epsilon": -1}, "Rule Epsilon needs epsilon > 0, but got -1.0."),
     ],

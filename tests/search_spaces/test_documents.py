@@ -3,6 +3,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces import (
+    AGGREGATES,
     ATTENTION_RULES,
     GROUPS,
+    NORMALIZATIONS,
     RULE_DEFAULTS,
     CompositeDocument,
     CompositeSpec,
@@ -93,7 +96,10 @@ def test_schema_is_valid_and_names_what_the_code_knows() -> None:
     assert schema["properties"]["version"] == {"const": 1}
     assert schema["properties"].keys() == content().keys()
     assert schema["$defs"]["rule"]["properties"]["name"]["enum"] == list(RULE_DEFAULTS)
-    assert schema["properties"]["composite"]["properties"]["attention"]["enum"] == list(ATTENTION_RULES)
+    composite = schema["properties"]["composite"]["properties"]
+    assert composite["attention"]["enum"] == list(ATTENTION_RULES)
+    assert composite["aggregate"]["enum"] == list(AGGREGATES)
+    assert composite["normalize"]["enum"] == list(NORMALIZATIONS)
     assert schema["properties"]["layer_groups"]["additionalProperties"]["enum"] == list(GROUPS)
 
 
@@ -111,9 +117,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == content()
 
 
-@given(st.sampled_from(load_space("cnn").grid()), st.sampled_from([None, *ATTENTION_RULES]))
+@given(st.sampled_from(load_space("cnn-extended").grid()), st.sampled_from([None, *ATTENTION_RULES]))
 def test_every_composite_makes_a_document(point: CompositeSpec, attention: str | None) -> None:
-    composite = CompositeSpec(**point.rules, abs=point.abs, attention=attention)
+    composite = replace(point, attention=attention)
     assert load_document({**content(), "composite": composite.to_json()}).composite == composite
 
 
@@ -182,6 +188,7 @@ def test_other_versions(version: object) -> None:
         (("composite", "rules", "XXX"), {}, "$.composite.rules has the unknown key 'XXX'."),
         (("composite", "abs"), 1, "$.composite.abs is 1, but must be of type boolean."),
         (("composite", "attention"), "CPP", "$.composite.attention has the unknown value 'CPP'. Did you mean 'CP'?"),
+        (("composite", "normalize"), "L2", "$.composite.normalize has the unknown value 'L2'. Did you mean 'l2'?"),
         (("composite",), "x", "$.composite is 'x', but must be of type object."),
         (
             ("layer_groups", "layer1.0.conv1"),

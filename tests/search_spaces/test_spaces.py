@@ -125,6 +125,61 @@ class TestCnn:
             assert (signed.abs, absolute.abs) == (False, True)
 
 
+class TestExtended:
+    def test_grid_holds_each_distinct_ranking_once(self) -> None:
+        space = load_space("cnn-extended")
+        points = space.grid()
+        assert len(points) == len(set(points)) == space.size() == 606 * 3 * 3
+        plain = load_space("cnn").grid()
+        assert set(plain) < set(points)
+        assert {point.attribution_key for point in points} == {point.attribution_key for point in plain}
+        ways = {(point.abs, point.aggregate, point.normalize) for point in points}
+        means = itertools.product((False, True), ("mean",), ("none", "l2", "mean"))
+        assert ways == {*means, *itertools.product((True,), ("rms",), ("none", "l2", "mean"))}
+
+    def test_rankings_of_one_attribution_are_neighbours(self) -> None:
+        points = load_space("cnn-extended").grid()
+        keys = [point.attribution_key for point in points]
+        assert [len(list(group)) for _, group in itertools.groupby(keys)] == [9] * 606
+
+    def test_parameters_and_suggest_are_inverse(self) -> None:
+        space = load_space("cnn-extended")
+        for point in space.grid()[::7]:
+            assert space.suggest(FixedTrial(space.parameters(point))) == point
+
+    def test_the_sign_is_a_parameter_that_root_mean_squares_do_not_use(self) -> None:
+        signed_only = DiscreteSpace("x", dict.fromkeys(GROUPS, ("ZPlus",)), abs=(False,), aggregate=("mean", "rms"))
+        mean, rms = signed_only.grid()
+        assert (mean.abs, rms.abs) == (False, True)
+        assert signed_only.parameters(rms) == {**dict.fromkeys(GROUPS, "ZPlus"), "abs": False, "epsilon": 1e-6} | {
+            "aggregate": "rms"
+        }
+        assert signed_only.suggest(FixedTrial(signed_only.parameters(rms))) == rms
+
+    def test_spaces_without_a_choice_have_no_such_parameters(self) -> None:
+        assert load_space("cnn").distributions().keys() == {*GROUPS, "abs", "epsilon"}
+        composite = CompositeSpec(*[RuleSpec("ZPlus")] * 4, abs=True, normalize="l2")
+        with pytest.raises(OutsideSpaceError, match="'cnn' does not contain"):
+            load_space("cnn").parameters(composite)
+        with pytest.raises(OutsideSpaceError, match="'cnn' does not contain"):
+            load_space("cnn").parameters(CompositeSpec(*[RuleSpec("ZPlus")] * 4, abs=True, aggregate="rms"))
+
+    def test_from_a_file(self, tmp_path: Path) -> None:
+        text = f'{RULES}aggregate = ["rms"]\nnormalize = ["none", "l2"]\n'
+        space = load_space(write(tmp_path / "mine.toml", text))
+        assert space.size() == 3 * 2 * 2
+        assert {point.aggregate for point in space.grid()} == {"rms"}
+        assert space.to_json()["parameters"]["normalize"] == ["none", "l2"]
+        for line, message in [
+            ('aggregate = ["max"]', "Parameter aggregate has the unknown value 'max'. Known: mean, rms."),
+            ('normalize = ["l2", "l2"]', "Parameter normalize has l2 twice; list each value once."),
+            ("normalize = []", "Parameter normalize has no values"),
+        ]:
+            with pytest.raises(SpaceError) as caught:
+                load_space(write(tmp_path / "mine.toml", f"{RULES}{line}\n"))
+            assert message in str(caught.value)
+
+
 class TestContinuous:
     def test_has_no_grid(self) -> None:
         space = load_space("cnn-continuous")

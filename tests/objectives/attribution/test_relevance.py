@@ -70,3 +70,52 @@ def test_layer_without_any_relevance_is_an_error(absolute):
 
 def test_relevance_that_cancels_over_samples_is_no_error():
     assert relevance([[1.0, 1.0], [-1.0, -1.0]]).scores(absolute=False)["conv"].tolist() == [0.0, 0.0]
+
+
+SIGNED = [[3.0, -4.0, 0.0], [1.0, 2.0, -1.0]]
+
+
+@pytest.mark.parametrize(
+    ("absolute", "aggregate", "expected"),
+    [
+        (False, "mean", [2.0, -1.0, -0.5]),
+        (True, "mean", [2.0, 3.0, 0.5]),
+        (True, "rms", [5**0.5, 10**0.5, 0.5**0.5]),
+        (False, "rms", [5**0.5, 10**0.5, 0.5**0.5]),
+    ],
+)
+def test_scores_are_aggregated_and_normalised_per_layer(absolute, aggregate, expected):
+    source = relevance(SIGNED)
+    source = Relevance(2, {"a": source.sums["conv"], "b": 10 * source.sums["conv"][:, :2]})
+
+    def scores(normalize: str) -> dict[str, list[float]]:
+        found = source.scores(absolute=absolute, aggregate=aggregate, normalize=normalize)
+        return {name: values.tolist() for name, values in found.items()}
+
+    assert scores("none")["a"] == pytest.approx(expected)
+    l2 = sum(value**2 for value in expected) ** 0.5
+    mean = sum(map(abs, expected)) / 3
+    assert scores("l2")["a"] == pytest.approx([value / l2 for value in expected])
+    assert scores("mean")["a"] == pytest.approx([value / mean for value in expected])
+    for normalize in ("l2", "mean"):
+        unscaled = Relevance(2, {"b": source.sums["b"] / 10}).scores(
+            absolute=absolute, aggregate="mean", normalize=normalize
+        )
+        if aggregate == "mean":
+            assert scores(normalize)["b"] == pytest.approx(unscaled["b"].tolist())
+
+
+def test_root_mean_square_of_elements_is_of_their_magnitudes():
+    scores = relevance([[1.0], [-1.0]], [[3.0], [4.0]]).scores(absolute=True, aggregate="rms")
+    assert scores["conv"].tolist() == pytest.approx([12.5**0.5])
+
+
+@pytest.mark.parametrize("normalize", ["l2", "mean"])
+def test_a_layer_whose_relevance_cancels_keeps_its_zeros(normalize):
+    cancelling = relevance([[1.0, 1.0], [-1.0, -1.0]])
+    assert cancelling.scores(absolute=False, normalize=normalize)["conv"].tolist() == [0.0, 0.0]
+
+
+def test_an_unknown_normalisation_is_an_error():
+    with pytest.raises(ValueError, match="`normalize` must be none, l2 or mean"):
+        relevance([[1.0]]).scores(absolute=False, normalize="max")
