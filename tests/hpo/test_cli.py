@@ -514,7 +514,7 @@ def test_readers_of_no_store_refuse(arguments):
     ("arguments", "message"),
     [
         (["lanch"], "No such command 'lanch'. Did you mean 'launch'?"),
-        (["launch", "--n-trial", "x"], "No such option '--n-trial'. Did you mean '--n-trials'?"),
+        (["launch", "--checkpoit", "x"], "No such option '--checkpoit'. Did you mean '--checkpoint'?"),
         (["export"], "Name the file to write with -o FILE, or pass --json."),
         (["export", "--trial", 1, "--top", 2, "-o", "x"], "Give --trial or --top, not both."),
         (["show", "x"], "'x' is not a valid integer range."),

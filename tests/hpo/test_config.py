@@ -98,6 +98,8 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         output-relevance = "logit"
         dtype = "bf16"
         batch-size = 7
+        attribution = "zennit"
+        attribution-memory = 64
         device = "cuda"
         [model-option]
         width = 2
