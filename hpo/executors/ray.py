@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import queue
+import secrets
 import shlex
 import signal
 import subprocess
@@ -424,6 +425,7 @@ def _connected(address: str | None) -> Iterator[Any]:
             # A directory of its own: Ray leaves its logs behind, and `auto` must not find this cluster.
             folder = tempfile.mkdtemp(prefix="hpo-ray-")
             announce = stack.enter_context(_reaped(folder))
+            stack.enter_context(_own_token())
             arguments: dict[str, Any] = {"address": "local", "_temp_dir": folder}
         else:
             arguments = {"address": address}
@@ -458,6 +460,31 @@ def _reaped(folder: str) -> Iterator[Callable[[], None]]:
     ) as process:
         assert process.stdin is not None, "it is a pipe"
         yield partial(print, file=process.stdin, flush=True)
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Have a cluster that starts now want a token, which it alone knows.
+
+    Its servers listen to the whole network: without one, whoever reaches them runs code as this user.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    def take_notice() -> None:  # Ray reads both once in a process; in this order, as its threads may read them now
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    former = {name: os.environ[name] for name in own if name in os.environ}
+    os.environ.update(own)
+    try:
+        take_notice()
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+        os.environ.update(former)
+        take_notice()
 
 
 def _check_reachable(address: str) -> None:

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from hpo.config import resolve
 from hpo.errors import ExecutorError
 from hpo.executors import Job
-from hpo.executors.ray import RayExecutor, Room, is_users
+from hpo.executors.ray import _INIT, RayExecutor, Room, is_users
 from objectives.errors import RelevanceError
 from search_spaces.errors import SpaceError
 from search_spaces.heuristics import HEURISTICS
@@ -77,11 +78,16 @@ def jobs(*composites, first=0):
     return [Job(number, composite) for number, composite in enumerate(composites, first)]
 
 
+def private_environment():
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH_", *SECRETS))}
+
+
 @pytest.fixture(scope="module")
 def executor():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
+        environment = private_environment()
         before = signal.getsignal(signal.SIGTERM)
         with RayExecutor(configure(workers=N_WORKERS, trial_timeout_s=TIMEOUT_S), Stub) as executor:
             assert signal.getsignal(signal.SIGTERM) is before
@@ -90,6 +96,7 @@ def executor():
                 executor.submit([Job(number, SLOW)])
             outcomes(executor, N_WORKERS)
             yield executor
+        assert private_environment() == environment
 
 
 def test_workers_compute_at_once(executor):
@@ -127,6 +134,26 @@ def test_workers_know_no_secret(executor):
     assert not [name for name, value in environment.items() if "secret" in value]
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.slow
+def test_nobody_else_may_use_the_cluster(executor):
+    address = ray.get_runtime_context().gcs_address
+    program = f"import ray; ray.init(address={address!r}, **{_INIT!r}); print(len(ray.nodes()), 'nodes')"
+    tokens = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+    without = {name: value for name, value in os.environ.items() if name not in tokens}
+
+    def join(environment):
+        return subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    assert join({**without, **tokens}).stdout == "1 nodes\n"
+    refused = join(without)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "InvalidAuthToken" in refused.stderr
+    lines = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
+    assert not [line for line in lines if tokens["RAY_AUTH_TOKEN"] in line]
 
 
 def test_failures_have_causes(executor):
