@@ -4,7 +4,7 @@
 
 The driver holds its standard input: a line says that the cluster is up, the end that the driver has ended, also where
 it was killed. Ray's servers and workers end by themselves then, but two of its agents go on for a minute, and its
-folder stays for ever.
+folder stays for ever. Other processes that the driver has started are none of its business.
 """
 
 import os
@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(driver: int, folder: str) -> None:
     """Wait for the driver's end, then end its cluster and remove the folder."""
     sys.stdin.readline()
     processes = []
-    for pid in _descendants(driver):
+    for pid in _cluster(driver, folder):
         with suppress(ProcessLookupError):  # it has just ended
             # Unlike its number, a process's descriptor is never another's.
             processes.append(os.pidfd_open(pid))
@@ -37,22 +38,30 @@ def main(driver: int, folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _descendants(ancestor: int) -> Iterator[int]:
-    """Processes that a process and its descendants have started, without this one; none where there is no /proc."""
-    parents = {}
+def _cluster(driver: int, folder: str) -> Iterator[int]:
+    """Processes of the cluster in this folder, which is the driver's; none where there is no /proc.
+
+    Its servers, which the driver has started, have the folder in their arguments; not all that they start in turn do.
+    """
+    children = defaultdict[int, list[int]](list)
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The name in brackets may hold spaces and brackets.
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
         except OSError:  # it has just ended
             continue
-    found = {ancestor}
-    for _ in parents:
-        grown = found | {pid for pid, parent in parents.items() if parent in found}
-        if grown == found:
-            break
-        found = grown
-    yield from found - {ancestor, os.getpid()}
+        children[parent].append(int(status.parent.name))
+    found = [pid for pid in children[driver] if pid != os.getpid() and folder in _arguments(pid)]
+    for pid in found:  # which grows
+        found += children[pid]
+        yield pid
+
+
+def _arguments(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:  # it has just ended
+        return ""
 
 
 if __name__ == "__main__":
