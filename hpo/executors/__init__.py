@@ -50,12 +50,15 @@ class Outcome:
         evaluation: What was computed.
         failure: Why it was not.
         cause: Whose fault that is; None if nothing failed.
+        unexpected: Whether no code of this project has raised the failure, so that it may be the worker's process that
+            is broken, such as its CUDA context, and not the composite.
     """
 
     job: Job
     evaluation: "Evaluation | None" = None
     failure: str | None = None
     cause: Cause | None = None
+    unexpected: bool = False
 
     def __post_init__(self) -> None:
         failed = self.failure is not None

@@ -30,4 +30,4 @@ def compute(worker: Worker, job: Job) -> Outcome:
         return Outcome(job, failure=str(error), cause="objective")
     except BaseException as error:  # whatever a network does, even `sys.exit`, its trial must have an outcome
         _log.debug("Trial %d failed.", job.number, exc_info=True)
-        return Outcome(job, failure=f"{type(error).__name__}: {error}", cause="objective")
+        return Outcome(job, failure=f"{type(error).__name__}: {error}", cause="objective", unexpected=True)

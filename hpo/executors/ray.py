@@ -135,8 +135,7 @@ class RayExecutor:
         try:
             before = time.monotonic()
             while not self._left.is_set():
-                self._tick(before)
-                before = time.monotonic()
+                before = self._tick(before)
                 try:
                     event = self._events.get(timeout=_TICK_S)
                 except queue.Empty:
@@ -148,15 +147,15 @@ class RayExecutor:
             _log.debug("The executor failed.", exc_info=True)
             self._outcomes.put(ExecutorError(f"Ray failed: {_reason(error)}; launch again to go on."))
 
-    def _tick(self, before: float) -> None:
-        """Do what time demands."""
+    def _tick(self, before: float) -> float:
+        """Do what time demands; the present time, to be passed to the next call."""
         now = time.monotonic()
         # While this process was stopped, answers may have come that nobody has read.
         pause_s = now - before - _TICK_S
         for member in list(self._crew):
             if pause_s > 1:
                 member.deadline += pause_s
-            if now > member.deadline:
+            if member.jobs and now > member.deadline:
                 self._end(member)
         while self._starts and self._starts[0] <= now:
             del self._starts[0]
@@ -164,6 +163,7 @@ class RayExecutor:
         if self._waiting_since is not None and now - self._waiting_since > _PATIENCE_S:
             self._waiting_since = None
             _log.warning("The cluster has had no room for a worker for %.0f s; waiting for room.", _PATIENCE_S)
+        return now
 
     def _start(self) -> None:
         member = _Member(self._actor_class.remote())
@@ -202,30 +202,42 @@ class RayExecutor:
 
     def _give(self, member: "_Member", jobs: Sequence[Job]) -> None:
         """Send a whole batch at once: the worker need not wait for us between two jobs."""
-        member.jobs = list(jobs)
+        member.jobs = batch = list(jobs)
         member.begun = False
-        member.deadline = time.monotonic() + len(jobs) * self._timeout_s
-        self._then(member.actor.begin.remote(), partial(self._began, member))
-        self._then(member.actor.prepare.remote(list(jobs)), partial(self._prepared, member))
+        member.deadline = time.monotonic() + sum(map(self._limit_s, jobs))
+        self._then(member.actor.begin.remote(), partial(self._began, member, batch))
+        self._then(member.actor.prepare.remote(list(jobs)), partial(self._prepared, member, batch))
         for job in jobs:
-            self._then(member.actor.compute.remote(job), partial(self._computed, member, job))
+            self._then(member.actor.compute.remote(job), partial(self._computed, member, batch, job))
 
-    def _began(self, member: "_Member", answer: "Future[None]") -> None:
-        if answer.exception() is None:
-            member.begun = True
-        elif member in self._crew:
-            self._lose(member)
+    def _limit_s(self, job: Job) -> float:
+        """How long a job may take; a confirmation as long as it likes, as nothing can take its place."""
+        return self._timeout_s if job.images == "search" else math.inf
 
-    def _prepared(self, member: "_Member", answer: "Future[None]") -> None:
-        if member not in self._crew:
+    def _is_busy(self, member: "_Member", batch: list[Job]) -> bool:
+        """Whether a worker still computes this batch; answers may come late, and in another order."""
+        return member in self._crew and member.jobs is batch and bool(batch)
+
+    def _began(self, member: "_Member", batch: list[Job], answer: "Future[None]") -> None:
+        if not self._is_busy(member, batch):
             return
-        if answer.exception() is None:
-            member.deadline = time.monotonic() + self._timeout_s
+        error = answer.exception()
+        if error is None:
+            member.begun = True
         else:
-            self._lose(member)
+            self._lose(member, error)
 
-    def _computed(self, member: "_Member", job: Job, answer: "Future[Outcome]") -> None:
-        if member not in self._crew:
+    def _prepared(self, member: "_Member", batch: list[Job], answer: "Future[None]") -> None:
+        if not self._is_busy(member, batch):
+            return
+        error = answer.exception()
+        if error is None:
+            member.deadline = time.monotonic() + self._limit_s(batch[0])
+        else:
+            self._lose(member, error)
+
+    def _computed(self, member: "_Member", batch: list[Job], job: Job, answer: "Future[Outcome]") -> None:
+        if not self._is_busy(member, batch):
             return
         error = answer.exception()
         if error is None:
@@ -233,34 +245,45 @@ class RayExecutor:
         elif isinstance(error, self._ray.exceptions.RayTaskError):
             outcome = Outcome(job, failure=_reason(error), cause="objective")
         else:
-            self._lose(member)
+            self._lose(member, error)
             return
-        member.jobs.remove(job)
-        member.deadline = time.monotonic() + self._timeout_s if member.jobs else math.inf
+        member.begun = True
+        batch.remove(job)
+        member.deadline = time.monotonic() + self._limit_s(batch[0]) if batch else math.inf
         self._outcomes.put(outcome)
+        if outcome.unexpected:  # a broken worker fails at once, so it would get job after job
+            _log.info("The worker of trial %d is replaced: %s", job.number, outcome.failure)
+            self._release(batch)
+            self._replace(member)
         self._dispatch()
 
-    def _lose(self, member: "_Member") -> None:
+    def _lose(self, member: "_Member", error: BaseException) -> None:
         """Replace a worker that has died."""
         if not member.begun:  # it died while it was idle, and nobody could know
             self._batches.appendleft(member.jobs)
-        elif member.jobs:
-            _log.info("The worker of trial %d died.", member.jobs[0].number)
-            self._give_up(member, Outcome(member.jobs[0], failure="Its worker died.", cause="worker"))
-        self._dismiss(member)
-        self._start()
+        else:
+            failure = f"Its worker died ({_reason(error)})."
+            _log.info("Trial %d: %s", member.jobs[0].number, failure)
+            self._give_up(member, Outcome(member.jobs[0], failure=failure, cause="worker"))
+        self._replace(member)
 
     def _end(self, member: "_Member") -> None:
         """Replace a worker whose trial takes too long."""
         failure = f"It took longer than {self._timeout_s:g} s (--trial-timeout)."
         self._give_up(member, Outcome(member.jobs[0], failure=failure, cause="objective"))
-        self._dismiss(member)
-        self._start()
+        self._replace(member)
 
     def _give_up(self, member: "_Member", outcome: Outcome) -> None:
         self._outcomes.put(outcome)
-        for job in member.jobs[1:]:
+        self._release(member.jobs[1:])
+
+    def _release(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
             self._outcomes.put(Outcome(job, failure="Its worker ended before it began.", cause="unstarted"))
+
+    def _replace(self, member: "_Member") -> None:
+        self._dismiss(member)
+        self._start()
 
     def _dismiss(self, member: "_Member") -> None:
         self._crew.remove(member)
@@ -468,7 +491,7 @@ def _own_token() -> Iterator[None]:
 
     Its servers listen to the whole network: without one, whoever reaches them runs code as this user.
     """
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
     def take_notice() -> None:  # Ray reads both once in a process; in this order, as its threads may read them now
         Config.initialize("")
@@ -541,4 +564,6 @@ def _reason(error: BaseException) -> str:
     """An error in a line; of one that comes from a worker, the cause."""
     cause = getattr(error, "cause", None) or error
     text = " ".join(str(cause).split())
+    # Ray begins with five lines about the actor, and says at the end why its process has ended.
+    text = text.rpartition("Worker exit detail: ")[2]
     return f"{type(cause).__name__}: {text[:400]}"

@@ -1,6 +1,7 @@
 """The Ray executor on a real cluster of this machine, with workers that sleep, fail, hang and die."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,8 @@ class Stub:
         }.get(composite.key, lambda: None)
         start = time.time()
         conduct()
+        if images == "confirmation":
+            time.sleep(TIMEOUT_S + 1)
         return {"pid": os.getpid(), "start": start, "prepared": self.prepared, "environment": dict(os.environ)}
 
 
@@ -88,6 +91,7 @@ def executor():
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         environment = private_environment()
+        bystander = subprocess.Popen(["sleep", "600"])
         before = signal.getsignal(signal.SIGTERM)
         with RayExecutor(configure(workers=N_WORKERS, trial_timeout_s=TIMEOUT_S), Stub) as executor:
             assert signal.getsignal(signal.SIGTERM) is before
@@ -97,6 +101,9 @@ def executor():
             outcomes(executor, N_WORKERS)
             yield executor
         assert private_environment() == environment
+        assert bystander.poll() is None, "the reaper ends what belongs to Ray only"
+        bystander.kill()
+        bystander.wait()
 
 
 def test_workers_compute_at_once(executor):
@@ -157,12 +164,28 @@ def test_nobody_else_may_use_the_cluster(executor):
 
 
 def test_failures_have_causes(executor):
-    executor.submit(jobs(ILL, WRONG, EXITING, BROKEN))
+    executor.submit(jobs(ILL, WRONG, BROKEN, EXITING))
     ended = outcomes(executor, 4)
     assert (ended[0].failure, ended[0].cause) == ("No relevance.", "composite")
     assert (ended[1].failure, ended[1].cause) == ("Write it so.", "objective")
-    assert (ended[2].failure, ended[2].cause) == ("SystemExit: 3", "objective")
-    assert ended[3].evaluation is not None
+    assert ended[2].evaluation is not None
+    assert (ended[3].failure, ended[3].cause) == ("SystemExit: 3", "objective")
+
+
+def test_a_worker_that_may_be_broken_gets_no_more_jobs(executor):
+    executor.submit(jobs(TELLING, WRONG, TELLING, EXITING, TELLING))
+    ended = outcomes(executor, 5)
+    assert [ended[number].cause for number in range(5)] == [None, "objective", None, "objective", "unstarted"]
+    assert ended[0].evaluation["pid"] == ended[2].evaluation["pid"], "a refusal is no sign of a broken worker"
+    for number in range(2 * N_WORKERS):
+        executor.submit([Job(number, SLOW)])
+    pids = {outcome.evaluation["pid"] for outcome in outcomes(executor, 2 * N_WORKERS).values()}
+    assert ended[0].evaluation["pid"] not in pids
+
+
+def test_a_confirmation_may_take_longer_than_a_trial(executor):
+    executor.submit([Job(0, QUICK, "confirmation")])
+    assert outcomes(executor, 1)[0].failure is None
 
 
 def test_a_dead_worker_loses_its_job_alone(executor):
@@ -170,7 +193,7 @@ def test_a_dead_worker_loses_its_job_alone(executor):
     executor.submit(jobs(SLOW, QUICK, first=4))
     ended = outcomes(executor, 6)
     assert [ended[number].cause for number in range(6)] == [None, "worker", "unstarted", "unstarted", None, None]
-    assert ended[1].failure == "Its worker died."
+    assert re.match(r"Its worker died \(ActorDiedError: Worker unexpectedly exits [^\n]*\)\.$", ended[1].failure)
 
 
 @pytest.mark.parametrize("composite", [HANGING, STOPPED])
