@@ -253,7 +253,8 @@ class StudyDriver:
     def _run_trials(self, source: TrialSource) -> None:
         """Keep the workers busy until nothing is left to ask."""
         while True:
-            if batch := self._next_batch(source) if self._in_flight.n_batches < self._n_batches else []:
+            has_room = self._in_flight.n_batches < self._n_batches
+            if has_room and (batch := self._next_batch(source)):
                 self._in_flight.submit(batch)
                 self._executor.submit([Job(asked.number, asked.composite) for asked in batch])
                 # Who has become idle meanwhile is served before more is asked ahead.
@@ -288,6 +289,8 @@ class StudyDriver:
                 self._reuse(source, asked)
             elif self._in_flight.add(asked):
                 batch.append(asked)
+            elif self._in_flight.n_parked >= self._executor.n_workers:
+                break  # a sampler that repeats itself has to hear what became of its trials
         return batch
 
     def _batch_size(self, n_left: int) -> int:

@@ -59,6 +59,11 @@ class InFlight:
         """How many batches have trials that are still to be computed."""
         return len(self._batches)
 
+    @property
+    def n_parked(self) -> int:
+        """How many trials wait for one of the same composite."""
+        return sum(map(len, self._parked.values()))
+
     def add(self, asked: Asked) -> bool:
         """Take a trial in; whether it is to be computed, and not parked."""
         if asked.composite.key in self._parked:

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from search_spaces.errors import PruningHPOError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -172,6 +170,6 @@ class CurvePlotter:
                 page = CurvePage(curve.rates)
             try:
                 self._store.add_artifact(trial, CURVE_PNG, page.png(curve, title), "image/png")
-            except PruningHPOError as error:
+            except Exception as error:  # the store's, or whatever drawing raises
                 # A picture is not worth a study; what ails the store will show when the next trial is written.
                 _log.warning("The curve of trial %d is not drawn: %s", trial.number, error)
