@@ -47,18 +47,20 @@ class Batches:
             raise ValueError(f"`asked` must be at least 1, but got {self.asked}.")
         self.size = self.asked
 
-    def run(self, compute: Callable[[int], T]) -> T:
+    def run(self, compute: Callable[[int], T], at_most: int | None = None) -> T:
         """What `compute` returns for as many images a pass as fit.
 
         Args:
             compute: takes the images a pass; begins anew with fewer of them where memory runs out.
+            at_most: images a pass beyond which this computation gains nothing.
 
         Raises:
             OutOfMemoryError: not even a single image fits.
         """
         while True:
+            size = self.size if at_most is None else min(self.size, at_most)
             try:
-                return compute(self.size)
+                return compute(size)
             except Exception as error:
                 if not lacks_memory(error):
                     raise
@@ -67,12 +69,12 @@ class Batches:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if self.size == 1:
+            if size == 1:
                 raise OutOfMemoryError(
                     f"Out of memory in {self.purpose} with batches of {self.asked} images, halved down to 1: {reason} "
                     "Free memory on the device, or use another --device or a smaller --size."
                 )
-            self.size //= 2
+            self.size = size // 2
 
     @property
     def remark(self) -> str | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,7 +27,7 @@ from objectives.models import LoadedModel
 from objectives.network import CanonicalNetwork, canonize
 from objectives.procedures import PROCEDURES
 from objectives.pruning.curve import Curve, area
-from objectives.pruning.evaluation import Evaluator, Measurement, correct_predictions
+from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
 from objectives.pruning.rates import check_rates
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
@@ -105,6 +105,7 @@ class Evaluation:
         image_auc: each image's own normalised area (its correctness over the rates); their mean is `auc`.
         seconds: spent on `attribution` and `evaluation`.
         remarks: what the user should know about it, a sentence each.
+        measured: masks that nothing was known of, for `Objective.learn` elsewhere.
     """
 
     curve: Curve
@@ -112,6 +113,7 @@ class Evaluation:
     image_auc: tuple[float, ...]
     seconds: dict[str, float]
     remarks: tuple[str, ...] = ()
+    measured: tuple[KnownMeasurement, ...] = ()
 
 
 class Objective:
@@ -238,11 +240,26 @@ class Objective:
         collapsed = evaluator.measure(
             {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
         )
+        # The one time that the device is waited for.
+        correct = torch.stack([measurement.correct for measurement in (*measurements, collapsed)]).cpu()
         seconds["evaluation"] = time.perf_counter() - start - seconds["attribution"]
-        evaluation = self._summary(measurements, collapsed, evaluator.images.labels.cpu(), seconds)
+        labels: Tensor = getattr(self.task, images).labels
+        evaluation = replace(self._summary(correct, measurements, labels, seconds), measured=evaluator.news())
         if images == "search":
             self._check_start(evaluation.curve)
         return evaluation
+
+    def learn(self, origin: str, measurements: Iterable[KnownMeasurement], images: ImageSet = "search") -> None:
+        """Takes over measurements made elsewhere, so that their masks need not be measured again.
+
+        Args:
+            origin: what they depend on but for the masks; those of another than `evaluator(images).origin` are left.
+            measurements: as `Evaluation.measured` has them.
+            images: that they were made on.
+        """
+        evaluator = self.evaluator(images)
+        if origin == evaluator.origin:
+            evaluator.learn(measurements)
 
     def evaluator(self, images: ImageSet) -> Evaluator:
         """Measures masks on one set of images; made at first use and kept."""
@@ -265,13 +282,11 @@ class Objective:
             return LabelledImages(here, labels)
 
     def _summary(
-        self,
-        measurements: Sequence[Measurement],
-        collapsed: Measurement,
-        labels: Tensor,
-        seconds: dict[str, float],
+        self, correct: Tensor, measurements: Sequence[Measurement], labels: Tensor, seconds: dict[str, float]
     ) -> Evaluation:
-        correct = torch.stack([measurement.correct for measurement in measurements]).double()
+        """Of predictions (rates + 1, N) being correct; the last row is of the network without any component."""
+        collapsed = correct[-1].double()
+        correct = correct[:-1].double()
         in_class = nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()  # classes that have images
         by_class = correct @ in_class / in_class.sum(dim=0)
         rates = self.options.rates
@@ -281,7 +296,7 @@ class Objective:
             class_accuracies=tuple(map(tuple, by_class.tolist())),
             parameters=tuple(measurement.cost.parameters for measurement in measurements),
             flops=tuple(measurement.cost.flops for measurement in measurements),
-            collapsed_accuracy=float(collapsed.correct.double().mean()),
+            collapsed_accuracy=float(collapsed.mean()),
         )
         weights = [area(rates, [float(i == j) for j in range(len(rates))]) for i in range(len(rates))]
         image_auc = torch.tensor(weights, dtype=torch.float64) @ correct / (rates[-1] - rates[0])

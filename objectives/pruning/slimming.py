@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from objectives.attribution.operations import Activation, AveragePool, ConstantG
 from objectives.network import CanonicalNetwork, shape_of
 from objectives.pruning.ranking import Masks
 
-__all__ = ["Cost", "Scatter", "cost", "depends_on_images", "slim"]
+__all__ = ["Cost", "cost", "depends_on_images", "slim"]
 
 aten = torch.ops.aten
 
@@ -32,12 +32,6 @@ _READ_SIZES_ONLY = {aten.sym_size.int, aten.new_zeros.default}
 _PADS = {aten.constant_pad_nd.default, aten.pad.default}
 _SQUEEZES = {aten.squeeze.dims, aten.squeeze.dim}
 _FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
-
-
-Scatter = Literal["index", "product"]
-
-# Entries of the 0/1 matrix up to which a product is faster than `index_add` (measured on a CPU with AVX-512).
-_LARGEST_SCATTER = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +74,17 @@ def depends_on_images(module: fx.GraphModule) -> bool:
     return False
 
 
-def slim(network: CanonicalNetwork, masks: Masks, *, scatter: Scatter = "index") -> fx.GraphModule:
+def slim(network: CanonicalNetwork, masks: Masks) -> fx.GraphModule:
     """The network without its pruned components.
 
     Args:
         network: canonical; it isn't changed.
         masks: kept components of every layer that has any pruned.
-        scatter: how channels get to their places in a residual sum: by `index`, which moves values and costs no
-            multiply-add, or on narrow layers by the `product` with a 0/1 matrix, which a CPU computes faster.
 
     Returns:
         (N, C, H, W) -> logits (N, classes), equal to the masked network's up to rounding.
     """
-    return _Slimmer(network, masks, scatter).build()
+    return _Slimmer(network, masks).build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +103,8 @@ class _Value:
 
 
 class _Slimmer:
-    def __init__(self, network: CanonicalNetwork, masks: Masks, scatter: Scatter) -> None:
+    def __init__(self, network: CanonicalNetwork, masks: Masks) -> None:
         self.network = network
-        self.scatter = scatter
         self.masks = {name: mask.cpu() for name, mask in masks.items()}
         self.source = network.module
         self.root = nn.Module()
@@ -135,12 +126,16 @@ class _Slimmer:
                 self._module(node, self.source.get_submodule(str(node.target)))
             else:
                 self._function(node)
-        module = fx.GraphModule(self.root, self.graph, "SlimNetwork")
-        module.graph.eliminate_dead_code()
+        self._erase_unread()
+        module = fx.GraphModule(self.root, self.graph, "SlimNetwork")  # writes its code, so the graph is ready by now
         module.delete_all_unused_submodules()
         _delete_unused_buffers(module)
-        module.recompile()
         return module.eval().requires_grad_(False)
+
+    def _erase_unread(self) -> None:
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
 
     # Values.
 
@@ -161,48 +156,32 @@ class _Slimmer:
         return node
 
     def _index(self, indices: Tensor) -> fx.Node:
-        return self._buffer(indices.to(self._device()))
+        return self._buffer(indices.to(self._device(), non_blocking=True))
 
     def _device(self) -> torch.device:
-        return self._reference().device
-
-    def _reference(self) -> Tensor:
         weight = self.source.get_submodule(self.network.classifier).weight
         assert isinstance(weight, Tensor)
-        return weight
-
-    def _zeros(self, n_channels: int, shape: tuple[int, ...]) -> fx.Node:
-        batch = self._emit(aten.sym_size.int, self.images, 0)
-        return self._emit(aten.new_zeros.default, self.images, [batch, n_channels, *shape[1:]])
+        return weight.device
 
     def _with_channels(self, value: _Value, channels: Tensor) -> fx.Node:
         """The value with exactly these channels: others are dropped, missing ones are zeros."""
         if value.node is not None and torch.equal(value.channels, channels):
             return value.node
         kept = torch.isin(value.channels, channels)
-        node = value.node
-        if node is None or not bool(kept.any()):
-            return self._zeros(len(channels), value.shape)
-        if not bool(kept.all()):
+        node, n_kept, space = value.node, int(kept.sum()), value.shape[1:]
+        if node is not None and 0 < n_kept < len(kept):
             node = self._emit(aten.index_select.default, node, 1, self._index(kept.nonzero().flatten()))
-        if int(kept.sum()) == len(channels):
-            return node
-        places = torch.searchsorted(channels, value.channels[kept])
-        if self._scatters_by_product(value, places, channels):
-            return self._scattered(node, places, len(channels))
-        zeros = self._zeros(len(channels), value.shape)
-        return self._emit(aten.index_copy.default, zeros, 1, self._index(places), node)
-
-    def _scatters_by_product(self, value: _Value, places: Tensor, channels: Tensor) -> bool:
-        is_narrow = len(value.shape) == 3 and len(places) * len(channels) <= _LARGEST_SCATTER
-        return self.scatter == "product" and is_narrow
-
-    def _scattered(self, node: fx.Node, places: Tensor, n_channels: int) -> fx.Node:
-        """Channels moved to their places by a 0/1 matrix: exact, and faster than an index on narrow layers."""
-        reference = self._reference()
-        matrix = torch.zeros(n_channels, len(places), 1, 1, dtype=reference.dtype, device=reference.device)
-        matrix[places, torch.arange(len(places))] = 1
-        return self._emit(aten.conv2d.default, node, self._buffer(matrix))
+            node.meta["shape"] = (n_kept, *space)
+        if node is None or n_kept < len(channels):
+            batch = self._emit(aten.sym_size.int, self.images, 0)
+            zeros = self._emit(aten.new_zeros.default, self.images, [batch, len(channels), *space])
+            zeros.meta["shape"] = (len(channels), *space)
+            if node is None or n_kept == 0:
+                return zeros
+            places = self._index(torch.searchsorted(channels, value.channels[kept]))
+            node = self._emit(aten.index_copy.default, zeros, 1, places, node)
+            node.meta["shape"] = (len(channels), *space)
+        return node
 
     def _full(self, old: fx.Node) -> fx.Node:
         value = self.values[old]
@@ -325,13 +304,8 @@ class _Slimmer:
         if torch.equal(left.channels, right.channels):
             new = self._emit(aten.add.Tensor, left.node, right.node)
         else:
-            places = torch.searchsorted(left.channels, right.channels)
-            assert right.node is not None
-            if self._scatters_by_product(right, places, left.channels):
-                scattered = self._scattered(right.node, places, len(left.channels))
-                new = self._emit(aten.add.Tensor, left.node, scattered)
-            else:
-                new = self._emit(aten.index_add.default, left.node, 1, self._index(places), right.node)
+            places = self._index(torch.searchsorted(left.channels, right.channels))
+            new = self._emit(aten.index_add.default, left.node, 1, places, right.node)
         self._store(node, _Value(new, left.channels, shape))
 
     def _gate(self, node: fx.Node, features: _Value, gate: _Value) -> None:
@@ -462,11 +436,18 @@ def _averages_space_only(module: Operation, n_dimensions: int) -> bool:
     return all(int(dimension) % (n_dimensions + 1) >= 2 for dimension in module.arguments[0])
 
 
+class _Convolution(nn.Conv2d):
+    """A convolution whose weights are about to be given, so that drawing them would only take time."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing."""
+
+
 def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
     """A layer with other rows and columns."""
     new: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):
-        new = nn.Conv2d(
+        new = _Convolution(
             weight.shape[1] * groups,
             weight.shape[0],
             layer.kernel_size,  # type: ignore[arg-type]
@@ -487,7 +468,7 @@ def _select(tensor: Tensor, dimension: int, indices: Tensor) -> Tensor:
     """Rows or columns of a tensor; the tensor itself, not a copy, where all are kept."""
     if len(indices) == tensor.shape[dimension]:
         return tensor.detach()
-    return tensor.detach().index_select(dimension, indices.to(tensor.device))
+    return tensor.detach().index_select(dimension, indices.to(tensor.device, non_blocking=True))
 
 
 def _delete_unused_buffers(module: fx.GraphModule) -> None:

@@ -81,7 +81,8 @@ def test_a_machine_that_really_has_too_little_memory_halves_batches():
         torch.set_num_threads(1)
         torch.empty(1)
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
+        room = 3 * 2**29  # for 96 images, whatever the interpreter itself still takes or gives back
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
         batches = Batches("evaluation", 256)
         print(batches.run(lambda size: len(torch.empty(size, 2**22))), batches.size)
     """
@@ -89,7 +90,7 @@ def test_a_machine_that_really_has_too_little_memory_halves_batches():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     n_computed, size = map(int, done.stdout.split())
-    assert n_computed == size in {64, 32}
+    assert n_computed == size == 64
 
 
 def test_a_cpu_allocator_that_fails_is_out_of_memory():

@@ -77,6 +77,28 @@ def test_the_curve_is_that_of_the_masked_network(objective, model, task):
         assert curve.collapsed_accuracy == float(collapsed)
 
 
+def test_what_one_objective_has_measured_another_need_not(model, task):
+    first, second, other = (Objective(model, task, replace(OPTIONS, batch_size=n)) for n in (100, 100, 50))
+    evaluation = first.evaluate(EPSILON)
+    assert len(evaluation.measured) == len(RATES) + 1
+    assert first.evaluate(EPSILON).measured == ()
+    origin = first.evaluator("search").origin
+    for objective in (second, other):
+        objective.learn(origin, evaluation.measured)
+    again = second.evaluate(EPSILON)
+    assert (again.curve, again.image_auc, again.measured) == (evaluation.curve, evaluation.image_auc, ())
+    # Rounding depends on the size of batches, so measurements of another one are not taken over.
+    assert len(other.evaluate(EPSILON).measured) == len(RATES) + 1
+    first.evaluate(ZPLUS)
+    assert len(first.evaluate(ZPLUS, "confirmation").measured) == len(RATES) + 1
+
+
+def test_the_unpruned_network_is_measured_once_for_all_composites(model, task):
+    objective = Objective(model, task, OPTIONS)
+    assert len(objective.evaluate(EPSILON).measured) == len(RATES) + 1
+    assert len(objective.evaluate(ZPLUS).measured) == len(RATES) - 1  # but for rate 0 and all components
+
+
 @pytest.mark.parametrize("attribution", ["shared", "zennit"])
 def test_both_values_of_abs_share_one_attribution(model, task, attribution):
     objective = Objective(model, task, replace(OPTIONS, attribution=attribution))

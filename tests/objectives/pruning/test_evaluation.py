@@ -63,6 +63,85 @@ def test_equal_masks_are_measured_once_and_others_are_not_confused(evaluator):
     assert evaluate.measure(subject.ranking(seed=1).masks(100)) is not first
 
 
+def test_a_network_that_no_image_reaches_is_run_on_one(prunable, evaluator, monkeypatch):
+    subject, labelled = prunable("vgg11_bn"), evaluator[1]
+    evaluate = Evaluator(subject.canonical, labelled.to("cpu", torch.float64), Batches("a test", 16), torch.float64)
+    monkeypatch.setattr("objectives.pruning.evaluation.correct_predictions", None)  # what runs all images
+    everything = {name: torch.zeros(n, dtype=torch.bool) for name, n in subject.canonical.components.items()}
+    cut = {**subject.ranking().masks(0), "features.8": everything["features.8"]}
+    for masks in (everything, cut):
+        measurement = evaluate.measure(masks)
+        with masked(subject.network, subject.canonical.layers, masks) as network:
+            expected = network(labelled.images.double()).argmax(1) == labelled.labels
+        assert torch.equal(measurement.correct, expected)
+
+
+def test_batches_are_as_large_as_the_caches_of_a_cpu(evaluator, monkeypatch):
+    subject, labelled = evaluator
+    images = labelled.to("cpu", torch.float32)
+    batches = Batches("a test", 16)
+    asked = []
+    run = Batches.run
+    monkeypatch.setattr(Batches, "run", lambda *arguments: asked.append(arguments[2]) or run(*arguments))
+    masks = subject.ranking().masks(0)
+    by_caches = Evaluator(subject.canonical, images, batches).measure(masks).correct
+    monkeypatch.setattr("objectives.pruning.evaluation._BYTES_CACHED", 1)
+    one_by_one = Evaluator(subject.canonical, images, batches).measure(masks).correct
+    assert torch.equal(by_caches, one_by_one)
+    assert asked == [24 * 2**20 // (4 * 3 * 16 * 32 * 32), 1]  # a convolution that is added to a stream
+
+
+def test_what_is_known_is_taken_over(evaluator):
+    subject, labelled = evaluator
+    images = labelled.to("cpu", torch.float64)
+    ranking = subject.ranking()
+    first = Evaluator(subject.canonical, images, Batches("a test", 16), torch.float64)
+    measured = [first.measure(ranking.masks(n)) for n in (0, 100, 688, 100)]
+    news = first.news()
+    assert [len(known.correct) for known in news] == [5, 5, 5]  # 40 images
+    assert first.news() == ()
+    second = Evaluator(subject.canonical, images, Batches("a test", 16), torch.float64)
+    assert second.origin == first.origin
+    second.learn(news)
+    for n, expected in zip((0, 100, 688), measured, strict=False):
+        again = second.measure(ranking.masks(n))
+        assert torch.equal(again.correct, expected.correct)
+        assert again.cost == expected.cost
+    assert second.news() == ()
+    second.measure(ranking.masks(101))
+    assert len(second.news()) == 1
+
+
+def test_an_origin_is_all_but_the_masks(evaluator, prunable):
+    subject, labelled = evaluator
+    images = labelled.to("cpu", torch.float64)
+    other_labels = LabelledImages(images.images, images.labels.roll(1))
+    origins = {
+        Evaluator(network.canonical, on, Batches("a test", size)).origin
+        for network, on, size in (
+            (subject, images, 16),
+            (subject, images, 8),
+            (subject, labelled.to("cpu", torch.float32), 16),
+            (subject, other_labels, 16),
+            (prunable("seresnet18"), images, 16),
+        )
+    }
+    assert len(origins) == 5
+
+
+def test_the_least_recently_used_masks_are_forgotten(evaluator, monkeypatch):
+    subject, labelled = evaluator
+    monkeypatch.setattr("objectives.pruning.evaluation._BYTES_KEPT", 3 * (40 + 1024))
+    evaluate = Evaluator(subject.canonical, labelled.to("cpu", torch.float64), Batches("a test", 40), torch.float64)
+    ranking = subject.ranking()
+    kept = {n: evaluate.measure(ranking.masks(n)) for n in (0, 600, 650)}
+    assert evaluate.measure(ranking.masks(0)) is kept[0]
+    evaluate.measure(ranking.masks(660))
+    assert evaluate.measure(ranking.masks(0)) is kept[0]
+    assert evaluate.measure(ranking.masks(600)) is not kept[600]
+    assert [known.n_images for known in evaluate.news()] == [40, 40, 40]  # what was forgotten is no news
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_leave_the_canonical_network_alone(evaluator, dtype):
     subject, labelled = evaluator
