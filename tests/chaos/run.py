@@ -19,9 +19,9 @@ BEGIN, END = "<!-- figures of the last full run: begin -->", "<!-- end -->"
 SCENARIOS = {
     1: "grid of 60, 4 Ray workers, kill -9 of a random worker every 3 s",
     2: "grid of 512 and 200 trials of TPE, the driver killed every 20 to 40 s as well",
-    3: "the driver killed at each step, at a release, and before every third commit",
+    3: "the driver killed at each step, at a release, and before every seventh commit",
     4: "PostgreSQL crashed every 40 s, away for 60 s, and away for longer than `--store-timeout`",
-    5: "a COMMIT, or its answer, lost: at random, and every third answer in turn",
+    5: "a COMMIT, or its answer, lost: at random, and every seventh answer in turn",
     6: "five launchers at once on an empty database",
     7: "the same study name with another space, sampler, model or direction",
     8: "a full disk under SQLite, and under the artifacts",

@@ -86,8 +86,8 @@ def test_commits_and_their_answers_are_lost(postgresql_server, make_study, full,
 
 @full_only
 def test_the_answer_of_a_commit_is_lost(postgresql_server, make_study, record):
-    """Of every third one, each in a study of its own."""
-    for n_lost in itertools.count(1, 3):
+    """Of every seventh one, each in a study of its own."""
+    for n_lost in itertools.count(1, 7):
         url = postgresql_server.new_database()
         with CommitProxy(postgresql_server.port) as proxy:
             proxy.lose(n_lost, delivered=True)

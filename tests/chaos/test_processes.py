@@ -119,9 +119,9 @@ def test_a_process_of_ray_is_killed(postgresql_server, make_study, record, progr
 
 
 def test_a_kill_before_a_commit(new_url, make_study, full, record):
-    """In full, before every third one of a study."""
+    """In full, before every seventh one of a study."""
     n_killed = 0
-    for commit in itertools.count(1, 3) if full else (17, 42):
+    for commit in itertools.count(1, 7) if full else (17, 42):
         study = make_study(new_url(), space_path=GRID_6, settings=QUICK)
         with study.witness:
             killed = study.start(kill_at=f"commit:before:{commit}")
