@@ -18,7 +18,7 @@ from torch import fx, nn
 from objectives.attribution.operations import Activation, AveragePool, ConstantGate, Operation, ResidualSum
 from objectives.network import CanonicalNetwork, shape_of
 
-__all__ = ["RESHAPES", "Plan", "Segment", "make_plan"]
+__all__ = ["Plan", "RESHAPES", "Segment", "make_plan"]
 
 aten = torch.ops.aten
 
