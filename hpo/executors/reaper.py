@@ -3,8 +3,9 @@
     python reaper.py DRIVER_PID FOLDER
 
 The driver holds its standard input: a line says that the cluster is up, the end that the driver has ended, also where
-it was killed. Ray's servers and workers end by themselves then, but two of its agents go on for a minute, and its
-folder stays for ever. Other processes that the driver has started are none of its business.
+it was killed. Ray's servers and workers end by themselves then, but two of its agents go on for a minute, a worker that
+was just starting for half of one, and its folder stays for ever. Other processes that the driver has started are none
+of its business.
 """
 
 import os
@@ -13,7 +14,7 @@ import shutil
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,17 +26,35 @@ _GRACE_S = 3.0
 def main(driver: int, folder: str) -> None:
     """Wait for the driver's end, then end its cluster and remove the folder."""
     sys.stdin.readline()
-    processes = []
-    for pid in _cluster(driver, folder):
-        with suppress(ProcessLookupError):  # it has just ended
-            # Unlike its number, a process's descriptor is never another's.
-            processes.append(os.pidfd_open(pid))
+    processes = _opened(_cluster(driver, folder))
     sys.stdin.read()
+    _end(processes)
+    _end(_opened(_named(folder)))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _opened(pids: Iterable[int]) -> list[int]:
+    """Descriptors of processes: unlike its number, a process's descriptor is never another's."""
+    processes = []
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has just ended
+            processes.append(os.pidfd_open(pid))
+    return processes
+
+
+def _end(processes: Iterable[int]) -> None:
     for process in processes:
         if not select.select([process], [], [], 0)[0]:
             signal.pidfd_send_signal(process, signal.SIGKILL)
             select.select([process], [], [], _GRACE_S)
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _named(folder: str) -> Iterator[int]:
+    """Processes that have the folder in their arguments, as a worker has until it is ready."""
+    for status in Path("/proc").glob("[0-9]*"):
+        pid = int(status.name)
+        if pid != os.getpid() and folder in _arguments(pid):
+            yield pid
 
 
 def _cluster(driver: int, folder: str) -> Iterator[int]:
