@@ -144,7 +144,7 @@ def time_executor(n_workers: int, n_trials: int, trial_s: float, url: str) -> di
 
         def run(count: int) -> None:
             left = iter(range(count))
-            for number, _ in zip(left, range(2 * n_workers), strict=False):
+            for _, number in zip(range(2 * n_workers), left, strict=False):
                 executor.submit([Job(number, composite)])
             for _ in range(count):
                 while executor.wait(timeout_s=1.0) is None:

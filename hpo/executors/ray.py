@@ -456,6 +456,7 @@ def _connected(address: str | None) -> Iterator[Any]:
             # A cluster shows its users the command line of every driver.
             ray._raylet.setproctitle(shlex.join(masked))  # type: ignore[attr-defined]  # compiled
         with _environment():
+            _take_notice_of_token()
             if address is not None:
                 _check_reachable(address)
             stack.callback(ray.shutdown)
@@ -491,23 +492,24 @@ def _own_token() -> Iterator[None]:
 
     Its servers listen to the whole network: without one, whoever reaches them runs code as this user.
     """
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
-
-    def take_notice() -> None:  # Ray reads both once in a process; in this order, as its threads may read them now
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     former = {name: os.environ[name] for name in own if name in os.environ}
     os.environ.update(own)
     try:
-        take_notice()
         yield
     finally:
         for name in own:
             os.environ.pop(name, None)
         os.environ.update(former)
-        take_notice()
+
+
+def _take_notice_of_token() -> None:
+    """Have Ray read the environment's token again: it reads it once in a process, perhaps for another cluster."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
+
+    # In this order, as its threads may read them now.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _check_reachable(address: str) -> None:

@@ -46,7 +46,7 @@ class Stub:
             ILL.key: lambda: raise_(RelevanceError("No relevance.")),
             WRONG.key: lambda: raise_(SpaceError("Write it so.")),
             EXITING.key: lambda: sys.exit(3),
-            DYING.key: lambda: os.kill(os.getpid(), signal.SIGKILL),
+            DYING.key: die,
             HANGING.key: lambda: "".join(map(str, range(10**9))),  # never asks for signals
             STOPPED.key: lambda: os.kill(os.getpid(), signal.SIGSTOP),
         }.get(composite.key, lambda: None)
@@ -59,6 +59,11 @@ class Stub:
 
 def raise_(error):
     raise error
+
+
+def die():
+    time.sleep(0.2)  # the answer to the job before is on its way
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def configure(**options):
