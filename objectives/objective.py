@@ -236,7 +236,7 @@ class Objective:
 
         start = time.perf_counter()
         procedure = PROCEDURES[self.options.procedure]
-        measurements = list(procedure(score, evaluator.measure, self.options.rates))
+        measurements = [evaluator.measure(masks) for masks in procedure(score, self.options.rates)]
         collapsed = evaluator.measure(
             {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
         )

@@ -1,7 +1,7 @@
 """Procedures: how pruning proceeds from relevance to a curve, one module each.
 
-A procedure takes a way to score components and a way to measure masks, and yields one measurement a rate. It is
-registered under its name, the value of `--procedure`.
+A procedure takes a way to score components and yields masks, one set a rate; the objective measures them, or as many of
+them as it needs. It is registered under its name, the value of `--procedure`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Protocol
 from torch import Tensor
 
 from objectives.procedures.one_shot import one_shot
-from objectives.pruning.evaluation import Measurement
 from objectives.pruning.ranking import Masks
 
 __all__ = ["PROCEDURES", "Procedure"]
@@ -21,13 +20,8 @@ __all__ = ["PROCEDURES", "Procedure"]
 class Procedure(Protocol):
     """How pruning proceeds."""
 
-    def __call__(
-        self,
-        score: Callable[[], Mapping[str, Tensor]],
-        measure: Callable[[Masks], Measurement],
-        rates: Sequence[float],
-    ) -> Iterator[Measurement]:
-        """Yields one measurement a rate, in the order of `rates`."""
+    def __call__(self, score: Callable[[], Mapping[str, Tensor]], rates: Sequence[float]) -> Iterator[Masks]:
+        """Yields the masks of each rate, in the order of `rates`."""
         ...
 
 

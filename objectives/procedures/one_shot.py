@@ -6,25 +6,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from objectives.pruning.evaluation import Measurement
 from objectives.pruning.ranking import Masks, rank
 from objectives.pruning.rates import n_pruned
 
 __all__ = ["one_shot"]
 
 
-def one_shot(
-    score: Callable[[], Mapping[str, Tensor]],
-    measure: Callable[[Masks], Measurement],
-    rates: Sequence[float],
-) -> Iterator[Measurement]:
-    """Yields one measurement a rate from a single ranking.
+def one_shot(score: Callable[[], Mapping[str, Tensor]], rates: Sequence[float]) -> Iterator[Masks]:
+    """Yields the masks of each rate, from a single ranking.
 
     Args:
         score: scores of all components on the unpruned network, layer -> (components,).
-        measure: accuracy and size under masks.
         rates: increasing from 0.
     """
     ranking = rank(score())
     for rate in rates:
-        yield measure(ranking.masks(n_pruned(rate, len(ranking))))
+        yield ranking.masks(n_pruned(rate, len(ranking)))
