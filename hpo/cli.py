@@ -54,7 +54,7 @@ def cli() -> None:
 @cli.command(
     examples="""
     hpo launch
-    hpo launch --sampler grid --space mine.toml
+    hpo launch --sampler grid --space mine.toml --exact
     hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
     hpo launch --config study.toml --device cuda:0
@@ -63,16 +63,23 @@ def cli() -> None:
     """
 )
 @configuration_options("study", "search", "execution", "model", "data", "objective")
+@click.option(
+    "--exact", is_flag=True, cls=Option, heading="Search", help="Evaluate every trial exactly, as --pruner none does."
+)
 @_config
 @_verbose
 @click.pass_context
-def launch(ctx: click.Context, /, config: Path | None, verbose: bool, **options: Any) -> None:
+def launch(ctx: click.Context, /, config: Path | None, exact: bool, verbose: bool, **options: Any) -> None:
     """Run a study, or go on with it.
 
     Evaluates the published heuristics, searches for a better composite, and confirms the best on images that the search
     never saw. The same command resumes a study that was interrupted; a larger --n-trials extends one that is finished.
     """
     console = start_logging(verbose)
+    if exact:
+        if options["pruner"] not in (None, "none"):
+            raise ConfigurationError(f"`--pruner {options['pruner']}` contradicts `--exact`; leave one out.")
+        options["pruner"] = "none"
     configuration = resolve(options, config)
     from hpo.progress import make_progress
     from hpo.study import launch as run

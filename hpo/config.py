@@ -47,6 +47,7 @@ _ATTRIBUTIONS = ("shared", "zennit")
 _DTYPES = ("fp32", "bf16")
 _EXECUTORS = ("local", "ray")
 _OF_RAY = ("workers", "gpus-per-trial", "cpus-per-trial", "ray-address", "trial-timeout")
+_PRUNERS = ("none", "race")
 _OUTPUT_RELEVANCES = ("one", "logit")
 _SAMPLES = ("random", "first")
 
@@ -298,6 +299,21 @@ class LaunchConfiguration:
     )
     metric: str = _option(
         "search", "Figure to maximise (see `hpo spaces`).", read=_text, metavar="FIGURE", default="auc"
+    )
+    pruner: Literal["none", "race"] | None = _option(
+        "search",
+        "race gives a trial up as soon as it cannot become the best; none evaluates every trial exactly.",
+        read=_choice(_PRUNERS),
+        metavar="|".join(_PRUNERS),
+        shown="none for a grid of fewer than 100 points, a sampler of your own or a metric that is no weighted sum "
+        "of accuracies, else race",
+    )
+    race_risk: float = _option(
+        "search",
+        "Probability, at most, of missing the best of the trials by racing.",
+        read=_between(1e-9, 0.5, "must be a probability above 0 and below 0.5"),
+        metavar="SHARE",
+        default=0.01,
     )
 
     executor: Literal["local", "ray"] = _option(
@@ -665,11 +681,16 @@ def _study_name(model: str, data: str) -> str:
 
 def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
     """The configuration, if its names are known."""
-    from objectives.pruning.curve import FIGURES
+    from objectives.pruning.curve import FIGURES, weights
 
     if configuration.metric not in FIGURES:
         raise ConfigurationError(
             f"Unknown metric {configuration.metric!r}.{did_you_mean(configuration.metric, FIGURES)}"
+        )
+    if configuration.pruner == "race" and weights(configuration.metric, configuration.rates) is None:
+        raise ConfigurationError(
+            f"`--metric {configuration.metric}` is no weighted sum of accuracies, so its trials cannot race; "
+            "pass `--exact`, or another metric."
         )
     if re.search(r"[/\\\x00-\x1f]", configuration.study):
         raise ConfigurationError(f"`--study` must not hold slashes or line breaks, but got {configuration.study!r}.")

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optuna.artifacts import get_all_artifact_meta
 from optuna.samplers import RandomSampler
@@ -23,6 +23,7 @@ from hpo.identity import identity, upgraded
 from hpo.in_flight import Asked, InFlight
 from hpo.plots import CURVE_CSV, CURVE_PNG, STUDY_PNG, CurvePlotter, curve_csv, study_png
 from hpo.progress import TrialReport
+from hpo.racing import RIVAL, Races, described, given_up
 from hpo.samplers import GridSampler, learns, sampler_failure
 from hpo.sources import HeuristicSource, SearchSource, TrialSource
 from search_spaces.heuristics import HEURISTICS
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hpo.progress import Progress
     from objectives.objective import Evaluation
     from objectives.pruning.curve import Curve
+    from objectives.racing import GivenUp
     from search_spaces.composites import CompositeSpec
     from search_spaces.spaces import SearchSpace
 
@@ -62,7 +64,8 @@ class StudyDriver:
 
     Trials lost by a former driver are asked again, and so are those lost with a worker, a limited number of times. A
     composite that equals that of a complete trial is not evaluated: it is told the same value, with the user attribute
-    `reused_from`; one that equals a trial in flight waits for that to end.
+    `reused_from`; one that equals a trial in flight waits for that to end. Where trials race, one that loses is told
+    PRUNED, and so is every other of its composite.
 
     Each worker has a batch of trials to compute and one to go on with. A sampler that learns is asked for one trial
     after the other where there is one worker, so that a study that is resumed is the one that was not interrupted.
@@ -108,6 +111,9 @@ class StudyDriver:
         self._in_flight = InFlight()
         self._unparked: deque[Asked] = deque()
         self._known: dict[str, int] = {}
+        self._given_up: dict[str, tuple[int, GivenUp]] = {}
+        is_raced = configuration.pruner == "race"
+        self._races = Races(configuration, self._study.user_attrs.get(RIVAL)) if is_raced else None
         self._losses: Counter[int] = Counter()
         self._best: float | None = None
         self._best_heuristic: float | None = None
@@ -148,6 +154,8 @@ class StudyDriver:
         for trial in self._trials():
             self._losses[trial.number] = trial.user_attrs.get(LOSSES, 0)
             composite = trials.composite_of(trial)
+            if composite is not None and (verdict := given_up(trial)) is not None:
+                self._given_up.setdefault(composite.key, (trial.number, verdict))
             if trial.state != TrialState.COMPLETE or composite is None:
                 continue
             self._remember(trial, composite, trial.values[0], trial.user_attrs.get("heuristic"))
@@ -256,7 +264,7 @@ class StudyDriver:
             has_room = self._in_flight.n_batches < self._n_batches
             if has_room and (batch := self._next_batch(source)):
                 self._in_flight.submit(batch)
-                self._executor.submit([Job(asked.number, asked.composite) for asked in batch])
+                self._executor.submit([self._job(asked) for asked in batch])
                 # Who has become idle meanwhile is served before more is asked ahead.
                 outcome = self._executor.wait(timeout_s=0)
             elif self._in_flight:
@@ -265,6 +273,9 @@ class StudyDriver:
                 return
             if outcome is not None:
                 self._take(source, outcome)
+
+    def _job(self, asked: Asked) -> Job:
+        return Job(asked.number, asked.composite, race=None if self._races is None else self._races.race(asked))
 
     @property
     def _n_batches(self) -> int:
@@ -285,8 +296,8 @@ class StudyDriver:
             if asked is None:
                 break
             self._worked = True
-            if asked.composite.key in self._known:
-                self._reuse(source, asked)
+            if self._is_settled(asked):
+                self._repeat(source, asked)
             elif self._in_flight.add(asked):
                 batch.append(asked)
             elif self._in_flight.n_parked >= self._executor.n_workers:
@@ -316,6 +327,8 @@ class StudyDriver:
         equal = self._in_flight.remove(asked)
         if outcome.evaluation is not None:
             self._finish_evaluated(source, asked, outcome.evaluation)
+        elif outcome.given_up is not None:
+            self._give_up(source, asked, outcome.given_up)
         elif outcome.cause == "unstarted":
             self._store.release(asked.trial)
             source.released(asked)
@@ -323,11 +336,24 @@ class StudyDriver:
             self._lose(source, asked, outcome.failure or "")
         else:
             self._fail(source, asked, outcome.failure or "", by_composite=outcome.cause == "composite")
-        if asked.composite.key not in self._known:
-            self._unparked.extend(equal)
-            return
         for each in equal:
-            self._reuse(source, each)
+            if self._is_settled(each):
+                self._repeat(source, each)
+            else:
+                self._unparked.append(each)
+
+    def _is_settled(self, asked: Asked) -> bool:
+        """Whether it is known what becomes of a trial; heuristics don't race."""
+        key = asked.composite.key
+        return key in self._known or (asked.heuristic is None and key in self._given_up)
+
+    def _repeat(self, source: TrialSource, asked: Asked) -> None:
+        """Tell what became of the trial that equals this one."""
+        if asked.composite.key in self._known:
+            self._reuse(source, asked)
+            return
+        number, verdict = self._given_up[asked.composite.key]
+        self._prune(source, asked, verdict, {"reused_from": number}, f"equals trial {number}, {described(verdict)}")
 
     def _finish_evaluated(self, source: TrialSource, asked: Asked, evaluation: "Evaluation") -> None:
         try:
@@ -339,8 +365,25 @@ class StudyDriver:
         except TrialResultError as error:
             self._fail(source, asked, str(error), by_composite=True)
             return
+        if self._races is not None and asked.trial.params and (self._best is None or result.value > self._best):
+            # Before the trial is told: whatever happens between, later ones race against a composite of this study.
+            self._store.set_attribute(self._study, RIVAL, self._races.lead(asked, evaluation))
         self._finish(source, asked, result, seconds=sum(evaluation.seconds.values()))
         self._failures.completed()
+
+    def _give_up(self, source: TrialSource, asked: Asked, verdict: "GivenUp") -> None:
+        self._given_up[asked.composite.key] = (asked.number, verdict)
+        self._prune(source, asked, verdict, {"seconds": verdict.seconds}, described(verdict))
+        self._failures.completed()
+
+    def _prune(
+        self, source: TrialSource, asked: Asked, verdict: "GivenUp", attributes: dict[str, Any], remark: str
+    ) -> None:
+        with self._naming_sampler():
+            self._store.prune(asked.trial, {**asked.attributes, trials.RACE: verdict.to_json(), **attributes})
+        source.told(asked)
+        seconds = attributes.get("seconds", {})
+        self._report(asked.number, asked.label, None, sum(seconds.values()) if seconds else None, remark)
 
     def _reuse(self, source: TrialSource, asked: Asked) -> None:
         """Tell the value of the complete trial that equals this one."""
@@ -370,7 +413,7 @@ class StudyDriver:
         with self._naming_sampler():
             self._store.fail(asked.trial, reason)
         source.told(asked)
-        self._report(asked.number, asked.composite.label, None, None, f"failed: {reason}")
+        self._report(asked.number, asked.composite.label, None, None, f"failed: {reason}", failed=True)
         self._failures.failed(asked, reason, by_composite=by_composite)
 
     def _lose(self, source: TrialSource, asked: Asked, failure: str) -> None:
@@ -406,8 +449,18 @@ class StudyDriver:
         n_workers = self._executor.n_workers
         self._progress.phase(name if n_workers == 1 else f"{name}, {n_workers} workers", total, done)
 
-    def _report(self, number: int, label: str, value: float | None, seconds: float | None, remark: str = "") -> None:
-        self._progress.trial(TrialReport(number, label, value, seconds, remark, self._best, self._best_heuristic))
+    def _report(
+        self,
+        number: int,
+        label: str,
+        value: float | None,
+        seconds: float | None,
+        remark: str = "",
+        *,
+        failed: bool = False,
+    ) -> None:
+        best = (self._best, self._best_heuristic)
+        self._progress.trial(TrialReport(number, label, value, seconds, remark, *best, failed))
 
     # The store
 

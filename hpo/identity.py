@@ -17,6 +17,8 @@ def identity(configuration: "LaunchConfiguration", space: "SearchSpace", problem
         "repair": "none",
         "sampler": configuration.sampler,
         "metric": configuration.metric,
+        "pruner": configuration.pruner or "none",
+        "race_risk": configuration.race_risk if configuration.pruner == "race" else None,
         "seed": configuration.seed,
         "space": _content(space.to_json()),
         "objective": problem.identity(),
@@ -26,10 +28,10 @@ def identity(configuration: "LaunchConfiguration", space: "SearchSpace", problem
 def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The identity that an earlier release has stored, in today's form.
 
-    It had no repair, named the space, and held the procedure once more beside the objective's.
+    It had no repair and no races, named the space, and held the procedure once more beside the objective's.
     """
     kept = {key: value for key, value in stored.items() if key != "procedure"}
-    return {"repair": "none", **kept, "space": _content(stored.get("space", {}))}
+    return {"repair": "none", "pruner": "none", "race_risk": None, **kept, "space": _content(stored.get("space", {}))}
 
 
 def _content(space: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from objectives.datasets import Task
     from objectives.models import LoadedModel
     from objectives.objective import Evaluation, Objective
+    from objectives.racing import GivenUp, Race
     from search_spaces.composites import CompositeSpec
     from search_spaces.documents import CompositeDocument
 
@@ -137,6 +138,10 @@ class LoadedProblem:
     def evaluate(self, composite: "CompositeSpec", images: Images) -> "Evaluation":
         """See `Worker.evaluate`."""
         return self.objective.evaluate(composite, images)
+
+    def race(self, composite: "CompositeSpec", race: "Race") -> "Evaluation | GivenUp":
+        """See `Worker.race`."""
+        return self.objective.race(composite, race)
 
 
 def load_problem(

@@ -21,11 +21,12 @@ class TrialReport:
     Attributes:
         number: Its number in the study.
         label: Its composite, and the heuristic's name if it is one.
-        value: Its value; None if it failed.
+        value: Its value; None if it failed or was given up.
         seconds: What it took; None where an equal trial's value was reused.
-        remark: Why it failed, or which trial it equals.
+        remark: Why it failed or was given up, or which trial it equals.
         best: Best value so far among search trials and heuristics of the space; None if there is none.
         best_heuristic: Best value of a heuristic; None if there is none.
+        failed: Whether it failed.
     """
 
     number: int
@@ -35,6 +36,7 @@ class TrialReport:
     remark: str
     best: float | None
     best_heuristic: float | None
+    failed: bool = False
 
 
 class Progress(Protocol):
@@ -134,7 +136,7 @@ class LiveProgress:
             values=f"best {_value(report.best)}, heuristic {_value(report.best_heuristic)}",
             left=self._time_left(),
         )
-        if report.value is None:
+        if report.failed:
             self._bar.console.print(f"Trial {report.number} {report.remark}", highlight=False, markup=False)
 
     def _time_left(self) -> str:

@@ -13,6 +13,7 @@ from hpo.config import LaunchConfiguration
 from hpo.confirmation import Confirmation
 from hpo.driver import CONFIRMATION
 from hpo.errors import NothingFoundError
+from hpo.racing import RaceSummary, described, given_up
 from search_spaces.imports import Named, runs_code
 from storage.store import CONFIGURATION
 from storage.trials import FAILURE, LOSSES
@@ -83,6 +84,7 @@ class StudyReport:
         best: The best trial; None before the first.
         heuristics: Each complete heuristic, best first.
         confirmation: The best trial on images that the search never saw; None until the search has ended.
+        race: What races have saved; None where trials don't race.
         driver: Who drives it now; None if nobody does, or it was not asked.
     """
 
@@ -95,6 +97,7 @@ class StudyReport:
     best: TrialSummary | None
     heuristics: tuple[TrialSummary, ...]
     confirmation: Confirmation | None
+    race: RaceSummary | None
     driver: "LeaseHolder | None" = None
 
     @classmethod
@@ -127,6 +130,7 @@ class StudyReport:
             best=None if best is None else _trial_report(best, None if current is None else current.auc),
             heuristics=tuple(sorted(reports, key=lambda report: (-report.value, report.number))),
             confirmation=current,
+            race=RaceSummary.of(stored, configuration),
             driver=driver,
         )
 
@@ -146,6 +150,7 @@ class StudyReport:
             "best": None if self.best is None else asdict(self.best),
             "heuristics": [asdict(heuristic) for heuristic in self.heuristics],
             "confirmation": None if self.confirmation is None else self.confirmation.to_json(),
+            "race": None if self.race is None else self.race.to_json(),
             "driver": None if self.driver is None else asdict(self.driver),
             "configuration": self.configuration.to_json(),
         }
@@ -163,17 +168,23 @@ class StudyReport:
         # A grid asks its failed points again, and these count here.
         beyond = wanted is None or self.n_finished > wanted
         counted = f"{self.n_finished}" if beyond else f"{self.n_finished} of {wanted}"
-        others = [f"{self.n_trials[state]} {state}" for state in ("fail", "running", "waiting") if self.n_trials[state]]
+        others = [
+            f"{self.n_trials[state]} {state}"
+            for state in ("pruned", "fail", "running", "waiting")
+            if self.n_trials[state]
+        ]
         remark = f" ({', '.join(others)})" if others else ""
         return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {self.metric}."
 
     def remarks(self) -> list[str]:
-        """Who drives the study, what was lost with its worker, and why trials have failed, a line each."""
+        """Who drives the study, what races saved, what was lost with its worker, and why trials failed, a line each."""
         lines = []
         if self.driver is not None:
             workers = self.configuration.workers
             shown = "" if workers is None else f" with {workers} worker{'s' * (workers > 1)}"
             lines.append(f"Driven by {self.driver}{shown}.")
+        if self.race is not None:
+            lines.append(f"{self.race}")
         if self.n_losses:
             times = "once" if self.n_losses == 1 else f"{self.n_losses} times"
             lines.append(f"A trial was lost with its worker {times} and asked again.")
@@ -312,6 +323,7 @@ def trial_json(trial: FrozenTrial) -> dict[str, Any]:
         "seconds": trial.user_attrs.get("seconds"),
         "losses": trial.user_attrs.get(LOSSES, 0),
         "failure": trial.user_attrs.get(FAILURE),
+        "race": trial.user_attrs.get(trials.RACE),
         "remarks": trial.user_attrs.get("remarks", []),
     }
 
@@ -333,6 +345,8 @@ def trial_tables(trial: FrozenTrial) -> list["Table"]:
         facts.add_row("lost with its worker", str(trial.user_attrs[LOSSES]))
     if FAILURE in trial.user_attrs:
         facts.add_row("failed", trial.user_attrs[FAILURE])
+    if (verdict := given_up(trial)) is not None:
+        facts.add_row("race", described(verdict))
     for remark in trial.user_attrs.get("remarks", ()):
         facts.add_row("remark", remark)
     for name, seconds in trial.user_attrs.get("seconds", {}).items():

@@ -13,6 +13,7 @@ from hpo.errors import Interrupted
 from hpo.executors import make_executor
 from hpo.plots import CurvePlotter
 from hpo.problem import load_problem
+from hpo.racing import default_pruner
 from hpo.samplers import GridSampler, make_sampler
 from search_spaces.spaces import load_space
 from storage.errors import StoreNotFoundError, StudyInUseError
@@ -43,6 +44,8 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
     sampler = make_sampler(configuration.sampler, space, configuration.seed)
     if isinstance(sampler, GridSampler) and configuration.n_trials is None:
         configuration = replace(configuration, n_trials=space.size())
+    if configuration.pruner is None:
+        configuration = replace(configuration, pruner=default_pruner(configuration, space, sampler))
     _check_store(configuration)
     progress.phase("Loading network and images")
     problem = load_problem(configuration, space.layer_groups)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FINISHED",
     "OWN",
+    "RACE",
     "Role",
     "attributes",
     "best",
@@ -37,6 +38,10 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 OWN = ("role", "heuristic", "reused_from", "seconds", LOSSES)
 """User attributes that a trial of the same composite does not share."""
+
+
+RACE = "race"
+"""The user attribute that says how a trial lost its race."""
 
 
 def role(trial: FrozenTrial) -> Role:

@@ -26,9 +26,11 @@ from objectives.memory import Batches
 from objectives.models import LoadedModel
 from objectives.network import CanonicalNetwork, canonize
 from objectives.procedures import PROCEDURES
-from objectives.pruning.curve import Curve, area
+from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
+from objectives.pruning.ranking import Masks
 from objectives.pruning.rates import check_rates
+from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.suggestions import did_you_mean
@@ -102,6 +104,7 @@ class Evaluation:
     Attributes:
         curve: accuracy at every rate.
         figures: by name, see `objectives.pruning.curve`.
+        correct: which images are classified correctly at which rate.
         image_auc: each image's own normalised area (its correctness over the rates); their mean is `auc`.
         seconds: spent on `attribution` and `evaluation`.
         remarks: what the user should know about it, a sentence each.
@@ -110,10 +113,29 @@ class Evaluation:
 
     curve: Curve
     figures: dict[str, float]
+    correct: Correctness
     image_auc: tuple[float, ...]
     seconds: dict[str, float]
     remarks: tuple[str, ...] = ()
     measured: tuple[KnownMeasurement, ...] = ()
+
+
+class _Stopwatch:
+    """What an evaluation takes."""
+
+    def __init__(self) -> None:
+        self._start = self._attributed = time.perf_counter()
+
+    def attributed(self) -> None:
+        """All masks are known."""
+        self._attributed = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """Spent on `attribution` and `evaluation` until now."""
+        return {
+            "attribution": self._attributed - self._start,
+            "evaluation": time.perf_counter() - self._attributed,
+        }
 
 
 class Objective:
@@ -225,29 +247,44 @@ class Objective:
             RelevanceError: the composite's relevance can't be used.
             OutOfMemoryError: the device has no room for a single image.
         """
-        evaluator = self.evaluator(images)
-        seconds = {"attribution": 0.0}
+        stopwatch = _Stopwatch()
+        return self._count(self._masks(composite, stopwatch), images, stopwatch)
 
-        def score() -> dict[str, Tensor]:
-            start = time.perf_counter()
-            scores = self.scores(composite)
-            seconds["attribution"] += time.perf_counter() - start
-            return scores
+    def race(self, composite: CompositeSpec, race: Race) -> Evaluation | GivenUp:
+        """As `evaluate` on the search images, unless the composite loses a race on the way.
 
-        start = time.perf_counter()
+        Raises:
+            RelevanceError: the composite's relevance can't be used.
+            OutOfMemoryError: the device has no room for a single image.
+        """
+        stopwatch = _Stopwatch()
+        masks, evaluator = self._masks(composite, stopwatch), self.evaluator("search")
+        given_up = race.run(lambda index, n_images: evaluator.measure(masks[index], n_images).correct.cpu().numpy())
+        if given_up is not None:
+            return replace(given_up, seconds=stopwatch.seconds())
+        return self._count(masks, "search", stopwatch)  # of what has been measured
+
+    def _masks(self, composite: CompositeSpec, stopwatch: _Stopwatch) -> list[Masks]:
+        """Of every rate."""
         procedure = PROCEDURES[self.options.procedure]
-        measurements = [evaluator.measure(masks) for masks in procedure(score, self.options.rates)]
+        masks = list(procedure(lambda: self.scores(composite), self.options.rates))
+        stopwatch.attributed()
+        return masks
+
+    def _count(self, masks: Sequence[Masks], images: ImageSet, stopwatch: _Stopwatch) -> Evaluation:
+        """On all images."""
+        evaluator = self.evaluator(images)
+        measurements = [evaluator.measure(each) for each in masks]
         collapsed = evaluator.measure(
             {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
         )
         # The one time that the device is waited for.
         correct = torch.stack([measurement.correct for measurement in (*measurements, collapsed)]).cpu()
-        seconds["evaluation"] = time.perf_counter() - start - seconds["attribution"]
         labels: Tensor = getattr(self.task, images).labels
-        evaluation = replace(self._summary(correct, measurements, labels, seconds), measured=evaluator.news())
+        evaluation = self._summary(correct, measurements, labels, stopwatch.seconds())
         if images == "search":
             self._check_start(evaluation.curve)
-        return evaluation
+        return replace(evaluation, measured=evaluator.news())
 
     def learn(self, origin: str, measurements: Iterable[KnownMeasurement], images: ImageSet = "search") -> None:
         """Takes over measurements made elsewhere, so that their masks need not be measured again.
@@ -285,6 +322,7 @@ class Objective:
         self, correct: Tensor, measurements: Sequence[Measurement], labels: Tensor, seconds: dict[str, float]
     ) -> Evaluation:
         """Of predictions (rates + 1, N) being correct; the last row is of the network without any component."""
+        packed = Correctness.of(correct[:-1].numpy())
         collapsed = correct[-1].double()
         correct = correct[:-1].double()
         in_class = nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()  # classes that have images
@@ -298,9 +336,8 @@ class Objective:
             flops=tuple(measurement.cost.flops for measurement in measurements),
             collapsed_accuracy=float(collapsed.mean()),
         )
-        weights = [area(rates, [float(i == j) for j in range(len(rates))]) for i in range(len(rates))]
-        image_auc = torch.tensor(weights, dtype=torch.float64) @ correct / (rates[-1] - rates[0])
-        return Evaluation(curve, curve.figures(), tuple(image_auc.tolist()), seconds, self._remarks())
+        image_auc = torch.tensor(weights("auc", rates), dtype=torch.float64) @ correct
+        return Evaluation(curve, curve.figures(), packed, tuple(image_auc.tolist()), seconds, self._remarks())
 
     def _remarks(self) -> tuple[str, ...]:
         remarks = (self.attribution.batches.remark, self.batches.remark)

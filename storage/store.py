@@ -437,6 +437,28 @@ class StudyStore:
             self._patiently(write)
             self._given.discard(trial._trial_id)
 
+    def prune(self, trial: Trial, attributes: Mapping[str, Any]) -> None:
+        """Make a running trial PRUNED, without a value.
+
+        Raises:
+            AfterTrialError: The sampler raised; what is written stays.
+            TrialAlreadyFinishedError: It has been finished before; the stored result stays.
+            TrialNotRunningError: It is not running.
+        """
+
+        def write(connection: Connection, again: bool) -> None:
+            try:
+                trials.prune(connection, trial._trial_id, attributes)
+            except TrialAlreadyFinishedError:
+                if not (again and trials.is_pruned(connection, trial._trial_id, attributes)):
+                    raise
+
+        try:
+            self._tell_sampler(trial, TrialState.PRUNED, None)
+        finally:
+            self._patiently(write)
+            self._given.discard(trial._trial_id)
+
     def _tell_sampler(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
         frozen = self.storage.get_trial(trial._trial_id)
         if frozen.state != TrialState.RUNNING:

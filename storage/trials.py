@@ -40,7 +40,9 @@ __all__ = [
     "finish",
     "has_failed",
     "holds",
+    "is_pruned",
     "is_released",
+    "prune",
     "release",
     "running",
     "set_parameters",
@@ -185,6 +187,18 @@ def fail(connection: Connection, trial_id: int, reason: str) -> None:
     _set_attributes(connection, trial_id, {FAILURE: reason})
 
 
+def prune(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Make a running trial PRUNED, which has no value.
+
+    Raises:
+        TrialNotRunningError: It is not running.
+    """
+    _move(connection, trial_id, TrialState.PRUNED)
+    # Samplers take the last point of an earlier attempt's curve for a value.
+    connection.execute(delete(_CURVE).where(_CURVE.trial_id == trial_id))
+    _set_attributes(connection, trial_id, attributes)
+
+
 def release(connection: Connection, trial_id: int, losses: int | None = None) -> None:
     """Make a running trial WAITING: its number, parameters and attributes are kept for the next ask.
 
@@ -240,6 +254,12 @@ def has_failed(connection: Connection, trial_id: int, reason: str) -> bool:
     """Whether a trial is FAIL for this very reason."""
     failed = _state(connection, trial_id) == TrialState.FAIL
     return failed and _has_attributes(connection, trial_id, {FAILURE: reason})
+
+
+def is_pruned(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> bool:
+    """Whether a trial is PRUNED with these very attributes."""
+    pruned = _state(connection, trial_id) == TrialState.PRUNED
+    return pruned and _has_attributes(connection, trial_id, attributes)
 
 
 def is_released(connection: Connection, trial_id: int, losses: int | None) -> bool:

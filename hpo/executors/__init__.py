@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hpo.config import LaunchConfiguration
     from hpo.problem import Problem
     from objectives.objective import Evaluation
+    from objectives.racing import GivenUp, Race
 
 __all__ = ["Cause", "Executor", "Images", "Job", "Outcome", "Worker", "make_executor"]
 
@@ -34,20 +35,23 @@ class Job:
         number: Number of the trial that it belongs to.
         composite: What to evaluate.
         images: The images to measure accuracy on.
+        race: Against the best composite so far, on the search images; None evaluates exactly.
     """
 
     number: int
     composite: CompositeSpec
     images: Images = "search"
+    race: "Race | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: an evaluation, or the reason why there is none.
+    """What became of a job: an evaluation, a race that was lost, or the reason why there is neither.
 
     Attributes:
         job: What was to be computed.
         evaluation: What was computed.
+        given_up: How it lost its race.
         failure: Why it was not.
         cause: Whose fault that is; None if nothing failed.
         unexpected: Whether no code of this project has raised the failure, so that it may be the worker's process that
@@ -56,15 +60,17 @@ class Outcome:
 
     job: Job
     evaluation: "Evaluation | None" = None
+    given_up: "GivenUp | None" = None
     failure: str | None = None
     cause: Cause | None = None
     unexpected: bool = False
 
     def __post_init__(self) -> None:
-        failed = self.failure is not None
-        if failed == (self.evaluation is not None) or failed != (self.cause is not None):
+        n_given = sum(each is not None for each in (self.evaluation, self.given_up, self.failure))
+        if n_given != 1 or (self.failure is None) != (self.cause is None):
             raise ValueError(
-                f"An outcome has either an evaluation or a failure, and a cause where it failed, but got {self!r}."
+                "An outcome has an evaluation, a lost race or a failure, and a cause where it failed, "
+                f"but got {self!r}."
             )
 
 
@@ -80,6 +86,15 @@ class Worker(Protocol):
 
     def evaluate(self, composite: CompositeSpec, images: Images) -> "Evaluation":
         """The composite's curve on these images; on confirmation images always in fp32.
+
+        Raises:
+            RelevanceError: The composite's own failure.
+            PruningHPOError: Another failure.
+        """
+        ...
+
+    def race(self, composite: CompositeSpec, race: "Race") -> "Evaluation | GivenUp":
+        """The composite's curve on the search images, unless it loses the race.
 
         Raises:
             RelevanceError: The composite's own failure.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from hpo.executors import Job, Outcome, Worker
 from objectives.errors import RelevanceError
+from objectives.racing import GivenUp
 from search_spaces.errors import PruningHPOError
 
 __all__ = ["compute", "prepare"]
@@ -23,7 +24,10 @@ def prepare(worker: Worker, jobs: Sequence[Job]) -> None:
 def compute(worker: Worker, job: Job) -> Outcome:
     """What becomes of a job; never raises."""
     try:
-        return Outcome(job, evaluation=worker.evaluate(job.composite, job.images))
+        if job.race is None:
+            return Outcome(job, evaluation=worker.evaluate(job.composite, job.images))
+        found = worker.race(job.composite, job.race)
+        return Outcome(job, given_up=found) if isinstance(found, GivenUp) else Outcome(job, evaluation=found)
     except RelevanceError as error:
         return Outcome(job, failure=str(error), cause="composite")
     except PruningHPOError as error:

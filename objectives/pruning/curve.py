@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Curve", "FIGURES", "KEPT_SHARE", "area", "keeps"]
+__all__ = ["Curve", "FIGURES", "KEPT_SHARE", "area", "keeps", "weights"]
 
 KEPT_SHARE = 0.95
 # Less than one image of a million: 19/53 is 95 % of 20/53, but not in floating point.
@@ -81,6 +81,17 @@ class Curve:
 def area(x: Sequence[float], y: Sequence[float]) -> float:
     """Area under a polygon by the trapezoid rule."""
     return math.fsum((x[i + 1] - x[i]) * (y[i + 1] + y[i]) / 2 for i in range(len(x) - 1))
+
+
+def weights(figure: str, rates: Sequence[float]) -> tuple[float, ...] | None:
+    """What the accuracy at each rate counts in a figure that is their weighted sum; None of any other figure."""
+    if figure not in ("auc", "mean_accuracy", "trapezoid"):
+        return None
+    if figure == "mean_accuracy":
+        return (1 / len(rates),) * len(rates)
+    width = rates[-1] - rates[0] if figure == "auc" else 1.0
+    places = range(len(rates))
+    return tuple(area(rates, [float(place == other) for other in places]) / width for place in places)
 
 
 def keeps(accuracy: float, share: float, unpruned: float) -> bool:

@@ -35,7 +35,7 @@ class Measurement:
     """One pruned network, measured.
 
     Attributes:
-        correct: (N,) of bool, on the evaluator's device: whether each evaluation image is classified correctly.
+        correct: (N,) of bool, on the evaluator's device: whether each image it was measured on is classified correctly.
         cost: size of the exact slim network.
     """
 
@@ -99,7 +99,7 @@ def correct_predictions(
 
 
 class Evaluator:
-    """Measures masks of one network on fixed images, each distinct mask once.
+    """Measures masks of one network on fixed images, each distinct mask on each image once.
 
     Accuracy is counted on the exact slim network, which equals the masked one. So all composites share what is measured
     of the unpruned network and of the one without components; the least recently used masks are forgotten where there
@@ -140,19 +140,29 @@ class Evaluator:
         ]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
-    def measure(self, masks: Masks) -> Measurement:
+    def measure(self, masks: Masks, n_images: int | None = None) -> Measurement:
         """Accuracy and size under masks.
+
+        Args:
+            masks: of components that are kept.
+            n_images: how many images to measure on, the first ones; all by default.
 
         Raises:
             OutOfMemoryError: not even a single image fits on the device.
         """
+        wanted = len(self.images) if n_images is None else n_images
         kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
         mask = hashlib.blake2b(np.packbits(kept).tobytes(), digest_size=16).hexdigest()
-        if mask not in self._measured:
-            self._keep(mask, self._measure(masks))
-            self._new.append(mask)
+        known = self._measured.get(mask)
+        n_known = 0 if known is None else len(known.correct)
+        if known is None or n_known < wanted:
+            new = self._measure(masks, slice(n_known, wanted))
+            known = new if known is None else Measurement(torch.cat([known.correct, new.correct]), new.cost)
+            self._keep(mask, known)
+            if wanted == len(self.images):
+                self._new.append(mask)
         self._measured.move_to_end(mask)
-        return self._measured[mask]
+        return known if len(known.correct) == wanted else Measurement(known.correct[:wanted], known.cost)
 
     def learn(self, measurements: Iterable[KnownMeasurement]) -> None:
         """Takes over what is known of this `origin` from elsewhere."""
@@ -171,16 +181,18 @@ class Evaluator:
         if len(self._measured) * (len(self.images) + _BYTES_BESIDE) > _BYTES_KEPT:
             self._measured.popitem(last=False)
 
-    def _measure(self, masks: Masks) -> Measurement:
+    def _measure(self, masks: Masks, part: slice) -> Measurement:
+        """On a part of the images."""
         exact = slim(self.network, masks)
         size, is_alive = cost(exact), depends_on_images(exact)
         module = fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
-        labels = self.images.labels
+        images = LabelledImages(self.images.images[part], self.images.labels[part])
+        labels = images.labels
         if not is_alive:
-            one = self.images.images[:1].to(labels.device)
+            one = images.images[:1].to(labels.device)
             with torch.inference_mode():
                 return Measurement(module(one).argmax(dim=1) == labels, size)
         at_most = None
         if labels.device.type == "cpu":
             at_most = max(1, _BYTES_CACHED // (largest_step(module) * self.dtype.itemsize))
-        return Measurement(correct_predictions(module, self.images, self.batches, at_most), size)
+        return Measurement(correct_predictions(module, images, self.batches, at_most), size)

@@ -131,6 +131,7 @@ def assert_invariants(
     search = [trial for trial in stored if trials.role(trial) == "search"]
     complete = [trial for trial in search if trial.state == TrialState.COMPLETE]
     failed = [trial for trial in search if trial.state == TrialState.FAIL]
+    pruned = [trial for trial in search if trial.state == TrialState.PRUNED]
     lost = duplicated = 0
 
     # I1, I2
@@ -141,13 +142,15 @@ def assert_invariants(
         faulty = {key for key, composite in points.items() if settings.fault(composite) is not None}
         duplicated = sum(values.values()) - len(values)
         failing = {composite_key(trial) for trial in failed}
-        lost = len(set(points) - set(values) - failing) if finished else 0
+        given_up = {composite_key(trial) for trial in pruned}
+        assert not given_up & set(values), "what is given up has no value"
+        lost = len(set(points) - set(values) - failing - given_up) if finished else 0
         assert not set(values) & faulty, "a faulty composite has no value"
         assert failing <= faulty, [trial.user_attrs for trial in failed if composite_key(trial) not in faulty]
         assert duplicated == 0, [key for key, count in values.items() if count > 1]
     elif finished:
         assert n_trials is not None
-        lost = n_trials - len(complete) - len(failed)
+        lost = n_trials - len(complete) - len(failed) - len(pruned)
     assert lost == 0
     # I3
     if finished:
@@ -158,6 +161,13 @@ def assert_invariants(
             assert_value(trial, settings)
         elif trial.state == TrialState.FAIL:
             assert trial.user_attrs["failure"]
+        elif trial.state == TrialState.PRUNED:
+            # The stub's images are so few that races are certain.
+            best = max(other.value for other in stored if other.state == TrialState.COMPLETE and other.params)
+            composite = trials.composite_of(trial)
+            assert composite is not None
+            assert settings.curve(composite).figures()["auc"] < best
+            assert (trial.values, trial.intermediate_values) == (None, {})
     # I5
     if witness is not None:
         altered = witness.altered(stored)

@@ -5,10 +5,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from objectives.pruning.curve import Curve
+from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.composites import CompositeSpec
 from search_spaces.heuristics import HEURISTICS
 
@@ -64,6 +67,9 @@ class StubSettings:
         sizes = tuple(round(1000 * (1 - 0.9 * rate)) for rate in self.rates)
         return Curve(self.rates, accuracies, tuple((each, each) for each in accuracies), sizes, sizes, 0.5)
 
+    def correct(self, composite: CompositeSpec) -> np.ndarray:
+        return np.arange(N_IMAGES) < np.array(self._correct(composite))[:, None]
+
     def image_auc(self, composite: CompositeSpec) -> tuple[float, ...]:
         correct, n = self._correct(composite), self.n_rates - 1
         weights = [1 / n if 0 < rank < n else 0.5 / n for rank in range(self.n_rates)]
@@ -83,6 +89,7 @@ class StubEvaluation:
 
     curve: Curve
     figures: dict[str, float]
+    correct: Correctness
     image_auc: tuple[float, ...]
     seconds: dict[str, float]
     remarks: tuple[str, ...] = ()
@@ -110,7 +117,15 @@ class StubWorker:
         if fault == "nan":
             figures = dict.fromkeys(figures, float("nan"))
         taken = {"attribution": 0.0, "evaluation": time.perf_counter() - start}
-        return StubEvaluation(curve, figures, settings.image_auc(composite), taken)
+        correct = Correctness.of(settings.correct(composite))
+        return StubEvaluation(curve, figures, correct, settings.image_auc(composite), taken)
+
+    def race(self, composite: CompositeSpec, race: Race) -> StubEvaluation | GivenUp:
+        """Sleeps as long as an evaluation does, so that a kill meets it as well."""
+        evaluation = self.evaluate(composite, "search")
+        correct = self._settings.correct(composite)
+        verdict = race.run(lambda index, n_images: correct[index, :n_images])
+        return evaluation if verdict is None else replace(verdict, seconds=evaluation.seconds)
 
 
 @dataclass(frozen=True, slots=True)

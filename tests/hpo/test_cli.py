@@ -64,7 +64,7 @@ def study(store):
     load_model("digits_cnn")  # trained now, if it must be: that would be one more line in the log
     environment = pytest.MonkeyPatch()
     environment.setenv("HPO_STORAGE", f"sqlite:///{store}")
-    result = hpo("launch", "--study", "quick", "--n-trials", 2, *QUICK)
+    result = hpo("launch", "--study", "quick", "--exact", "--n-trials", 2, *QUICK)
     environment.undo()
     return result
 
@@ -145,7 +145,7 @@ def test_launch_logs_a_line_per_trial(study):
 
 
 def test_a_finished_study_says_so_and_does_nothing(study):
-    again = hpo("launch", "--study", "quick", "--n-trials", 2, *QUICK)
+    again = hpo("launch", "--study", "quick", "--exact", "--n-trials", 2, *QUICK)
     first, _, rest = again.stdout.partition("\n")
     assert first == "Study quick is finished; a larger --n-trials goes on with it."
     assert rest == study.stdout
@@ -316,6 +316,10 @@ def nothing_written(tmp_path, monkeypatch):
             "The driver 'MySQLdb' of the storage URL 'mysql://ann:***@",
         ),
         (["--config", "nowhere.toml"], "Cannot read configuration file 'nowhere.toml': No such file"),
+        (["--exact", "--pruner", "race"], "`--pruner race` contradicts `--exact`; leave one out."),
+        (["--pruner", "median"], "`--pruner` must be one of none, race, but got 'median'."),
+        (["--race-risk", "1"], "`--race-risk` must be a probability above 0 and below 0.5, but got '1'."),
+        (["--pruner", "race", "--metric", "top_rate"], "`--metric top_rate` is no weighted sum of accuracies, "),
         (["--study", "a/b"], "`--study` must not hold slashes or line breaks, but got 'a/b'."),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_failed_preparation_fails_no_trial(make_problem):
 
 
 def test_an_outcome_is_one_thing_or_the_other():
-    with pytest.raises(ValueError, match="either an evaluation or a failure"):
+    with pytest.raises(ValueError, match="an evaluation, a lost race or a failure"):
         Outcome(Job(0, ZPLUS))
 
 

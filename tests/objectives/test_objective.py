@@ -12,9 +12,11 @@ from objectives.datasets import LabelledImages, load_task
 from objectives.errors import DataError, DeviceError, OptionError, PruningRatesError, UnsupportedNetworkError
 from objectives.models import load_model
 from objectives.objective import Columns, Objective, ObjectiveOptions
+from objectives.pruning.curve import weights
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
+from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.heuristics import HEURISTICS
 
 RATES = (0.0, 0.1, 0.3, 0.6, 0.9)
@@ -327,6 +329,45 @@ REFERENCE = [
 ]
 
 
+def _race(objective, evaluation, shift=0):
+    """Against a network that is right about `shift` images more, at every rate, than an evaluation found."""
+    correct = evaluation.correct.array()
+    for row in correct:
+        row[np.flatnonzero(~row)[:shift]] = True
+    rates = objective.options.rates
+    return Race(4, Correctness.of(correct), rates, weights("auc", rates), risk=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_race_that_is_not_lost_is_an_exact_evaluation(model, task, dtype):
+    options = ObjectiveOptions(RATES, dtype=dtype)
+    exact = Objective(model, task, options).evaluate(HEURISTICS["zplus-abs"])
+    racing = Objective(model, task, options)
+    raced = racing.race(HEURISTICS["zplus-abs"], _race(racing, exact))
+    assert replace(raced, seconds={}, measured=()) == replace(exact, seconds={}, measured=())
+    # All of it can be taken over elsewhere.
+    assert {known.mask: known for known in raced.measured} == {known.mask: known for known in exact.measured}
+
+
+def test_a_race_that_is_lost_measures_what_its_verdict_says(model, task):
+    racing = Objective(model, task, ObjectiveOptions(RATES))
+    best, worse = HEURISTICS["epsilon-abs"], HEURISTICS["zplus"]
+    race = _race(racing, racing.evaluate(best), shift=20)
+    before = {known.mask for known in racing.evaluate(best).measured}
+    verdict = racing.race(worse, race)
+    assert isinstance(verdict, GivenUp)
+    assert (verdict.rival, verdict.seconds.keys()) == (4, {"attribution", "evaluation"})
+    assert 0 < verdict.share < 1
+    assert verdict.bound < 0
+    # What it says is so.
+    difference = racing.evaluate(worse).figures["auc"] - float(np.dot(race.weights, race.correct.array().mean(axis=1)))
+    assert difference < 0
+    assert before == set()
+    # A measurement that was begun is not taken for a whole one.
+    exact = Objective(model, task, ObjectiveOptions(RATES)).evaluate(worse)
+    assert racing.evaluate(worse).correct == exact.correct
+
+
 @pytest.fixture(scope="module")
 def cifar(data_pack):
     """The trained CIFAR ResNet-20, the first 10 images a class as references, 1,000 evaluation images."""
@@ -384,3 +425,11 @@ def test_the_reference_curve_holds_on_the_densely_masked_network(cifar):
             parts = [network(batch).argmax(1) for batch in images.images.split(250)]
         accuracy = float((torch.cat(parts) == images.labels).double().mean())
         assert accuracy == pytest.approx(REFERENCE[index], abs=0.005)
+
+
+def test_images_measured_in_parts_are_classified_as_together(cifar):
+    """Batches of other sizes may round otherwise; on a real network no prediction changes by that."""
+    exact = cifar.evaluate(EPSILON)
+    racing = Objective(cifar.model, cifar.task, cifar.options)
+    raced = racing.race(EPSILON, _race(racing, exact))
+    assert raced.correct == exact.correct

@@ -274,6 +274,16 @@ def has_failed(store: StudyStore, study: Study) -> None:
     assert (trial.state, trial.user_attrs) == (TrialState.FAIL, {"failure": "out of memory"})
 
 
+def prune(store: StudyStore, study: Study) -> Callable[[], object]:
+    trial, _ = store.ask(study, suggest)
+    return lambda: store.prune(trial, {"race": {"rival": 3}})
+
+
+def is_pruned(store: StudyStore, study: Study) -> None:
+    trial = only_trial(study)
+    assert (trial.state, trial.values, trial.user_attrs) == (TrialState.PRUNED, None, {"race": {"rival": 3}})
+
+
 def release(store: StudyStore, study: Study) -> Callable[[], object]:
     trial, _ = store.ask(study, suggest)
     return lambda: store.release(trial, losses=2)
@@ -359,6 +369,7 @@ OPERATIONS: dict[str, tuple[Operation, Check]] = {
     "create_or_resume": (create, is_created),
     "fail": (fail, has_failed),
     "finish": (finish, is_finished),
+    "prune": (prune, is_pruned),
     "release": (release, is_released),
     "set_attribute": (set_attribute, has_attribute),
 }

@@ -6,9 +6,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 from optuna.samplers import BaseSampler
 
 from hpo.config import resolve
@@ -20,6 +22,7 @@ from hpo.progress import LogProgress
 from hpo.samplers import make_sampler
 from objectives.objective import Evaluation
 from objectives.pruning.curve import Curve
+from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.composites import CompositeSpec
 from search_spaces.spaces import SearchSpace, load_space
 from storage.patience import IMPATIENT, Patience
@@ -37,7 +40,7 @@ class StandInProblem:
     def __init__(self, *, data: str = "d0", seconds: float = 0.0) -> None:
         self.data = data
         self.seconds = seconds
-        self.calls: list[tuple[str, Images]] = []
+        self.calls: list[tuple[str, str]] = []
         self.failing: dict[str, str | Exception] = {}
         self.evaluating = threading.Event()
 
@@ -75,13 +78,27 @@ class StandInProblem:
             error = self.failing[composite.key]
             raise RuntimeError(error) if isinstance(error, str) else error
         self.calls.append((composite.key, images))
+        return self._evaluation(composite)
+
+    def race(self, composite: CompositeSpec, race: Race) -> Evaluation | GivenUp:
+        correct = self._evaluation(composite).correct.array()
+        verdict = race.run(lambda index, n_images: correct[index, :n_images])
+        if verdict is None:
+            return self.evaluate(composite, "search")
+        self.calls.append((composite.key, "race"))
+        return replace(verdict, seconds={"attribution": 0.25, "evaluation": 0.25})
+
+    @staticmethod
+    def _evaluation(composite: CompositeSpec) -> Evaluation:
         goodness = int(hashlib.sha256(composite.key.encode()).hexdigest()[:6], 16) / 16**6
-        correct = [round(40 * 0.9 * (1 - rate * (1 - goodness))) for rate in RATES]
+        n_correct = [round(40 * 0.9 * (1 - rate * (1 - goodness))) for rate in RATES]
+        correct = Correctness.of(np.arange(40) < np.array(n_correct)[:, None])
         weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
         image_auc = tuple(
-            sum(weight for weight, right in zip(weights, correct, strict=True) if image < right) for image in range(40)
+            sum(weight for weight, right in zip(weights, n_correct, strict=True) if image < right)
+            for image in range(40)
         )
-        accuracies = tuple(right / 40 for right in correct)
+        accuracies = tuple(right / 40 for right in n_correct)
         curve = Curve(
             RATES,
             accuracies,
@@ -90,7 +107,7 @@ class StandInProblem:
             flops=(1000, 700, 400, 200),
             collapsed_accuracy=0.5,
         )
-        return Evaluation(curve, curve.figures(), image_auc, {"attribution": 0.25, "evaluation": 0.75})
+        return Evaluation(curve, curve.figures(), correct, image_auc, {"attribution": 0.25, "evaluation": 0.75})
 
 
 class BlankPlotter(CurvePlotter):
