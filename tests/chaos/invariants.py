@@ -34,6 +34,7 @@ class Tally:
 
     Attributes:
         complete: Search trials with a value.
+        given_up: Search trials that lost a race.
         failed: Search trials that failed.
         lost: Points, or trials of the budget, that have neither a value nor a reason why not, and complete trials that
             were seen before and are gone or changed.
@@ -41,6 +42,7 @@ class Tally:
     """
 
     complete: int
+    given_up: int
     failed: int
     lost: int
     duplicated: int
@@ -183,7 +185,7 @@ def assert_invariants(
         names = [trial.user_attrs["heuristic"] for trial in stored if trials.role(trial) == "heuristic"]
         assert sorted(names) == sorted(trials.heuristics(stored)) == sorted(HEURISTICS)
         assert CONFIRMATION in attributes
-    return Tally(len(complete), len(failed), lost, duplicated)
+    return Tally(len(complete), len(pruned), len(failed), lost, duplicated)
 
 
 def assert_value(trial: FrozenTrial, settings: StubSettings) -> None:

@@ -60,8 +60,8 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = [
         f"{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, {os.cpu_count()} CPUs.",
         "",
-        "| # | scenario | studies | faults and figures | complete | failed | lost | duplicated | minutes |",
-        "|--:|---|--:|---|--:|--:|--:|--:|--:|",
+        "| # | scenario | studies | faults and figures | complete | given up | failed | lost | duplicated | minutes |",
+        "|--:|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     totals: Counter[str] = Counter()
     for number, scenario in SCENARIOS.items():
@@ -74,7 +74,7 @@ def table(records: list[dict[str, Any]]) -> str:
         totals.update(tally)
         totals.update({name: count for name, count in figures.items() if isinstance(count, int)})
         words = ", ".join(f"{count:g} {name.replace('_', ' ')}" for name, count in figures.items()) or "none"
-        kept = " | ".join(str(tally[name]) for name in ("complete", "failed", "lost", "duplicated"))
+        kept = " | ".join(str(tally[name]) for name in ("complete", "given_up", "failed", "lost", "duplicated"))
         lines.append(f"| {number} | {scenario} | {len(found)} | {words} | {kept} | {tally['seconds'] / 60:.1f} |")
     n_killed = totals["workers_killed"] + totals["drivers_killed"]
     lines += [
