@@ -16,13 +16,19 @@ __all__ = ["Batches", "lacks_memory"]
 T = TypeVar("T")
 
 _N_SHOWN = 200
+# What else but PyTorch's allocator for GPUs says so: that for CPUs, CUDA, and its libraries where they allocate.
+_LACKS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+)
 
 
 def lacks_memory(error: Exception) -> bool:
     """Whether an exception says that a device, or this machine, has run out of memory."""
-    # PyTorch's allocator for CPUs raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _LACKS)
     )
 
 

@@ -22,7 +22,7 @@ from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
 from objectives.errors import DataError, OptionError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
-from objectives.memory import Batches
+from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
 from objectives.network import CanonicalNetwork, canonize
 from objectives.procedures import PROCEDURES
@@ -314,7 +314,9 @@ class Objective:
         labels = labelled.labels.to(self.device)
         try:
             return LabelledImages(here.to(self.device), labels)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
             _log.info("The %s has no room for all images; each batch is moved there.", self.device)
             return LabelledImages(here, labels)
 

@@ -65,6 +65,21 @@ def test_other_errors_pass(error):
     assert batches.size == 8
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    ],
+)
+def test_what_cuda_and_its_libraries_cannot_allocate_is_out_of_memory(message):
+    """On a share of a GPU these are usual; `torch.AcceleratorError` is a RuntimeError, too."""
+    assert lacks_memory(RuntimeError(message))
+    assert lacks_memory(torch.AcceleratorError(message))
+    assert not lacks_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_a_batch_has_an_image():
     with pytest.raises(ValueError, match="at least 1"):
         Batches("evaluation", 0)
