@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from search_spaces.reasons import message_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -166,10 +168,10 @@ class CurvePlotter:
         page: CurvePage | None = None
         while (item := self._waiting.get()) is not None and not self._abandoned.is_set():
             trial, curve, title = item
-            if page is None or page.rates != curve.rates:
-                page = CurvePage(curve.rates)
             try:
+                if page is None or page.rates != curve.rates:
+                    page = CurvePage(curve.rates)
                 self._store.add_artifact(trial, CURVE_PNG, page.png(curve, title), "image/png")
             except Exception as error:  # the store's, or whatever drawing raises
                 # A picture is not worth a study; what ails the store will show when the next trial is written.
-                _log.warning("The curve of trial %d is not drawn: %s", trial.number, error)
+                _log.warning("The curve of trial %d is not drawn: %s", trial.number, message_of(error))

@@ -14,6 +14,7 @@ from hpo.errors import SamplerError
 from hpo.trials import role
 from search_spaces.errors import SearchSpaceError
 from search_spaces.imports import import_object, is_import_path
+from search_spaces.reasons import message_of, reason_of
 from search_spaces.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -199,10 +200,7 @@ def learns(spec: str) -> bool:
 
 def sampler_failure(spec: str, error: BaseException) -> SamplerError:
     """What a sampler of the user's has raised, in our words."""
-    reason = " ".join(str(error).split())
-    return SamplerError(
-        f"Sampler {spec!r} failed: {type(error).__name__}: {reason}; try `--sampler tpe` in another --study."
-    )
+    return SamplerError(f"Sampler {spec!r} failed: {reason_of(error)}; try `--sampler tpe` in another --study.")
 
 
 def _load_from_hub(spec: str) -> object:
@@ -214,8 +212,7 @@ def _load_from_hub(spec: str) -> object:
     try:
         package = optunahub.load_module(f"samplers/{name}")
     except Exception as error:  # network, GitHub or the package's own imports
-        reason = " ".join(str(error).split())
-        raise SamplerError(f"Sampler {spec!r} cannot be loaded from OptunaHub: {reason}") from error
+        raise SamplerError(f"Sampler {spec!r} cannot be loaded from OptunaHub: {message_of(error)}") from error
     return _only_sampler(spec, vars(package))
 
 
@@ -242,5 +239,4 @@ def _build(spec: str, sampler_class: object, seed: int) -> BaseSampler:
     try:
         return sampler_class(**arguments)
     except Exception as error:  # the user's class may raise anything
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise SamplerError(f"Sampler {spec!r} cannot be built: {type(error).__name__}: {reason}.") from error
+        raise SamplerError(f"Sampler {spec!r} cannot be built: {reason_of(error).rstrip('.')}.") from error

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from objectives.errors import OutOfMemoryError
+from search_spaces.reasons import message_of
 
 __all__ = ["Batches", "lacks_memory"]
 
@@ -70,7 +71,7 @@ class Batches:
             except Exception as error:
                 if not lacks_memory(error):
                     raise
-                reason = " ".join(str(error).split())[:_N_SHOWN]
+                reason = message_of(error)[:_N_SHOWN]
             # Only here, as the exception's frames keep what they had computed.
             gc.collect()
             if torch.cuda.is_available():

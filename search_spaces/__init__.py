@@ -19,6 +19,7 @@ from search_spaces.errors import (
 )
 from search_spaces.heuristics import HEURISTICS, heuristic
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
+from search_spaces.reasons import message_of, reason_of
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchSpace, load_space, register
 from search_spaces.suggestions import did_you_mean
@@ -59,6 +60,8 @@ __all__ = [
     "is_import_path",
     "load_document",
     "load_space",
+    "message_of",
+    "reason_of",
     "register",
     "runs_code",
     "write_document",

@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any, Literal
 
+from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
 
 __all__ = ["DATA_SCHEMES", "Named", "import_object", "is_import_path", "runs_code"]
@@ -57,8 +58,7 @@ def import_object(path: str) -> Any:
     try:
         value: Any = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything
-        reason = " ".join(str(error).split())
-        raise ImportError(f"module {module_name!r} cannot be imported ({type(error).__name__}: {reason})") from error
+        raise ImportError(f"module {module_name!r} cannot be imported ({reason_of(error)})") from error
     for part in name.split("."):
         try:
             value = getattr(value, part)

@@ -16,6 +16,7 @@ from search_spaces.errors import (
     UnknownSpaceError,
 )
 from search_spaces.imports import import_object
+from search_spaces.reasons import message_of
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -409,8 +410,7 @@ def _read_toml(path: Path) -> DiscreteSpace:
     except OSError as error:
         raise SpaceError(f"Search space file {str(path)!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:  # tomllib.TOMLDecodeError, UnicodeDecodeError
-        reason = " ".join(str(error).split())
-        raise SpaceError(f"Search space file {str(path)!r} is not valid TOML: {reason}.") from error
+        raise SpaceError(f"Search space file {str(path)!r} is not valid TOML: {message_of(error)}.") from error
     try:
         return _space_of_toml(path.stem, content)
     except (CompositeError, SpaceError) as error:

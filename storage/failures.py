@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from search_spaces.reasons import message_of
 from storage.errors import (
     StorageError,
     StoreBusyError,
@@ -33,7 +34,7 @@ _SQLSTATE_BUSY = ("40001", "40P01", "55P03")
 
 def one_line(error: BaseException, secrets: Collection[str] = ()) -> str:
     """What a foreign exception says, on one line and without the secrets."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = message_of(error)
     for secret in secrets:
         text = text.replace(secret, "***")
     return text if len(text) <= _N_SHOWN else text[: _N_SHOWN - 1] + "…"

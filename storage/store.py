@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
+from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
 from storage import artifacts, trials
 from storage.artifact_files import claim, open_artifact_files
@@ -469,10 +470,10 @@ class StudyStore:
         except StorageError:
             raise
         except Exception as error:  # a sampler of the user's may raise anything
-            name, reason = type(sampler).__name__, " ".join(str(error).split())
+            name = type(sampler).__name__
             raise AfterTrialError(
                 f"{name}.after_trial failed for trial {trial.number}, which is stored all the same: "
-                f"{type(error).__name__}: {reason}; fix the sampler or use another one."
+                f"{reason_of(error)}; fix the sampler or use another one."
             ) from error
 
     # Artifacts

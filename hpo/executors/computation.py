@@ -7,6 +7,7 @@ from hpo.executors import Job, Outcome, Worker
 from objectives.errors import RelevanceError
 from objectives.racing import GivenUp
 from search_spaces.errors import PruningHPOError
+from search_spaces.reasons import reason_of
 
 __all__ = ["compute", "prepare"]
 
@@ -34,4 +35,4 @@ def compute(worker: Worker, job: Job) -> Outcome:
         return Outcome(job, failure=str(error), cause="objective")
     except BaseException as error:  # whatever a network does, even `sys.exit`, its trial must have an outcome
         _log.debug("Trial %d failed.", job.number, exc_info=True)
-        return Outcome(job, failure=f"{type(error).__name__}: {error}", cause="objective", unexpected=True)
+        return Outcome(job, failure=reason_of(error), cause="objective", unexpected=True)

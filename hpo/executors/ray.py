@@ -27,6 +27,7 @@ from hpo.errors import ExecutorError, Interrupted
 from hpo.executors import Job, Outcome, Worker, reaper
 from hpo.executors.computation import compute, prepare
 from search_spaces.errors import PruningHPOError
+from search_spaces.reasons import message_of, reason_of
 from storage.urls import mask_password
 
 __all__ = ["RayExecutor", "Room", "is_users"]
@@ -565,7 +566,6 @@ def _sigterm_kept() -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """An error in a line; of one that comes from a worker, the cause."""
     cause = getattr(error, "cause", None) or error
-    text = " ".join(str(cause).split())
     # Ray begins with five lines about the actor, and says at the end why its process has ended.
-    text = text.rpartition("Worker exit detail: ")[2]
-    return f"{type(cause).__name__}: {text[:400]}"
+    _, begin, detail = message_of(cause).rpartition("Worker exit detail: ")
+    return f"{type(cause).__name__}: {detail[:400]}" if begin else reason_of(cause)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from objectives.datasets.sources import SourcePair
 from objectives.errors import DataError
 from search_spaces.imports import import_object
+from search_spaces.reasons import reason_of
 
 __all__ = ["open_factory"]
 
@@ -26,7 +27,7 @@ def open_factory(spec: str) -> SourcePair:
     try:
         pair = factory()
     except Exception as error:  # a user's factory may raise anything
-        raise DataError(f"{spec!r} failed ({type(error).__name__}: {error}); correct it.") from error
+        raise DataError(f"{spec!r} failed ({reason_of(error)}); correct it.") from error
     if isinstance(pair, SourcePair):
         return pair
     if (

@@ -25,6 +25,7 @@ from objectives.fingerprints import pixels_fingerprint, selection_fingerprint
 from objectives.models import LoadedModel
 from objectives.preprocessing import Preprocessing
 from search_spaces.imports import is_import_path, runs_code
+from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
 
 __all__ = ["LabelledImages", "Task", "load_task"]
@@ -239,8 +240,7 @@ def _select(
             return preprocessing(image), pixels_fingerprint(image)
         except Exception as error:  # damaged files make decoders raise nearly anything
             raise DataError(
-                f"The image {image_name(source, index)} can't be read "
-                f"({type(error).__name__}: {' '.join(str(error).split())}); replace or remove it."
+                f"The image {image_name(source, index)} can't be read ({reason_of(error)}); replace or remove it."
             ) from error
 
     images = torch.empty(len(indices), *preprocessing.input_shape)

@@ -25,6 +25,7 @@ from objectives.datasets.sources import SourcePair, decode_image, register_sourc
 from objectives.errors import DataError
 from objectives.options import parse_option
 from objectives.preprocessing import RawImage
+from search_spaces.reasons import reason_of
 
 __all__ = ["TimmSource", "open_timm"]
 
@@ -126,8 +127,8 @@ def _open(name: str, root: Any, split: str, options: Mapping[str, Any]) -> _Spli
         labels = np.asarray(targets, dtype=np.int64)
     except Exception as error:  # every reader has errors of its own, and many are assertions
         raise DataError(
-            f"{origin} can't be read ({type(error).__name__}: {' '.join(str(error).split())}); check the name, give "
-            "its folder as timm:NAME?root=DIR and install the package that its reader needs."
+            f"{origin} can't be read ({reason_of(error)}); check the name, give its folder as timm:NAME?root=DIR "
+            "and install the package that its reader needs."
         ) from error
     return _Split(samples, labels, _class_names(samples), origin)
 

@@ -32,6 +32,7 @@ from objectives.network import canonize
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import slim
 from search_spaces.documents import CompositeDocument
+from search_spaces.reasons import message_of
 
 __all__ = [
     "load_coupled",
@@ -140,9 +141,8 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise SlimFileError(
-            f"{str(path)!r} doesn't hold the weights of its own document's network ({reason}); prune again."
+            f"{str(path)!r} doesn't hold the weights of its own document's network ({message_of(error)}); prune again."
         ) from error
     return module
 

@@ -44,6 +44,8 @@ def test_nothing_has_ended_yet(make_problem):
         (RelevanceError("No relevance."), "No relevance.", "composite"),
         (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0", "objective"),
         (SystemExit(3), "SystemExit: 3", "objective"),
+        (StopIteration(), "StopIteration", "objective"),
+        (RuntimeError("size mismatch:\n\t2 != 3\n"), "RuntimeError: size mismatch: 2 != 3", "objective"),
     ],
 )
 def test_an_error_is_an_outcome(error, failure, cause):

@@ -2,9 +2,11 @@ import threading
 
 import pytest
 from matplotlib.image import imread
+from optuna.artifacts import get_all_artifact_meta
 
-from hpo.plots import CurvePage, curve_csv, curve_png, study_png
+from hpo.plots import CurvePage, CurvePlotter, curve_csv, curve_png, study_png
 from search_spaces.heuristics import HEURISTICS
+from storage.store import StudyStore
 
 
 @pytest.fixture
@@ -52,3 +54,17 @@ def test_pictures_are_drawn_on_any_thread(curve):
     for thread in threads:
         thread.join()
     assert len(set(drawn)) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_other(curve, url, caplog):
+    with StudyStore.open(url) as store:
+        study = store.create_or_resume("s", identity={}, configuration={})
+        trials = [study.ask(), study.ask()]
+        with CurvePlotter(store) as plotter:
+            plotter.draw(trials[0], curve, "$\\nonsense$")  # Matplotlib's mathematics
+            plotter.draw(trials[1], curve, "t")
+            assert plotter.finish(60)
+    assert [len(get_all_artifact_meta(trial, storage=store.storage)) for trial in trials] == [0, 1]
+    [message] = [record.message for record in caplog.records if "not drawn" in record.message]
+    assert message.startswith("The curve of trial 0 is not drawn: ")
+    assert "\n" not in message
