@@ -47,6 +47,7 @@ _ATTRIBUTIONS = ("shared", "zennit")
 _DTYPES = ("fp32", "bf16")
 _EXECUTORS = ("local", "ray")
 _OF_RAY = ("workers", "gpus-per-trial", "cpus-per-trial", "ray-address", "trial-timeout")
+_LEAST_CPUS = 0.01  # smaller ones make thousands of workers
 _PRUNERS = ("none", "race")
 _OUTPUT_RELEVANCES = ("one", "logit")
 _SAMPLES = ("random", "first")
@@ -123,10 +124,10 @@ def _between(low: float, high: float, wanted: str) -> Callable[[Any], float]:
     return read
 
 
-def _above_0(value: Any) -> float:
+def _cpus(value: Any) -> float:
     number = _number(value)
-    if number <= 0:
-        raise ValueError("must be a number above 0")
+    if number < _LEAST_CPUS:
+        raise ValueError(f"must be a number of at least {_LEAST_CPUS:g}")
     return number
 
 
@@ -340,7 +341,7 @@ class LaunchConfiguration:
     cpus_per_trial: float | None = _option(
         "execution",
         "CPUs of a worker, and threads that it computes with.",
-        read=_above_0,
+        read=_cpus,
         metavar="N",
         shown=str(DEFAULT_CPUS_PER_TRIAL),
     )
@@ -361,14 +362,14 @@ class LaunchConfiguration:
     )
     trial_timeout_s: float | None = _option(
         "execution",
-        "End a trial that takes longer, as failed: seconds, or 90s, 30m, 2h.",
+        "End a trial of the search that takes longer, as failed: seconds, or 90s, 30m, 2h.",
         read=parse_seconds,
         metavar="TIME",
         name="trial-timeout",
     )
     max_losses: int = _option(
         "execution",
-        "How often a trial whose worker died is tried again before it fails.",
+        "How often a trial whose worker of Ray died is tried again before it fails.",
         read=_whole(0),
         metavar="N",
         default=3,

@@ -106,13 +106,14 @@ class Worker(Protocol):
 class Executor(Protocol):
     """Computes batches of jobs with `n_workers` workers, and knows no database.
 
-    One thread submits and waits. A context manager: leaving it abandons the jobs that still run, within a second.
+    One thread submits and waits. A context manager: leaving it abandons the jobs that still run; it may take seconds
+    until the processes that compute them are gone.
     Every job that was submitted has one outcome, whatever happens to its worker.
     """
 
     @property
     def n_workers(self) -> int:
-        """How many batches are computed at a time; may change when machines come or go."""
+        """How many batches are computed at a time, where there is room; known, and fixed, once it is entered."""
         ...
 
     def submit(self, jobs: Sequence[Job]) -> None:

@@ -40,7 +40,7 @@ _TICK_S = 0.2
 
 _INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
 # What a worker could reach a database or a bucket with; workers know neither.
-_SECRETS = ("AWS_SECRET", "AWS_SESSION", "HPO_", "PG")
+_SECRETS = ("AWS_", "HPO_", "PG")
 _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -115,7 +115,6 @@ class RayExecutor:
             # In a list, so that the actor's process prepares itself before it reads what may import torch.
             self._arguments = ([_put(ray, self._factory)], max(1, int(room.cpus)), room.gpus > 0)
             self._starts = [0.0] * self._n_workers
-            self._waiting_since = time.monotonic()
             self._thread.start()
             self._cleanup = stack.pop_all()
         return self
@@ -163,10 +162,15 @@ class RayExecutor:
             self._start()
         if self._waiting_since is not None and now - self._waiting_since > _PATIENCE_S:
             self._waiting_since = None
-            _log.warning("The cluster has had no room for a worker for %.0f s; waiting for room.", _PATIENCE_S)
+            _log.warning(
+                "No worker has started for %.0f s: the cluster has no room, or the network is large; waiting.",
+                _PATIENCE_S,
+            )
         return now
 
     def _start(self) -> None:
+        if self._waiting_since is None and not any(other.ready for other in self._crew):
+            self._waiting_since = time.monotonic()
         member = _Member(self._actor_class.remote())
         self._crew.append(member)
         answer = member.actor.start.remote(*self._arguments)
@@ -441,7 +445,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise ExecutorError("Ray is not installed; run `pip install 'ray[tune]'`, or leave out --executor.") from error
+        raise ExecutorError("Ray is not installed; run `pip install ray`, or leave out --executor.") from error
     if ray.is_initialized():
         raise ExecutorError("This process is connected to Ray already; call `ray.shutdown()` first.")
     with ExitStack() as stack:
@@ -536,7 +540,10 @@ def _check_reachable(address: str) -> None:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What processes that start now see: none of what only the driver may know."""
+    """What processes that start now see: none of what only the driver may know.
+
+    Nor does this process see it meanwhile: a store that is open would find no password to connect anew.
+    """
     former = dict(os.environ)
     for name in former:
         if name.startswith(_SECRETS):

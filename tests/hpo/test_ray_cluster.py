@@ -57,6 +57,13 @@ class Sleeper:
         return os.getpid()
 
 
+class Threads(Sleeper):
+    """Tells with how many threads it computes."""
+
+    def evaluate(self, composite, images):
+        return torch.get_num_threads()
+
+
 def unable():
     raise DeviceError("There is no device 'cuda' on this machine; it has cpu.")
 
@@ -138,6 +145,13 @@ def test_values_are_those_of_the_local_executor(connect, one_thread):
     local = evaluations(LocalExecutor(problem), [jobs])
     assert evaluations(connect(problem.worker(), workers=1), [jobs]) == local
     assert evaluations(connect(problem.worker(), workers=2), [jobs[:3], jobs[3:5], jobs[5:]]) == local
+
+
+@pytest.mark.slow
+def test_workers_compute_with_as_many_threads_as_they_have_cpus(connect):
+    with connect(Threads, workers=1, cpus_per_trial=2) as executor:
+        executor.submit([Job(0, HEURISTICS["zplus"])])
+        assert outcomes(executor, 1)[0].evaluation == 2
 
 
 @pytest.mark.slow

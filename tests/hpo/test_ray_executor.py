@@ -24,7 +24,7 @@ from storage.store import StudyStore
 
 N_WORKERS = 3
 TIMEOUT_S = 4.0
-SECRETS = {"HPO_STORAGE": "postgresql://ann:secret@host/x", "PGPASSWORD": "secret", "AWS_SECRET_ACCESS_KEY": "x"}
+SECRETS = {"HPO_STORAGE": "postgresql://ann:secret@host/x", "PGPASSWORD": "secret", "AWS_SECURITY_TOKEN": "x"}
 
 QUICK, SLOW, ILL, WRONG, EXITING, DYING, HANGING, STOPPED, TELLING, BROKEN = HEURISTICS.values()
 
@@ -96,6 +96,8 @@ def executor():
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         environment = private_environment()
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        patch.delenv("MKL_NUM_THREADS", raising=False)
         bystander = subprocess.Popen(["sleep", "600"])
         before = signal.getsignal(signal.SIGTERM)
         with RayExecutor(configure(workers=N_WORKERS, trial_timeout_s=TIMEOUT_S), Stub) as executor:
@@ -285,13 +287,13 @@ def test_more_than_there_is_is_refused(nodes, options, message):
 class Launch:
     """`hpo launch` on digits with workers of Ray, in a session of its own as in a terminal."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, options=()):
         # Ray's sockets allow no long paths.
         self.temporary = Path(tempfile.mkdtemp(prefix="t"))
         self.url = f"sqlite:///{folder / 'studies.db'}"
         command = [sys.executable, "-m", "hpo.cli", "launch", "--executor", "ray", "--workers", "2", "--seed", "0"]
         self.process = subprocess.Popen(
-            [*command, "--evaluation-images", "100", "--n-trials", "400"],
+            [*command, "--evaluation-images", "100", "--n-trials", "400", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -319,8 +321,8 @@ class Launch:
 
 
 @pytest.fixture
-def launch(tmp_path):
-    launch = Launch(tmp_path)
+def launch(tmp_path, request):
+    launch = Launch(tmp_path, *getattr(request, "param", ()))
     yield launch
     for pid in launch.pids():
         os.kill(pid, signal.SIGKILL)
@@ -360,6 +362,20 @@ def test_a_driver_that_is_killed_leaves_no_process(launch):
     while launch.pids() or list(launch.temporary.iterdir()):
         assert time.monotonic() < deadline, (launch.pids(), list(launch.temporary.iterdir()))
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [[("--trial-timeout", "5")]], indirect=True, ids=["5 s"])
+def test_a_driver_that_was_stopped_takes_no_trial_for_slow(launch):
+    launch.wait_for("2/10  trial")
+    launch.process.send_signal(signal.SIGSTOP)
+    time.sleep(7)
+    launch.process.send_signal(signal.SIGCONT)
+    launch.wait_for("4/400  trial")
+    launch.process.send_signal(signal.SIGTERM)
+    launch.process.communicate(timeout=30)
+    with StudyStore.open(launch.url, read_only=True) as store:
+        assert "FAIL" not in {trial.state.name for trial in store.load("digits").get_trials()}
 
 
 def test_one_process_has_one_executor(executor):
