@@ -129,7 +129,9 @@ class LoadedProblem:
         """
         from objectives.objective import Objective
 
-        return partial(Objective, self.model, self.task, self.objective.options, self.document)
+        # The driver's own machine may lack the device.
+        options = replace(self.objective.options, device=self.configuration.device)
+        return partial(Objective, self.model, self.task, options, self.document)
 
     def prepare(self, composites: "Sequence[CompositeSpec]") -> None:
         """See `Worker.prepare`."""
@@ -152,6 +154,8 @@ def load_problem(
 ) -> LoadedProblem:
     """Load what the configuration names.
 
+    Workers of Ray may have a device that this machine lacks; no part of a problem's identity depends on it.
+
     Args:
         configuration: A resolved configuration.
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
@@ -170,7 +174,7 @@ def load_problem(
         output_relevance=configuration.output_relevance,
         dtype=configuration.dtype,
         batch_size=configuration.batch_size,
-        device=configuration.device,
+        device=_device_here(configuration),
         layer_groups=layer_groups,
         attribution=configuration.attribution,
         attribution_memory=configuration.attribution_memory * 2**20,
@@ -178,6 +182,19 @@ def load_problem(
     if document is not None:
         options = replace(options, procedure=document.procedure)
     return LoadedProblem(configuration, Objective(model, task, options, document), document)
+
+
+def _device_here(configuration: LaunchConfiguration) -> str:
+    """The device to load a problem on: a CPU where only workers of Ray have the one that is asked for."""
+    from objectives.devices import resolve_device
+    from objectives.errors import DeviceError
+
+    if configuration.executor == "ray":
+        try:
+            resolve_device(configuration.device)
+        except DeviceError:
+            return "cpu"
+    return configuration.device
 
 
 def load_model_and_task(
