@@ -190,6 +190,9 @@ class DirectoryFiles(FileSystemArtifactStore):
             part = _part_name(artifact_id)
             try:
                 super().write(part, content_body)
+                # Else a power failure could leave an empty file, of which the database has the record.
+                with open(self.directory / part, "rb") as written:
+                    os.fsync(written.fileno())
                 os.replace(self.directory / part, self.directory / artifact_id)
             except BaseException:
                 self.discard(part)

@@ -7,6 +7,7 @@ Service, region and credentials are those of boto3's standard settings, such as 
 from __future__ import annotations
 
 import io
+import logging
 import re
 import uuid
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ _NO_ACCESS = {"AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToke
 _HTTP_INSUFFICIENT_STORAGE = 507
 _HTTP_SERVER_ERROR = 500
 _PASSWORD = re.compile(r"(://[^:/\s]*:)\S*@")
+
+_log = logging.getLogger("hpo")
 
 
 class BucketFiles:
@@ -87,11 +90,18 @@ class BucketFiles:
             self.remove(artifact_id)
 
     def stored(self) -> Iterator[StoredFile]:
-        """Every file, then every upload in parts that has not ended."""
+        """Every file, then every upload in parts that has not ended, if one may ask for those."""
         for each in self._listed("list_objects_v2", "Contents"):
             if is_artifact_id(name := self._name(each)):
                 yield StoredFile(name, each["LastModified"].astimezone(UTC), each["Size"])
-        for each in self._listed("list_multipart_uploads", "Uploads"):
+        try:
+            uploads = list(self._listed("list_multipart_uploads", "Uploads"))
+        except ArtifactsAwayError:
+            raise
+        except StoreUnreachableError as error:  # files may be listed, so it is this right alone that is missing
+            _log.info("Interrupted uploads are not looked for: %s", error)
+            return
+        for each in uploads:
             if is_artifact_id(name := self._name(each)):
                 yield StoredFile(name, each["Initiated"].astimezone(UTC), 0, each["UploadId"])
 

@@ -46,7 +46,7 @@ _PASSWORD = re.compile(r"^([^:/?#]*://[^:]*:).*@", re.DOTALL)
 _PASSWORD_ALONE = re.compile(r"^([^:/?#]*://[^:@/\[]*:)(?!\d+(?:[,/?]|$))[^@/?]+$", re.DOTALL)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 _SECRET_OPTION_NAME = re.compile(r"pass|secret|token", re.IGNORECASE)
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `s3:/x` too, but no drive's letter
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html, and no user information.
 _BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([^?#]*))?")
 _PRIVATE_OPTION = re.compile(r"^user$|pass|secret|token", re.IGNORECASE)

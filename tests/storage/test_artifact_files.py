@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -282,6 +283,38 @@ def test_missing_rights(bucket: str, s3_server: str, s3_client: Any, monkeypatch
         assert key["SecretAccessKey"] not in text
 
 
+def test_uploads_that_may_not_be_listed_are_left(
+    multipart: tuple[ArtifactFiles, str],
+    bucket: str,
+    s3_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import boto3
+
+    # What artifacts take, and no more.
+    iam = boto3.session.Session().client("iam", endpoint_url=s3_server)
+    iam.create_user(UserName="writer")
+    actions = ["s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject"]
+    statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    iam.put_user_policy(UserName="writer", PolicyName="artifacts", PolicyDocument=policy)
+    key = iam.create_access_key(UserName="writer")["AccessKey"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+    files = open_artifact_files(URL)
+    files.write_bytes(artifact_id := new_id(), b"png")
+    _check_rights_after(s3_server, b"0")
+    try:
+        with caplog.at_level("INFO", "hpo"):
+            assert [file.artifact_id for file in files.stored()] == [artifact_id]
+        assert [record.message[:70] for record in caplog.records] == [
+            f"Interrupted uploads are not looked for: No access to s3://{bucket}/here: "[:70]
+        ]
+    finally:
+        _check_rights_after(s3_server, b"inf")
+
+
 def _check_rights_after(s3_server: str, n_requests: bytes) -> None:
     request = Request(f"{s3_server}/moto-api/reset-auth", data=n_requests, headers={"Content-Type": "text/plain"})
     with urlopen(request) as answer:
@@ -354,7 +387,15 @@ def test_missing_boto3_is_said_with_what_to_install() -> None:
 
 
 @pytest.mark.parametrize(
-    "location", ["s3://", "s3://A_B/x", "s3://key:s3cret@bucket/x", "gs://bucket/x", "https://bucket.s3.example.org/"]
+    "location",
+    [
+        "s3://",
+        "s3:/bucket",
+        "s3://A_B/x",
+        "s3://key:s3cret@bucket/x",
+        "gs://bucket/x",
+        "https://bucket.s3.example.org/",
+    ],
 )
 def test_location_that_cannot_be_read(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_ARTIFACTS", location)
