@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["check_reader", "create_reader"]
 
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts what is longer
+_RESERVED = ("none", "public")
 _POWERS = {
     "rolsuper": "is a superuser",
     "rolcreaterole": "may create roles",
@@ -50,6 +51,8 @@ def check_reader(url: str, role: str, password: str) -> None:
         raise RoleError(
             f"The role {role!r} is for PostgreSQL, and the store is {shown}; name one as 'postgresql+psycopg://...'."
         )
+    if role in _RESERVED:
+        raise RoleError(f"PostgreSQL keeps the name {role!r} for itself; choose another one for the reader.")
     if not role or len(role.encode()) > _LONGEST_NAME or not role.isprintable() or role.startswith("pg_"):
         raise RoleError(
             f"A role's name is 1 to {_LONGEST_NAME} printable bytes that don't begin with 'pg_', but got {role!r}."
@@ -86,13 +89,11 @@ def create_reader(url: str, role: str, password: str) -> bool:
     try:
         with closing(storage.engine.raw_connection()) as pooled:
             connection: Connection[Any] = pooled.driver_connection  # type: ignore[assignment]
-            with connection.transaction(), connection.cursor() as cursor:
-                # Two that grant the same at once would disturb each other.
-                cursor.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_key("roles")])
-                is_new = _set_role(cursor, role, password)
-                _grant_reading(cursor, role)
-                _check_excess(cursor, role, shown)
-            return is_new
+            try:
+                return _set_up(connection, role, password, shown)
+            except (psycopg.errors.InternalError_, psycopg.errors.UniqueViolation):
+                # Roles belong to all databases of a server: somebody has just set the same one from another of them.
+                return _set_up(connection, role, password, shown)
     except StorageError:
         raise
     except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
@@ -102,10 +103,22 @@ def create_reader(url: str, role: str, password: str) -> bool:
         ) from None
     except psycopg.Error as error:
         failure = database_failure(error, shown, secrets=[password])
-        reason = one_line(error, [password])
+        # Not all of it: the server quotes the statement, and in it the password's verifier.
+        reason = error.diag.message_primary or one_line(error, [password])
         raise failure or RoleError(f"Cannot set up the role {role!r} on {shown}: {reason}; try another name.") from None
     finally:
         storage.engine.dispose()
+
+
+def _set_up(connection: Connection[Any], role: str, password: str, shown: str) -> bool:
+    """Create a role or change it, in one transaction; whether it is new."""
+    with connection.transaction(), connection.cursor() as cursor:
+        # Two that grant the same at once would disturb each other.
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_key("roles")])
+        is_new = _set_role(cursor, role, password)
+        _grant_reading(cursor, role)
+        _check_excess(cursor, role, shown)
+    return is_new
 
 
 def _set_role(cursor: Cursor[Any], role: str, password: str) -> bool:

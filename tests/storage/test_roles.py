@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -190,6 +192,12 @@ def test_impossible_name_is_refused(url: str, name: str) -> None:
         create_reader(url, name, PASSWORD)
 
 
+@pytest.mark.parametrize("name", ["none", "public"])
+def test_name_of_postgresqls_own_is_refused(url: str, name: str) -> None:
+    with pytest.raises(RoleError, match="PostgreSQL keeps the name"):
+        create_reader(url, name, PASSWORD)
+
+
 def test_role_needs_a_password(url: str, role: str) -> None:
     with pytest.raises(RoleError, match="has no password"):
         create_reader(url, role, "")
@@ -204,6 +212,16 @@ def test_role_is_for_postgresql(tmp_path: Any) -> None:
 def test_tables_come_first(postgresql_server: Any) -> None:
     with pytest.raises(StoreNotFoundError):
         create_reader(postgresql_server.new_database(), "reader", PASSWORD)
+
+
+def test_databases_of_a_server_set_up_the_role_at_once(postgresql_server: Any, url: str, role: str) -> None:
+    urls = [url, postgresql_server.new_database()]
+    prepare(urls[1])
+    with ThreadPoolExecutor() as threads:
+        for _ in range(10):
+            assert sum(threads.map(partial(create_reader, role=role, password=PASSWORD), urls)) <= 1
+    with psycopg.connect(_address(urls[1])) as connection:
+        connection.execute(f'DROP OWNED BY "{role}"')
 
 
 def test_ten_processes_set_up_the_role_at_once(url: str, role: str, start: Start) -> None:
