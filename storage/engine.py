@@ -88,13 +88,17 @@ def connect(url: str, mode: Mode) -> RDBStorage:
     version = None if place.is_missing_file else _read(place, stored_version)
     if version is None and mode != "create":
         raise StoreNotFoundError(
-            f"There are no studies at {place.shown} yet; start one with `hpo launch`, or name another store."
+            f"There are no studies at {place.shown} yet; start one with `hpo launch`, create the tables with "
+            "`hpo db init`, or name another store."
         )
     _refuse_newer(version, place.shown)
     if version == VERSION or (version is not None and mode == "read"):
         return _storage(place)
     with _turn(place), _no_leftovers(place.path):
-        return _storage(place, create_tables=version is None, upgrade_tables=True)
+        # Another process, of a newer release perhaps, may have had its turn before.
+        version = None if place.is_missing_file else _read(place, stored_version)
+        _refuse_newer(version, place.shown)
+        return _storage(place, create_tables=version is None, upgrade_tables=version != VERSION)
 
 
 def prepare(url: str) -> tuple[Versions | None, Versions]:
@@ -107,12 +111,13 @@ def prepare(url: str) -> tuple[Versions | None, Versions]:
         StorageError: As `connect` does; on PostgreSQL nothing has been written.
     """
     place = _Place.of(url, "create")
-    with _turn(place), _no_leftovers(place.path):
-        before = None if place.is_missing_file else _read(place, stored_versions)
-        _refuse_newer(None if before is None else before.own, place.shown)
-        if before != newest_versions():
-            storage = _storage(place, create_tables=True, upgrade_tables=True, upgrade_optunas=True)
-            storage.engine.dispose()
+    with _turn(place):
+        with _no_leftovers(place.path):
+            before = None if place.is_missing_file else _read(place, stored_versions)
+            _refuse_newer(None if before is None else before.own, place.shown)
+            if before != newest_versions():
+                storage = _storage(place, create_tables=True, upgrade_tables=True, upgrade_optunas=True)
+                storage.engine.dispose()
         after = _read(place, stored_versions)
         assert after is not None, "it has just been created"
         return before, after
