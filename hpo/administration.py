@@ -10,7 +10,7 @@ from hpo.config import parse_seconds
 from hpo.errors import ConfigurationError
 from hpo.report import plain_table
 from storage.engine import prepare
-from storage.errors import StudyInUseError
+from storage.errors import StudyInUseError, StudyNotFoundError
 from storage.leftovers import release_orphans, remove_files
 from storage.roles import check_reader, create_reader
 from storage.schema import Versions
@@ -186,7 +186,7 @@ def clear(store: "StudyStore", leftovers: "Leftovers") -> Iterator[str]:
     for orphans in leftovers.orphans:
         try:
             released = release_orphans(store, orphans)
-        except StudyInUseError as error:
+        except (StudyInUseError, StudyNotFoundError) as error:
             yield f"Left alone: {error}"
         else:
             yield f"Released {_count(released, 'trial')} of study {orphans.study!r}; a launch goes on with them."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sqlite3
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["database_failure", "file_failures", "one_line"]
 
 _N_SHOWN = 300
+_SHORT = 4
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _SQLSTATE_FULL = ("53100",)
-_SQLSTATE_READ_ONLY = ("25006", "42501")
+_SQLSTATE_READ_ONLY = ("25006",)
+_SQLSTATE_NO_RIGHT = ("42501",)
 _SQLSTATE_UNREACHABLE = ("08", "25P03", "28", "3D", "57P")
 _SQLSTATE_BUSY = ("40001", "40P01", "55P03")
 
@@ -36,7 +39,9 @@ def one_line(error: BaseException, secrets: Collection[str] = ()) -> str:
     """What a foreign exception says, on one line and without the secrets."""
     text = message_of(error)
     for secret in secrets:
-        text = text.replace(secret, "***")
+        # A letter or two are part of many words, which must not be garbled.
+        alone = rf"(?<!\w){re.escape(secret)}(?!\w)" if len(secret) < _SHORT else re.escape(secret)
+        text = re.sub(alone, "***", text)
     return text if len(text) <= _N_SHOWN else text[: _N_SHOWN - 1] + "…"
 
 
@@ -59,11 +64,14 @@ def database_failure(
         return _full(shown_url)
     if state in _SQLSTATE_READ_ONLY:
         return StoreReadOnlyError(f"The store {shown_url} may only be read: {reason}")
+    if state in _SQLSTATE_NO_RIGHT:
+        return StoreReadOnlyError(f"You lack a right at the store {shown_url}: {reason}; ask its owner for it.")
     if state in _SQLSTATE_BUSY:
         return _busy(shown_url)
     if connecting or state.startswith(_SQLSTATE_UNREACHABLE):
         return StoreUnreachableError(
-            f"Cannot reach the store {shown_url}: {reason} Check the address, the user and that the server runs."
+            f"Cannot reach the store {shown_url}: {reason.rstrip('.')}. "
+            "Check the address, the user and that the server runs."
         )
     return None
 

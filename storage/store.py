@@ -78,7 +78,9 @@ class StudyStore:
     Optuna's, and all their methods work. A study has one driver at a time, which holds its `lease`; who reads needs
     none.
 
-    Thread-safe: every call takes a connection of its own from the pool. Not to be shared with a forked process.
+    Thread-safe: every call takes a connection of its own from the pool. Only `ask` and `claim` are one thread's, that
+    of the study's driver: after an outage each running trial that has not been handed out is released. Not to be
+    shared with a forked process.
     Every use, also of a study that the store has given, raises a `StorageError` where the database fails. The store's
     own methods, and all that only reads, first wait out an outage as patiently as they were told to. A write of which
     the answer was lost is made once all the same.
@@ -314,7 +316,10 @@ class StudyStore:
         return trial, suggested
 
     def _take_back(self, study: Study) -> None:
-        """Release the running trials that nobody has been given, which an answer that was lost leaves behind."""
+        """Release the running trials that nobody has been given, which an answer that was lost leaves behind.
+
+        No other thread may be about to be given one.
+        """
         with self._transaction() as connection:
             for trial_id in trials.running(connection, study._study_id).keys() - self._given:
                 trials.release(connection, trial_id)

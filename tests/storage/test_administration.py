@@ -361,11 +361,21 @@ def test_health_of_each_backend(store: StudyStore, url: str) -> None:
         assert (health.time_zone, health.user) == ("Asia/Tokyo", "owner")
 
 
-def test_check_changes_nothing(url: str, tmp_path: Path) -> None:
-    prepare(url)
-    before = sorted(tmp_path.rglob("*"))
-    check(url)
-    assert sorted(tmp_path.rglob("*")) == before
+def test_check_changes_nothing(filled: StudyStore, url: str, tmp_path: Path) -> None:
+    def everything() -> tuple[object, ...]:
+        metadata = sqlalchemy.MetaData()
+        metadata.reflect(filled.rdb.engine)
+        with filled.rdb.engine.connect() as connection:
+            rows = {
+                table.name: sorted(map(repr, connection.execute(sqlalchemy.select(table))))
+                for table in metadata.sorted_tables
+            }
+        contents = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        return rows, contents, sorted(filled.artifacts.stored(), key=lambda file: file.artifact_id)
+
+    before = everything()
+    assert check(url).problems == ()
+    assert everything() == before
 
 
 def test_outdated_tables_are_a_problem(store: StudyStore, url: str) -> None:

@@ -23,6 +23,7 @@ from storage.errors import (
     StoreUnreachableError,
     StoreUrlError,
 )
+from storage.failures import one_line
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
@@ -90,6 +91,13 @@ def test_wrong_password(postgresql_server: Any, tmp_path: Path, caplog: pytest.L
     assert "password authentication failed" in str(error)
     assert "s3cret" not in caplog.text
     assert _files(tmp_path) == []
+
+
+def test_short_password_garbles_nothing(postgresql_server: Any) -> None:
+    error = _refusal(postgresql_server.url("postgres", password="a"))
+    assert "password authentication failed" in str(error)
+    assert one_line(ValueError("no password 'a' for ada"), ["a"]) == "no password '***' for ada"
+    assert one_line(ValueError("wordword"), ["word"]) == "******"
 
 
 def test_missing_database(postgresql_server: Any, tmp_path: Path) -> None:

@@ -334,6 +334,20 @@ def test_fence_holds_where_the_lock_seems_held(leased: tuple[StudyStore, str]) -
             assert rows(other) == before, name
 
 
+def wait_until_one_waits_for_a_lock(url: str) -> None:
+    waiting = sqlalchemy.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    deadline = time.monotonic() + 30
+    with StudyStore.open(url) as observer:
+        while True:
+            with observer.rdb.engine.connect() as connection:  # a transaction sees one state of that view
+                if connection.scalar(waiting):
+                    return
+            assert time.monotonic() < deadline, "nobody waits for a lock"
+            time.sleep(0.05)
+
+
 def test_who_takes_over_waits_for_the_write_that_is_under_way(leased: tuple[StudyStore, str]) -> None:
     store, url = leased
     create(store)
@@ -349,7 +363,8 @@ def test_who_takes_over_waits_for_the_write_that_is_under_way(leased: tuple[Stud
         connection.execute(sqlalchemy.update(study).values(study_name="digits"))
         end_lease_connection(url)
         taking.start()
-        assert not taken.wait(0.5)
+        wait_until_one_waits_for_a_lock(url)
+        assert not taken.is_set()
     taking.join()
     assert taken.is_set()
 
