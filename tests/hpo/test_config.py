@@ -69,6 +69,8 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         n-trials = 3
         timeout = "2m"
         metric = "auc"
+        pruner = "race"
+        race-risk = 0.05
         executor = "ray"
         workers = 2
         gpus-per-trial = 0.5
