@@ -18,7 +18,7 @@ from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
 from objectives.pruning.fusion import fused, largest_step
 from objectives.pruning.ranking import Masks
-from objectives.pruning.slimming import Cost, cost, depends_on_images, slim
+from objectives.pruning.slimming import Cost, cost, depends_on_images, draft
 
 __all__ = ["Evaluator", "KnownMeasurement", "Measurement", "correct_predictions"]
 
@@ -183,7 +183,7 @@ class Evaluator:
 
     def _measure(self, masks: Masks, part: slice) -> Measurement:
         """On a part of the images."""
-        exact = slim(self.network, masks)
+        exact = draft(self.network, masks)
         size, is_alive = cost(exact), depends_on_images(exact)
         module = fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
         images = LabelledImages(self.images.images[part], self.images.labels[part])

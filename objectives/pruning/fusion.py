@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from objectives.network import shape_of
+from objectives.pruning.slimming import Convolution, Draft
 
 __all__ = ["fused", "largest_step"]
 
@@ -46,23 +47,20 @@ _MOVE = 32
 _LARGEST_MATRIX = 2**14
 
 
-def fused(module: fx.GraphModule) -> fx.GraphModule:
+def fused(network: Draft) -> fx.GraphModule:
     """The same function, faster.
 
     Args:
-        module: made by `slim`, on its device and in its dtype; it is used up.
+        network: made by `slimming.draft`, on its device and in its dtype; it is used up.
     """
-    _move_rows(module)
-    _widen_kernels(module)
-    if _has_onednn(module):
-        _LayerFusion(module).run()
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
-    module.recompile()
-    return module
+    _move_rows(network)
+    _widen_kernels(network)
+    if _has_onednn(network):
+        _LayerFusion(network).run()
+    return network.written()
 
 
-def _has_onednn(module: fx.GraphModule) -> bool:
+def _has_onednn(module: Draft) -> bool:
     """Whether oneDNN computes this network here, in its dtype."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
@@ -82,7 +80,7 @@ def largest_step(module: fx.GraphModule) -> int:
 # Rows in their places.
 
 
-def _move_rows(module: fx.GraphModule) -> None:
+def _move_rows(module: Draft) -> None:
     for node in list(module.graph.nodes):
         if node.target is aten.index_select.default:
             source, _, indices = node.args
@@ -106,11 +104,11 @@ def _move_rows(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor:
+def _constant(module: Draft, node: fx.Node) -> Tensor:
     return module.get_buffer(str(node.target))
 
 
-def _scattered(module: fx.GraphModule, node: fx.Node, source: fx.Node, places: Tensor) -> fx.Node | None:
+def _scattered(module: Draft, node: fx.Node, source: fx.Node, places: Tensor) -> fx.Node | None:
     """The value with its channels at their places among zeros: by the rows of its layer, or else by a 0/1 matrix."""
     n_channels = shape_of(node)[0]
     if _reorder(module, source, torch.arange(len(places), device=places.device), places, n_channels):
@@ -119,7 +117,7 @@ def _scattered(module: fx.GraphModule, node: fx.Node, source: fx.Node, places: T
         return None
     matrix = torch.zeros(n_channels, len(places), 1, 1, dtype=_dtype(module), device=places.device)
     matrix[places, torch.arange(len(places), device=places.device)] = 1
-    layer = nn.Conv2d(1, 1, 1, bias=False, device="meta")
+    layer = Convolution(1, 1, 1, bias=False, device="meta")
     layer.in_channels, layer.out_channels = len(places), n_channels
     layer.weight = nn.Parameter(matrix, requires_grad=False)
     name = f"scatter_{node.name}"
@@ -130,7 +128,7 @@ def _scattered(module: fx.GraphModule, node: fx.Node, source: fx.Node, places: T
     return moved
 
 
-def _reorder(module: fx.GraphModule, value: fx.Node, rows: Tensor, places: Tensor, n_channels: int) -> bool:
+def _reorder(module: Draft, value: fx.Node, rows: Tensor, places: Tensor, n_channels: int) -> bool:
     """Has the layer that computes a value compute `rows` of it at `places`, zeros elsewhere, if that is worth it."""
     chain = [value]
     while _keeps_zeros(chain[-1]) and len(chain[-1].users) == 1:
@@ -163,7 +161,7 @@ def _keeps_zeros(node: fx.Node) -> bool:
     return node.target in _ELEMENTWISE
 
 
-def _dtype(module: fx.GraphModule) -> torch.dtype:
+def _dtype(module: Draft) -> torch.dtype:
     dtype: torch.dtype = next(tensor.dtype for tensor in module.parameters())
     return dtype
 
@@ -175,7 +173,7 @@ def _vectors(n_channels: int) -> int:
 # Padding.
 
 
-def _widen_kernels(module: fx.GraphModule) -> None:
+def _widen_kernels(module: Draft) -> None:
     """Leaves padding to convolutions that work channel by channel.
 
     They pad both sides alike: where the sides differ, weights of zeros stand before or behind the kernel's own.
@@ -208,7 +206,7 @@ def _widen_kernels(module: fx.GraphModule) -> None:
 class _LayerFusion:
     """One pass over the convolutions of a graph, in order."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: Draft) -> None:
         self.module = module
         self.graph = module.graph
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}

@@ -22,7 +22,7 @@ from objectives.attribution.operations import Activation, AveragePool, ConstantG
 from objectives.network import CanonicalNetwork, shape_of
 from objectives.pruning.ranking import Masks
 
-__all__ = ["Cost", "cost", "depends_on_images", "slim"]
+__all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "slim"]
 
 aten = torch.ops.aten
 
@@ -47,7 +47,24 @@ class Cost:
     flops: int
 
 
-def cost(module: fx.GraphModule) -> Cost:
+class Draft(nn.Module):
+    """A network whose code is not written yet: its modules, and the graph that calls them."""
+
+    graph: fx.Graph
+
+    def written(self) -> fx.GraphModule:
+        """The network, with what its logits need of graph and modules."""
+        self.erase_unread()
+        return fx.GraphModule(self, self.graph, "SlimNetwork")
+
+    def erase_unread(self) -> None:
+        """Leave out the steps that no logit needs."""
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+
+
+def cost(module: fx.GraphModule | Draft) -> Cost:
     """Parameters and multiply-adds of a canonical or slim network."""
     parameters = flops = 0
     for node in module.graph.nodes:
@@ -60,7 +77,7 @@ def cost(module: fx.GraphModule) -> Cost:
     return Cost(parameters, flops)
 
 
-def depends_on_images(module: fx.GraphModule) -> bool:
+def depends_on_images(module: fx.GraphModule | Draft) -> bool:
     """Whether anything but the number of images reaches the logits of a slim network."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     seen, queue = set(), [output]
@@ -84,6 +101,11 @@ def slim(network: CanonicalNetwork, masks: Masks) -> fx.GraphModule:
     Returns:
         (N, C, H, W) -> logits (N, classes), equal to the masked network's up to rounding.
     """
+    return draft(network, masks).written()
+
+
+def draft(network: CanonicalNetwork, masks: Masks) -> Draft:
+    """As `slim`, for who goes on to change the network."""
     return _Slimmer(network, masks).build()
 
 
@@ -107,7 +129,7 @@ class _Slimmer:
         self.network = network
         self.masks = {name: mask.cpu() for name, mask in masks.items()}
         self.source = network.module
-        self.root = nn.Module()
+        self.root = Draft()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, _Value] = {}
         self.other: dict[fx.Node, fx.Node] = {}
@@ -115,7 +137,7 @@ class _Slimmer:
         self.n_buffers = 0
         self.images: fx.Node | None = None
 
-    def build(self) -> fx.GraphModule:
+    def build(self) -> Draft:
         for node in self.source.graph.nodes:
             if node.op == "placeholder":
                 self.images = self.graph.placeholder("images")
@@ -126,16 +148,9 @@ class _Slimmer:
                 self._module(node, self.source.get_submodule(str(node.target)))
             else:
                 self._function(node)
-        self._erase_unread()
-        module = fx.GraphModule(self.root, self.graph, "SlimNetwork")  # writes its code, so the graph is ready by now
-        module.delete_all_unused_submodules()
-        _delete_unused_buffers(module)
-        return module.eval().requires_grad_(False)
-
-    def _erase_unread(self) -> None:
-        for node in reversed(self.graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                self.graph.erase_node(node)
+        self.root.graph = self.graph
+        self.root.erase_unread()
+        return self.root.eval().requires_grad_(False)
 
     # Values.
 
@@ -284,7 +299,7 @@ class _Slimmer:
 
     def _add_layer(self, name: str, layer: nn.Module) -> None:
         *parents, last = name.split(".")
-        parent = self.root
+        parent: nn.Module = self.root
         for part in parents:
             if part not in dict(parent.named_children()):
                 parent.add_module(part, nn.Module())
@@ -436,7 +451,7 @@ def _averages_space_only(module: Operation, n_dimensions: int) -> bool:
     return all(int(dimension) % (n_dimensions + 1) >= 2 for dimension in module.arguments[0])
 
 
-class _Convolution(nn.Conv2d):
+class Convolution(nn.Conv2d):
     """A convolution whose weights are about to be given, so that drawing them would only take time."""
 
     def reset_parameters(self) -> None:
@@ -447,7 +462,7 @@ def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, gro
     """A layer with other rows and columns."""
     new: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):
-        new = _Convolution(
+        new = Convolution(
             weight.shape[1] * groups,
             weight.shape[0],
             layer.kernel_size,  # type: ignore[arg-type]
@@ -469,9 +484,3 @@ def _select(tensor: Tensor, dimension: int, indices: Tensor) -> Tensor:
     if len(indices) == tensor.shape[dimension]:
         return tensor.detach()
     return tensor.detach().index_select(dimension, indices.to(tensor.device, non_blocking=True))
-
-
-def _delete_unused_buffers(module: fx.GraphModule) -> None:
-    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in [name for name, _ in module.named_buffers() if name not in used]:
-        delattr(module, name)
