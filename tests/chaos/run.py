@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         results = Path(directory, "results.jsonl")
         results.touch()
         environment = {**os.environ, "HPO_CHAOS": "full", "HPO_CHAOS_RESULTS": str(results)}
-        command = [sys.executable, "-m", "pytest", str(HERE), "--timeout=3600", "--durations=15", *arguments]
+        command = [sys.executable, "-m", "pytest", str(HERE), "--timeout=3600", "--durations=15", "-n0", *arguments]
         code = subprocess.run(command, cwd=HERE.parents[1], env={**environment, "OMP_NUM_THREADS": "1"}).returncode
         records = [json.loads(line) for line in results.read_text().splitlines()]
     if code == 0:
