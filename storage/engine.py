@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import BigInteger, cast, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -264,12 +265,14 @@ def _translated(parsed: URL, shown: str) -> Iterator[None]:
     """Translate failures while a store is opened; `from None`, as a driver may repeat the URL that it was given."""
     driver: Any = parsed.get_dialect().import_dbapi()
     # What a connector raises passes by SQLAlchemy as it is.
-    foreign: tuple[type[Exception], ...] = (SQLAlchemyError, driver.Error, OSError)
+    foreign: tuple[type[Exception], ...] = (SQLAlchemyError, driver.Error, OSError, StorageInternalError)
     try:
         yield
     except StorageError:
         raise
     except foreign as error:
+        if isinstance(error, StorageInternalError):  # Optuna's word for a commit that failed
+            error = error.__cause__ or error
         original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
         failure = database_failure(original, shown, connecting=True, secrets=secrets(parsed))
         reason = one_line(original, secrets(parsed))

@@ -89,6 +89,7 @@ def test_thousands_of_trials(postgresql_server, make_study, tmp_path, full, reco
         postgresql_server.new_database(),
         space_path=str(space_path),
         settings=StubSettings(seconds=0.0, n_rates=20),
+        options=("--exact",),
     )
     fill(study, n_stored)
     figures = {}

@@ -375,6 +375,20 @@ OPERATIONS: dict[str, tuple[Operation, Check]] = {
 }
 
 
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_store_that_goes_away_while_it_is_opened_is_unreachable(
+    nth: int, postgresql_server: Server, proxy: CommitProxy
+) -> None:
+    url = postgresql_server.new_database()
+    StudyStore.open(url).close()
+    proxy.lose(nth, delivered=True)
+    with pytest.raises(StoreUnreachableError), StudyStore.open(by_proxy(url, postgresql_server, proxy)):
+        # What a user would do next, where opening commits less often.
+        for _ in range(nth):
+            StudyStore.open(by_proxy(url, postgresql_server, proxy), read_only=True).close()
+    assert proxy.n_lost == 1
+
+
 @pytest.mark.parametrize("delivered", [True, False], ids=["answer", "commit"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_is_done_once_whichever_commit_is_lost(
