@@ -21,6 +21,7 @@ from hpo.executors import Executor, Job, Outcome
 from hpo.failures import FailureCount
 from hpo.identity import identity, upgraded
 from hpo.in_flight import Asked, InFlight
+from hpo.measurements import records
 from hpo.plots import CURVE_CSV, CURVE_PNG, STUDY_PNG, CurvePlotter, curve_csv, study_png
 from hpo.progress import TrialReport
 from hpo.racing import RIVAL, Races, described, given_up
@@ -233,7 +234,12 @@ class StudyDriver:
             losses[number] += outcome.cause == "worker"
             if outcome.evaluation is not None:
                 confirmed = Confirmed.of(number, outcome.evaluation)
-                self._store.set_attribute(self._study, confirmed_attribute(number), confirmed.to_json())
+                self._store.set_attribute(
+                    self._study,
+                    confirmed_attribute(number),
+                    confirmed.to_json(),
+                    measured=records(outcome.evaluation, self._problem.subject("confirmation")),
+                )
                 seconds = sum(outcome.evaluation.seconds.values())
                 self._report(number, outcome.job.composite.label, confirmed.auc, seconds)
                 n_left -= 1
@@ -361,6 +367,7 @@ class StudyDriver:
                 value=evaluation.figures[self._configuration.metric],
                 curve=trials.steps(evaluation.curve.rates, evaluation.curve.accuracies),
                 attributes={**asked.attributes, **trials.attributes(evaluation)},
+                measurements=records(evaluation, self._problem.subject("search")),
             )
         except TrialResultError as error:
             self._fail(source, asked, str(error), by_composite=True)

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hpo.config import LaunchConfiguration
 from hpo.errors import ImportRefusedError
 from hpo.executors import Images, Worker
+from hpo.measurements import known_by_origin
 from search_spaces.imports import Named, runs_code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
-    from objectives.datasets import Task
+    from objectives.datasets import LabelledImages, Task
     from objectives.models import LoadedModel
-    from objectives.objective import Evaluation, Objective
+    from objectives.objective import Evaluation, Objective, ObjectiveOptions
+    from objectives.pruning.evaluation import KnownMeasurement
     from objectives.racing import GivenUp, Race
     from search_spaces.composites import CompositeSpec
     from search_spaces.documents import CompositeDocument
+    from storage.measurements import MeasurementRecord
 
 __all__ = ["LoadedProblem", "Problem", "load_model_and_task", "load_problem", "refuse_imports"]
 
@@ -50,6 +53,10 @@ class Problem(Worker, Protocol):
         """The part of an export document that all trials of a study share, as JSON."""
         ...
 
+    def subject(self, images: Images) -> str:
+        """By what measurements on these images are looked for in the store: the same on every machine."""
+        ...
+
     def worker(self) -> "Callable[[], Worker]":
         """What makes a worker of this problem in another process; can be pickled."""
         ...
@@ -66,6 +73,8 @@ class LoadedProblem:
         self.document = document
         self.model: LoadedModel = objective.model
         self.task: Task = objective.task
+        self._known: Mapping[str, Sequence[KnownMeasurement]] = {}
+        self._subjects: dict[Images, str] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -122,16 +131,38 @@ class LoadedProblem:
             "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
         }
 
+    def subject(self, images: Images) -> str:
+        """See `Problem.subject`; of the network, these images and the dtype.
+
+        Device and threads are left out, as the driver may have others than its workers. What a measurement depends on
+        beyond this, its `Evaluator.origin` says.
+        """
+        if images not in self._subjects:
+            from objectives.fingerprints import state_fingerprint
+
+            labelled: LabelledImages = getattr(self.task, images)
+            content = [
+                self.model.fingerprint,
+                list(self.task.classes),
+                state_fingerprint({"images": labelled.images, "labels": labelled.labels}),
+                self.objective.options.dtype if images == "search" else "fp32",
+            ]
+            self._subjects[images] = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return self._subjects[images]
+
+    def learn(self, records: "Iterable[MeasurementRecord]") -> None:
+        """Take over what the store knows of this problem's subjects, also for the workers made from now on."""
+        self._known = known_by_origin(records)
+        self.objective.learn(self._known)
+
     def worker(self) -> "Callable[[], Worker]":
-        """See `Problem.worker`; network and images travel with it, so that a worker reads no file.
+        """See `Problem.worker`; network, images and what is known travel with it, so that a worker reads no file.
 
         Nothing else does: the configuration may hold the store's password.
         """
-        from objectives.objective import Objective
-
         # The driver's own machine may lack the device.
         options = replace(self.objective.options, device=self.configuration.device)
-        return partial(Objective, self.model, self.task, options, self.document)
+        return partial(_worker, self._known, self.model, self.task, options, self.document)
 
     def prepare(self, composites: "Sequence[CompositeSpec]") -> None:
         """See `Worker.prepare`."""
@@ -144,6 +175,20 @@ class LoadedProblem:
     def race(self, composite: "CompositeSpec", race: "Race") -> "Evaluation | GivenUp":
         """See `Worker.race`."""
         return self.objective.race(composite, race)
+
+
+def _worker(
+    known: "Mapping[str, Sequence[KnownMeasurement]]",
+    model: "LoadedModel",
+    task: "Task",
+    options: "ObjectiveOptions",
+    document: "CompositeDocument | None",
+) -> Worker:
+    from objectives.objective import Objective
+
+    objective = Objective(model, task, options, document)
+    objective.learn(known)
+    return objective
 
 
 def load_problem(

@@ -80,6 +80,8 @@ class StudyReport:
         configuration: How it was last launched.
         n_trials: Search trials by state.
         n_losses: How often a trial was lost with its worker.
+        n_masks: Masks of which its trials asked for the accuracy.
+        n_known_masks: Those that needed no computation, because a trial of this or another study had measured them.
         failures: Number of failed trials by reason, the most frequent first; heuristics too.
         best: The best trial; None before the first.
         heuristics: Each complete heuristic, best first.
@@ -93,6 +95,8 @@ class StudyReport:
     configuration: LaunchConfiguration
     n_trials: Mapping[str, int]
     n_losses: int
+    n_masks: int
+    n_known_masks: int
     failures: Mapping[str, int]
     best: TrialSummary | None
     heuristics: tuple[TrialSummary, ...]
@@ -126,6 +130,8 @@ class StudyReport:
             configuration=configuration,
             n_trials={state.name.lower(): states[state] for state in TrialState},
             n_losses=sum(trial.user_attrs.get(LOSSES, 0) for trial in stored),
+            n_masks=sum(trial.user_attrs.get(trials.MASKS, {}).get("n", 0) for trial in stored),
+            n_known_masks=sum(trial.user_attrs.get(trials.MASKS, {}).get("n_known", 0) for trial in stored),
             failures=dict(failures.most_common()),
             best=None if best is None else _trial_report(best, None if current is None else current.auc),
             heuristics=tuple(sorted(reports, key=lambda report: (-report.value, report.number))),
@@ -146,6 +152,8 @@ class StudyReport:
             "metric": self.metric,
             "n_trials": dict(self.n_trials),
             "n_losses": self.n_losses,
+            "n_masks": self.n_masks,
+            "n_known_masks": self.n_known_masks,
             "failures": dict(self.failures),
             "best": None if self.best is None else asdict(self.best),
             "heuristics": [asdict(heuristic) for heuristic in self.heuristics],
@@ -177,7 +185,7 @@ class StudyReport:
         return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {self.metric}."
 
     def remarks(self) -> list[str]:
-        """Who drives the study, what races saved, what was lost with its worker, and why trials failed, a line each."""
+        """Who drives the study, what races saved, what was known or lost, why trials failed, a line each."""
         lines = []
         if self.driver is not None:
             workers = self.configuration.workers
@@ -185,6 +193,9 @@ class StudyReport:
             lines.append(f"Driven by {self.driver}{shown}.")
         if self.race is not None:
             lines.append(f"{self.race}")
+        if self.n_masks:
+            share = self.n_known_masks / self.n_masks
+            lines.append(f"Of {self.n_masks:,} masks {self.n_known_masks:,} were known ({share:.1%}).")
         if self.n_losses:
             times = "once" if self.n_losses == 1 else f"{self.n_losses} times"
             lines.append(f"A trial was lost with its worker {times} and asked again.")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from hpo.driver import StudyDriver
 from hpo.errors import Interrupted
-from hpo.executors import make_executor
+from hpo.executors import Images, make_executor
 from hpo.plots import CurvePlotter
-from hpo.problem import load_problem
+from hpo.problem import LoadedProblem, load_problem
 from hpo.racing import default_pruner
 from hpo.samplers import GridSampler, make_sampler
 from search_spaces.spaces import load_space
@@ -49,6 +49,7 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
     _check_store(configuration)
     progress.phase("Loading network and images")
     problem = load_problem(configuration, space.layer_groups)
+    _recall_measurements(configuration, problem)
     stop = threading.Event()
     with (
         make_executor(configuration, problem) as executor,
@@ -100,3 +101,15 @@ def _check_store(configuration: "LaunchConfiguration") -> None:
         return
     if holder is not None:
         raise StudyInUseError(configuration.study, holder)
+
+
+def _recall_measurements(configuration: "LaunchConfiguration", problem: LoadedProblem) -> None:
+    """Have the problem learn what any study in the store has measured of it, before its workers are made."""
+    try:
+        with StudyStore.open(configuration.storage, read_only=True) as store:
+            images: list[Images] = ["search"]
+            if problem.n_confirmation_images:
+                images.append("confirmation")
+            problem.learn(store.measurements([problem.subject(each) for each in images]))
+    except StoreNotFoundError:
+        return

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FINISHED",
+    "MASKS",
     "OWN",
     "RACE",
     "Role",
@@ -36,7 +37,10 @@ Role = Literal["heuristic", "search"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 """States in which a trial stays."""
 
-OWN = ("role", "heuristic", "reused_from", "seconds", LOSSES)
+MASKS = "masks"
+"""The user attribute that counts the masks that a trial had measured (`n`), and those that were known (`n_known`)."""
+
+OWN = ("role", "heuristic", "reused_from", "seconds", MASKS, LOSSES)
 """User attributes that a trial of the same composite does not share."""
 
 
@@ -75,11 +79,13 @@ def curve_from(attributes: Mapping[str, Any]) -> Curve:
 
 
 def attributes(evaluation: "Evaluation") -> dict[str, Any]:
-    """User attributes that keep an evaluation: the curve, every figure by its name, what it took, and remarks on it."""
+    """User attributes that keep an evaluation: curve, every figure by its name, what it took, and remarks on it."""
+    masks = {"n": evaluation.n_masks, "n_known": evaluation.n_known}
     return {
         "curve": evaluation.curve.to_json(),
         **evaluation.figures,
         "seconds": dict(evaluation.seconds),
+        **({MASKS: masks} if evaluation.n_masks else {}),
         **({"remarks": list(evaluation.remarks)} if evaluation.remarks else {}),
     }
 

@@ -109,6 +109,9 @@ class Evaluation:
         seconds: spent on `attribution` and `evaluation`.
         remarks: what the user should know about it, a sentence each.
         measured: masks that nothing was known of, for `Objective.learn` elsewhere.
+        origin: digest of what these depend on but for the masks, see `Evaluator.origin`.
+        n_masks: masks asked for.
+        n_known: those that had been measured before, here or elsewhere.
     """
 
     curve: Curve
@@ -118,6 +121,9 @@ class Evaluation:
     seconds: dict[str, float]
     remarks: tuple[str, ...] = ()
     measured: tuple[KnownMeasurement, ...] = ()
+    origin: str = ""
+    n_masks: int = 0
+    n_known: int = 0
 
 
 class _Stopwatch:
@@ -182,6 +188,7 @@ class Objective:
             else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
         )
         self._evaluators: dict[ImageSet, Evaluator] = {}
+        self._learnt: dict[str, tuple[KnownMeasurement, ...]] = {}
         self.unpruned_accuracy: float = self._unpruned(original)
 
     @property
@@ -261,6 +268,7 @@ class Objective:
         masks, evaluator = self._masks(composite, stopwatch), self.evaluator("search")
         given_up = race.run(lambda index, n_images: evaluator.measure(masks[index], n_images).correct.cpu().numpy())
         if given_up is not None:
+            evaluator.news()  # of nobody's interest: most masks were measured on few images
             return replace(given_up, seconds=stopwatch.seconds())
         return self._count(masks, "search", stopwatch)  # of what has been measured
 
@@ -284,19 +292,25 @@ class Objective:
         evaluation = self._summary(correct, measurements, labels, stopwatch.seconds())
         if images == "search":
             self._check_start(evaluation.curve)
-        return replace(evaluation, measured=evaluator.news())
+        news = evaluator.news()
+        return replace(
+            evaluation,
+            measured=news.measurements,
+            origin=evaluator.origin,
+            n_masks=news.n_masks,
+            n_known=news.n_known,
+        )
 
-    def learn(self, origin: str, measurements: Iterable[KnownMeasurement], images: ImageSet = "search") -> None:
+    def learn(self, measurements: Mapping[str, Iterable[KnownMeasurement]]) -> None:
         """Takes over measurements made elsewhere, so that their masks need not be measured again.
 
         Args:
-            origin: what they depend on but for the masks; those of another than `evaluator(images).origin` are left.
-            measurements: as `Evaluation.measured` has them.
-            images: that they were made on.
+            measurements: `Evaluation.measured` by `Evaluation.origin`, that is by what they depend on but for the
+                masks; those of another origin than one of this objective's evaluators are of no use, and of no effect.
         """
-        evaluator = self.evaluator(images)
-        if origin == evaluator.origin:
-            evaluator.learn(measurements)
+        self._learnt = {origin: tuple(known) for origin, known in measurements.items()}
+        for evaluator in self._evaluators.values():
+            self._teach(evaluator)
 
     def evaluator(self, images: ImageSet) -> Evaluator:
         """Measures masks on one set of images; made at first use and kept."""
@@ -305,8 +319,14 @@ class Objective:
             if len(labelled) == 0:
                 raise DataError(f"There are no {images} images; change `--confirmation-share`.")
             dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
-            self._evaluators[images] = Evaluator(self.network, self._resident(labelled, dtype), self.batches, dtype)
+            evaluator = Evaluator(self.network, self._resident(labelled, dtype), self.batches, dtype)
+            self._teach(evaluator)
+            self._evaluators[images] = evaluator
         return self._evaluators[images]
+
+    def _teach(self, evaluator: Evaluator) -> None:
+        if self._learnt:
+            evaluator.learn(self._learnt.get(evaluator.origin, ()))
 
     def _resident(self, labelled: LabelledImages, dtype: torch.dtype) -> LabelledImages:
         """The images on the device, or in this machine's memory where the device has no room for all of them."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from storage.errors import StorageError
     from storage.identity import Difference, differences
     from storage.lease import LeaseHolder
+    from storage.measurements import MeasurementRecord
     from storage.patience import Patience
     from storage.store import StudyStore
     from storage.summaries import StudySummary
@@ -20,6 +21,7 @@ __all__ = [
     "ArtifactRecord",
     "Difference",
     "LeaseHolder",
+    "MeasurementRecord",
     "Patience",
     "StorageError",
     "StudyStore",
@@ -34,6 +36,7 @@ _MODULE_OF = {
     "ArtifactRecord": "artifacts",
     "Difference": "identity",
     "LeaseHolder": "lease",
+    "MeasurementRecord": "measurements",
     "Patience": "patience",
     "StorageError": "errors",
     "StudyStore": "store",

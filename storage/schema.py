@@ -9,7 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages._rdb import models
-from sqlalchemy import Column, Integer, MetaData, String, Table, delete, func, insert, inspect, select, update
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -17,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LEASES",
+    "MEASUREMENTS",
     "TABLES",
     "VERSION",
     "Versions",
@@ -28,7 +45,7 @@ __all__ = [
     "upgrade_optuna",
 ]
 
-VERSION = 2
+VERSION = 3
 """Version of the store's own tables; a release that changes them raises it."""
 
 TABLES = MetaData()
@@ -45,6 +62,22 @@ LEASES = Table(
     Column("started", String(32), nullable=False),
 )
 """The last holder of each study's lease: a random token, the server's process that has the lock, and `LeaseHolder`."""
+
+MEASUREMENTS = Table(
+    "hpo_measurement",
+    TABLES,
+    Column("subject", String(32), primary_key=True),
+    Column("origin", String(32), primary_key=True),
+    Column("mask", String(32), primary_key=True),
+    Column("n_images", Integer, nullable=False),
+    Column("correct", LargeBinary, nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("flops", BigInteger, nullable=False),
+    Column("created", DateTime, nullable=False),
+    Index("hpo_measurement_newest", "subject", "created"),
+    sqlite_with_rowid=False,
+)
+"""What is known of pruned networks, see `storage.measurements`; when, in UTC without a zone, as in Optuna's tables."""
 
 _SCHEMA = Table("hpo_schema", TABLES, Column("version", Integer, primary_key=True, autoincrement=False))
 # One row: what tells the store from every other, wherever it is moved.

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
-from storage import artifacts, trials
+from storage import artifacts, measurements, trials
 from storage.artifact_files import claim, open_artifact_files
 from storage.artifacts import ArtifactRecord
 from storage.cache import StudyCache
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from storage.artifact_files import ArtifactFiles
+    from storage.measurements import MeasurementRecord
     from storage.trials import TrialResult
 
 __all__ = ["CONFIGURATION", "IDENTITY", "StudyStore"]
@@ -238,8 +239,10 @@ class StudyStore:
             self.set_attribute(study, CONFIGURATION, launched)
         return study
 
-    def set_attribute(self, study: Study, key: str, value: Any) -> None:
-        """Write a user attribute of a study.
+    def set_attribute(
+        self, study: Study, key: str, value: Any, *, measured: Collection[MeasurementRecord] = ()
+    ) -> None:
+        """Write a user attribute of a study, and with it what has been measured for it.
 
         Raises:
             TrialResultError: It is not JSON, or a number in it is not finite.
@@ -251,6 +254,7 @@ class StudyStore:
             former = (attribute.study_id == study._study_id) & (attribute.key == key)
             connection.execute(delete(attribute).where(former))
             connection.execute(insert(attribute).values(row))
+            measurements.remember(connection, measured)
 
         self._patiently(write)
 
@@ -480,6 +484,14 @@ class StudyStore:
                 f"{name}.after_trial failed for trial {trial.number}, which is stored all the same: "
                 f"{reason_of(error)}; fix the sampler or use another one."
             ) from error
+
+    # Measurements
+
+    def measurements(
+        self, subjects: Collection[str], most_bytes: int = measurements.MOST_BYTES
+    ) -> list[MeasurementRecord]:
+        """What is known of subjects, the newest first, as much of it as `storage.measurements.recall` says."""
+        return self._patiently(lambda connection, again: measurements.recall(connection, subjects, most_bytes))
 
     # Artifacts
 

@@ -26,6 +26,7 @@ from storage.errors import (
     TrialNotWaitingError,
     TrialResultError,
 )
+from storage.measurements import MeasurementRecord, remember
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -70,6 +71,7 @@ class TrialResult:
         curve: Accuracy by pruning rate in percent; the dashboard draws these intermediate values.
         attributes: User attributes by name, as JSON values with finite numbers.
         artifacts: Records of files that have been written.
+        measurements: What has been measured for it and may be of use to other trials and studies.
 
     Raises:
         TrialResultError: A number is not finite, a step is not an integer, or a value is not JSON.
@@ -79,6 +81,7 @@ class TrialResult:
     curve: Mapping[int, float]
     attributes: Mapping[str, Any] = field(default_factory=dict)
     artifacts: tuple[ArtifactRecord, ...] = ()
+    measurements: tuple[MeasurementRecord, ...] = ()
 
     def __post_init__(self) -> None:
         _check_finite("value", self.value)
@@ -175,6 +178,7 @@ def finish(connection: Connection, trial_id: int, result: TrialResult) -> None:
         connection.execute(insert(_CURVE), [_curve_row(trial_id, *point) for point in sorted(result.curve.items())])
     _set_attributes(connection, trial_id, result.attributes)
     attach(connection, {"trial_id": trial_id}, result.artifacts)
+    remember(connection, result.measurements)
 
 
 def fail(connection: Connection, trial_id: int, reason: str) -> None:

@@ -20,7 +20,7 @@ from objectives.pruning.fusion import fused, largest_step
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, cost, depends_on_images, draft
 
-__all__ = ["Evaluator", "KnownMeasurement", "Measurement", "correct_predictions"]
+__all__ = ["Evaluator", "KnownMeasurement", "Measurement", "News", "correct_predictions"]
 
 # What a CPU's caches hold of a step's inputs and outputs. Of images of 32 pixels whole batches fit; of MobileNetV2's at
 # 224 pixels four do, which takes a third of the time of fifty (measured on an EPYC).
@@ -69,6 +69,22 @@ class KnownMeasurement:
         """The measurement itself."""
         bits = np.unpackbits(np.frombuffer(self.correct, np.uint8), count=self.n_images)
         return Measurement(torch.from_numpy(bits.astype(bool)).to(device), self.cost)
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What an evaluator was asked for, and has found.
+
+    Attributes:
+        measurements: of masks that nothing was known of, for `Evaluator.learn` elsewhere; without those that were
+            measured in parts or in halved batches, which may differ by rounding.
+        n_masks: distinct masks asked for.
+        n_known: those of which the measurement was known.
+    """
+
+    measurements: tuple[KnownMeasurement, ...]
+    n_masks: int
+    n_known: int
 
 
 def correct_predictions(
@@ -123,7 +139,9 @@ class Evaluator:
         self.batches = batches
         self.dtype = dtype
         self._measured: OrderedDict[str, Measurement] = OrderedDict()
+        self._learnt: dict[str, KnownMeasurement] = {}
         self._new: list[str] = []
+        self._asked: dict[str, bool] = {}  # whether it was known then
 
     @cached_property
     def origin(self) -> str:
@@ -134,7 +152,8 @@ class Evaluator:
             str(module),
             state_fingerprint(module.state_dict()),
             state_fingerprint({"images": images.images, "labels": images.labels}),
-            images.labels.device.type,
+            torch.__version__,
+            _processor(images.labels.device),
             torch.get_num_threads(),
             self.batches.asked,
         ]
@@ -154,27 +173,35 @@ class Evaluator:
         kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
         mask = hashlib.blake2b(np.packbits(kept).tobytes(), digest_size=16).hexdigest()
         known = self._measured.get(mask)
+        if known is None and (learnt := self._learnt.get(mask)) is not None:
+            known = learnt.measurement(self.images.labels.device)
+            self._keep(mask, known)
         n_known = 0 if known is None else len(known.correct)
+        self._asked.setdefault(mask, n_known >= wanted)
         if known is None or n_known < wanted:
             new = self._measure(masks, slice(n_known, wanted))
             known = new if known is None else Measurement(torch.cat([known.correct, new.correct]), new.cost)
             self._keep(mask, known)
-            if wanted == len(self.images):
+            # Other batches round in another way, and elsewhere it would be measured at once.
+            if n_known == 0 and wanted == len(self.images) and self.batches.size == self.batches.asked:
                 self._new.append(mask)
         self._measured.move_to_end(mask)
         return known if len(known.correct) == wanted else Measurement(known.correct[:wanted], known.cost)
 
     def learn(self, measurements: Iterable[KnownMeasurement]) -> None:
-        """Takes over what is known of this `origin` from elsewhere."""
-        for known in measurements:
-            self._keep(known.mask, known.measurement(self.images.labels.device))
+        """Takes over what is known of this `origin` from elsewhere; all of it is kept."""
+        self._learnt.update((known.mask, known) for known in measurements)
 
-    def news(self) -> tuple[KnownMeasurement, ...]:
-        """What has been measured since this was last asked for."""
-        new, self._new = self._new, []
-        return tuple(
-            KnownMeasurement.of(mask, self._measured[mask]) for mask in dict.fromkeys(new) if mask in self._measured
+    def news(self) -> News:
+        """What there is to say since this was last asked for."""
+        measurements = tuple(
+            KnownMeasurement.of(mask, self._measured[mask])
+            for mask in dict.fromkeys(self._new)
+            if mask in self._measured
         )
+        news = News(measurements, len(self._asked), sum(self._asked.values()))
+        self._new, self._asked = [], {}
+        return news
 
     def _keep(self, mask: str, measurement: Measurement) -> None:
         self._measured[mask] = measurement
@@ -196,3 +223,10 @@ class Evaluator:
         if labels.device.type == "cpu":
             at_most = max(1, _BYTES_CACHED // (largest_step(module) * self.dtype.itemsize))
         return Measurement(correct_predictions(module, images, self.batches, at_most), size)
+
+
+def _processor(device: torch.device) -> str:
+    """What computes, as far as it decides which kernels do."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"

@@ -25,6 +25,7 @@ from postgresql_cluster import Server
 
 from storage import engine
 from storage.errors import StoreBusyError, StoreUnreachableError
+from storage.measurements import MeasurementRecord
 from storage.patience import IMPATIENT, Outages, Patience
 from storage.store import StudyStore
 from storage.trials import TrialResult
@@ -248,10 +249,14 @@ def is_asked(store: StudyStore, study: Study) -> None:
     assert list(trial.params) == list(SPACE)
 
 
+def measured(study: Study) -> MeasurementRecord:
+    return MeasurementRecord(study.study_name, "origin", "mask", 8, b"\xff", 10, 100)
+
+
 def finish(store: StudyStore, study: Study) -> Callable[[], object]:
     trial, _ = store.ask(study, suggest)
     record = store.write_artifact("curve.csv", b"0,1")
-    result = TrialResult(RESULT.value, RESULT.curve, RESULT.attributes, (record,))
+    result = TrialResult(RESULT.value, RESULT.curve, RESULT.attributes, (record,), (measured(study),))
     return lambda: store.finish(trial, result)
 
 
@@ -262,6 +267,7 @@ def is_finished(store: StudyStore, study: Study) -> None:
     [artifact] = get_all_artifact_meta(trial, storage=store.storage)
     with store.artifacts.open_reader(artifact.artifact_id) as file:
         assert file.read() == b"0,1"
+    assert store.measurements([study.study_name]) == [measured(study)]
 
 
 def fail(store: StudyStore, study: Study) -> Callable[[], object]:

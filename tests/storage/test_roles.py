@@ -77,6 +77,7 @@ WRITES = [
     "CREATE ROLE mine",
     "CREATE DATABASE mine",
     "UPDATE hpo_lease SET token = 'mine'",
+    "INSERT INTO hpo_measurement VALUES ('mine', '', '', 0, '', 0, 0, now())",
     "SELECT nextval('studies_study_id_seq')",
     "SELECT study_id FROM studies FOR UPDATE",
     "COPY trials TO '/dev/null'",

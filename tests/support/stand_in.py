@@ -65,6 +65,9 @@ class StandInProblem:
             "versions": {"pruning-hpo": "0"},
         }
 
+    def subject(self, images: Images) -> str:
+        return hashlib.md5(f"{self.data} {images}".encode()).hexdigest()
+
     def worker(self) -> Callable[[], Worker]:
         return partial(StandInProblem, data=self.data, seconds=self.seconds)
 

@@ -3,7 +3,7 @@ import torch
 
 from objectives.datasets import LabelledImages
 from objectives.memory import Batches
-from objectives.pruning.evaluation import Evaluator, correct_predictions
+from objectives.pruning.evaluation import Evaluator, News, correct_predictions
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import cost, slim
 
@@ -98,18 +98,30 @@ def test_what_is_known_is_taken_over(evaluator):
     first = Evaluator(subject.canonical, images, Batches("a test", 16), torch.float64)
     measured = [first.measure(ranking.masks(n)) for n in (0, 100, 688, 100)]
     news = first.news()
-    assert [len(known.correct) for known in news] == [5, 5, 5]  # 40 images
-    assert first.news() == ()
+    assert [len(known.correct) for known in news.measurements] == [5, 5, 5]  # 40 images
+    assert (news.n_masks, news.n_known) == (3, 0)
+    assert first.news() == News((), 0, 0)
     second = Evaluator(subject.canonical, images, Batches("a test", 16), torch.float64)
     assert second.origin == first.origin
-    second.learn(news)
+    second.learn(news.measurements)
     for n, expected in zip((0, 100, 688), measured, strict=False):
         again = second.measure(ranking.masks(n))
         assert torch.equal(again.correct, expected.correct)
         assert again.cost == expected.cost
-    assert second.news() == ()
+    assert second.news() == News((), 3, 3)
     second.measure(ranking.masks(101))
-    assert len(second.news()) == 1
+    assert len(second.news().measurements) == 1
+
+
+def test_what_smaller_batches_have_measured_is_no_news(evaluator):
+    subject, labelled = evaluator
+    masks = subject.ranking().masks(10)
+    halved = Evaluator(subject.canonical, labelled, Batches("a test", 16))
+    halved.batches.size = 8
+    halved.measure(masks)
+    assert halved.news() == News((), 1, 0)
+    halved.measure(masks)
+    assert halved.news() == News((), 1, 1)
 
 
 def test_an_origin_is_all_but_the_masks(evaluator, prunable):
@@ -139,7 +151,7 @@ def test_the_least_recently_used_masks_are_forgotten(evaluator, monkeypatch):
     evaluate.measure(ranking.masks(660))
     assert evaluate.measure(ranking.masks(0)) is kept[0]
     assert evaluate.measure(ranking.masks(600)) is not kept[600]
-    assert [known.n_images for known in evaluate.news()] == [40, 40, 40]  # what was forgotten is no news
+    assert [known.n_images for known in evaluate.news().measurements] == [40, 40, 40]  # what was forgotten is no news
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
