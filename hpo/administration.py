@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import parse_seconds
@@ -119,6 +119,7 @@ def health_json(health: "StoreHealth") -> dict[str, Any]:
             for study in health.studies
         ],
         "artifacts": asdict(health.artifacts),
+        "measurements": asdict(health.measurements),
     }
 
 
@@ -133,6 +134,7 @@ def health_parts(health: "StoreHealth") -> Iterator[Any]:
     artifacts = health.artifacts
     facts.add_row("artifacts", artifacts.location)
     facts.add_row("", f"{artifacts.n_files} files, {_size(artifacts.n_bytes)}, {len(artifacts.missing)} missing")
+    facts.add_row("measurements", f"{health.measurements.n:,} of pruned networks, {_size(health.measurements.n_bytes)}")
     yield facts
     if health.studies:
         yield _studies_table(health.studies)
@@ -150,17 +152,19 @@ def _studies_table(studies: "tuple[StudyHealth, ...]") -> Any:
     return table
 
 
-def parse_age(text: str) -> timedelta:
-    """The duration in `--older-than`; 0 is one.
+def parse_age(text: str, option: str = "--older-than") -> timedelta:
+    """The duration in an option; 0 is one.
 
     Raises:
         ConfigurationError: It is none.
     """
     try:
-        return timedelta(seconds=0 if text == "0" else parse_seconds(text))
+        age = timedelta(seconds=0 if text == "0" else parse_seconds(text))
+        datetime.now(UTC) - age  # no calendar reaches further back
+        return age
     except (ValueError, OverflowError):
         wanted = "must be a duration such as 0, 90, 90s, 30m or 24h"
-        raise ConfigurationError(f"`--older-than` {wanted}, but got {text!r}.") from None
+        raise ConfigurationError(f"`{option}` {wanted}, but got {text!r}.") from None
 
 
 def leftovers_lines(leftovers: "Leftovers", store: "StudyStore") -> Iterator[str]:
@@ -175,6 +179,13 @@ def leftovers_lines(leftovers: "Leftovers", store: "StudyStore") -> Iterator[str
         yield f"  remove {files} that nothing refers to from {location}"
     if leftovers.uploads:
         yield f"  remove what {_count(leftovers.uploads, 'interrupted write')} left in {location}"
+    if leftovers.measurements:
+        size = _size(leftovers.measurements.n_bytes)
+        yield f"  forget {_measurements(leftovers.measurements.n, leftovers)} ({size})"
+
+
+def _measurements(n: int, leftovers: "Leftovers") -> str:
+    return f"{n:,} measurement{'' if n == 1 else 's'} written before {leftovers.measured_before:%Y-%m-%d %H:%M} UTC"
 
 
 def clear(store: "StudyStore", leftovers: "Leftovers") -> Iterator[str]:
@@ -193,6 +204,8 @@ def clear(store: "StudyStore", leftovers: "Leftovers") -> Iterator[str]:
     if leftovers.files or leftovers.uploads:
         removed = remove_files(store, leftovers.files + leftovers.uploads)
         yield f"Removed {_count(removed, 'file')} ({_total(removed)}) from {store.artifacts.location}."
+    if leftovers.measurements and leftovers.measured_before is not None:
+        yield f"Forgot {_measurements(store.forget_measurements(leftovers.measured_before), leftovers)}."
 
 
 def _count(things: "tuple[Any, ...]", name: str) -> str:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -545,6 +546,7 @@ def check(ctx: click.Context, /, storage: str | None, as_json: bool, verbose: bo
     hpo gc
     hpo gc --dry-run
     hpo gc --older-than 24h --yes
+    hpo gc --measurements-older-than 2160h
     """
 )
 @_storage
@@ -555,23 +557,38 @@ def check(ctx: click.Context, /, storage: str | None, as_json: bool, verbose: bo
     metavar="TIME",
     help="Leave files alone that were written later: seconds, or 90s, 30m, 2h. A driver may be about to record them.",
 )
+@click.option(
+    "--measurements-older-than",
+    metavar="TIME",
+    help="Also forget what studies have measured of pruned networks before then: later studies measure it again.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @_verbose
-def gc(storage: str | None, older_than: str, dry_run: bool, yes: bool, verbose: bool) -> None:
+def gc(
+    storage: str | None,
+    older_than: str,
+    measurements_older_than: str | None,
+    dry_run: bool,
+    yes: bool,
+    verbose: bool,
+) -> None:
     """Clear away what drivers that died have left.
 
     Releases trials that are running though nobody drives their study, so that a launch goes on with them, and removes
-    artifacts that nothing refers to. Says first what it is about to do, and asks.
+    artifacts that nothing refers to, and old measurements where it is told to. Says first what it is about to do, and
+    asks.
     """
     start_logging(verbose)
     from hpo.administration import clear, leftovers_lines, parse_age
     from storage.leftovers import find_leftovers
     from storage.store import StudyStore
 
-    age = parse_age(older_than)
+    age, measured_before = parse_age(older_than), None
+    if measurements_older_than is not None:
+        measured_before = datetime.now(UTC) - parse_age(measurements_older_than, "--measurements-older-than")
     with StudyStore.open(_storage_url(storage), read_only=dry_run, create=False) as store:
-        leftovers = find_leftovers(store, age)
+        leftovers = find_leftovers(store, age, measured_before)
         if not leftovers:
             print_parts(f"Nothing to do in {store.url_masked}.")
             return

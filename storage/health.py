@@ -15,6 +15,7 @@ from sqlalchemy import func, select, text
 from storage.artifact_files import is_claimed
 from storage.artifacts import recorded_ids
 from storage.errors import StorageError
+from storage.measurements import Volume, volume
 from storage.schema import Versions, newest_versions, store_id, stored_versions
 from storage.store import StudyStore
 from storage.urls import parse_url, sqlite_path
@@ -83,6 +84,7 @@ class StoreHealth:
         may_write: Whether they may write results.
         studies: In the order of their creation.
         artifacts: The files.
+        measurements: What is kept for other trials and studies.
     """
 
     url_masked: str
@@ -95,6 +97,7 @@ class StoreHealth:
     may_write: bool
     studies: tuple[StudyHealth, ...]
     artifacts: ArtifactHealth
+    measurements: Volume
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -137,6 +140,7 @@ def check(url: str) -> StoreHealth:
             user = connection.scalar(select(func.current_user())) if dialect.name != "sqlite" else None
             may_write = _may_write(connection, url)
             artifacts = _artifact_health(store, may_write, connection)
+            measurements = volume(connection)
         return StoreHealth(
             store.url_masked,
             f"{_PRODUCTS.get(dialect.name, dialect.name)} {server}",
@@ -148,6 +152,7 @@ def check(url: str) -> StoreHealth:
             may_write,
             tuple(_studies(store)),
             artifacts,
+            measurements,
         )
 
 

@@ -1,4 +1,4 @@
-"""Leftovers of drivers that died: trials that stay RUNNING, files that nothing refers to."""
+"""Leftovers: trials that stay RUNNING, files that nothing refers to, measurements that nobody needs any more."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from storage.artifact_files import is_claimed
 from storage.artifacts import recorded_ids
 from storage.errors import ArtifactsMismatchError
+from storage.measurements import Volume, volume
 from storage.schema import store_id
 
 if TYPE_CHECKING:
@@ -43,17 +44,21 @@ class Leftovers:
         orphans: Of each study that has any.
         files: Files that no study or trial refers to.
         uploads: What interrupted writes of files have left.
+        measurements: Those that were written long ago.
+        measured_before: When, where somebody has asked for them.
     """
 
     orphans: tuple[OrphanedTrials, ...]
     files: tuple[StoredFile, ...]
     uploads: tuple[StoredFile, ...]
+    measurements: Volume
+    measured_before: datetime | None
 
     def __bool__(self) -> bool:
-        return bool(self.orphans or self.files or self.uploads)
+        return bool(self.orphans or self.files or self.uploads or self.measurements)
 
 
-def find_leftovers(store: StudyStore, older_than: timedelta) -> Leftovers:
+def find_leftovers(store: StudyStore, older_than: timedelta, measured_before: datetime | None = None) -> Leftovers:
     """Look for leftovers, and change nothing.
 
     Orphans are looked for where the lease reaches every machine, or the file can be on one only.
@@ -61,6 +66,7 @@ def find_leftovers(store: StudyStore, older_than: timedelta) -> Leftovers:
     Args:
         store: Where to look.
         older_than: Files that were written later are left alone: a driver may be about to write their records.
+        measured_before: Measurements that were written later are left alone; all are where it is None.
 
     Raises:
         ArtifactsMismatchError: The files are another store's, or may be: nothing says whose, and the store refers to
@@ -70,6 +76,7 @@ def find_leftovers(store: StudyStore, older_than: timedelta) -> Leftovers:
     stored = list(store.artifacts.stored())
     with store.rdb.engine.connect() as connection:
         recorded, identity = recorded_ids(connection), store_id(connection)
+        old_measurements = Volume(0, 0) if measured_before is None else volume(connection, measured_before)
     files = store.artifacts
     is_ours = not files.is_placed or (identity is not None and is_claimed(files, identity))
     if stored and (recorded or not is_ours) and recorded.isdisjoint(file.artifact_id for file in stored):
@@ -83,6 +90,8 @@ def find_leftovers(store: StudyStore, older_than: timedelta) -> Leftovers:
         tuple(_orphans(store)),
         tuple(file for file in old if file.upload is None and file.artifact_id not in recorded),
         tuple(file for file in old if file.upload is not None),
+        old_measurements,
+        measured_before,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import insert, inspect, select
+from sqlalchemy import delete, func, insert, inspect, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.schema import MEASUREMENTS
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-__all__ = ["MOST_BYTES", "MeasurementRecord", "recall", "remember"]
+__all__ = ["MOST_BYTES", "MeasurementRecord", "Volume", "forget", "recall", "remember", "volume"]
 
 MOST_BYTES = 64 * 2**20
 """Of measurements that are read at once: on 1,000 images those of 5,900 trials with 20 rates, on 5,000 images those of
@@ -59,7 +59,7 @@ def remember(connection: Connection, records: Collection[MeasurementRecord]) -> 
     """Write measurements, in a transaction; those that are there stay."""
     if not records:
         return
-    created = datetime.now(UTC).replace(tzinfo=None)
+    created = _stored(datetime.now(UTC))
     # In one order: two studies that write the same ones at once must not wait for each other.
     ordered = sorted(records, key=lambda record: (record.subject, record.origin, record.mask))
     connection.execute(_insert(connection), [{**asdict(record), "created": created} for record in ordered])
@@ -88,6 +88,45 @@ def recall(connection: Connection, subjects: Collection[str], most_bytes: int = 
                 break
             records.append(MeasurementRecord(*row))
     return records
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """How much there is.
+
+    Attributes:
+        n: Measurements.
+        n_bytes: Of what they say about images.
+    """
+
+    n: int
+    n_bytes: int
+
+    def __bool__(self) -> bool:
+        return self.n > 0
+
+
+def volume(connection: Connection, before: datetime | None = None) -> Volume:
+    """How many measurements there are, or have been written before a time; none in a store of an earlier release."""
+    if not inspect(connection).has_table(MEASUREMENTS.name):
+        return Volume(0, 0)
+    n_bytes = func.coalesce(func.sum((MEASUREMENTS.c.n_images + 7) // 8), 0)
+    row = connection.execute(select(func.count(), n_bytes).where(_written(before))).one()
+    return Volume(row[0], int(row[1]))
+
+
+def forget(connection: Connection, before: datetime) -> int:
+    """Delete the measurements that have been written before a time; how many there were."""
+    return connection.execute(delete(MEASUREMENTS).where(_written(before))).rowcount
+
+
+def _written(before: datetime | None) -> Any:
+    return true() if before is None else MEASUREMENTS.c.created < _stored(before)
+
+
+def _stored(time: datetime) -> datetime:
+    """Tables hold UTC without a zone."""
+    return time.astimezone(UTC).replace(tzinfo=None)
 
 
 def _insert(connection: Connection) -> Any:

@@ -493,6 +493,10 @@ class StudyStore:
         """What is known of subjects, the newest first, as much of it as `storage.measurements.recall` says."""
         return self._patiently(lambda connection, again: measurements.recall(connection, subjects, most_bytes))
 
+    def forget_measurements(self, before: datetime) -> int:
+        """Delete what has been measured before a time, which is then measured again if need be; how many there were."""
+        return self._patiently(lambda connection, again: measurements.forget(connection, before))
+
     # Artifacts
 
     def _claim_place(self) -> None:

@@ -19,6 +19,7 @@ from storage.engine import prepare
 from storage.errors import ArtifactsMismatchError, StorageError, StoreFormatError, StudyInUseError
 from storage.health import check
 from storage.leftovers import Leftovers, OrphanedTrials, find_leftovers, release_orphans, remove_files
+from storage.measurements import Volume
 from storage.schema import Versions, newest_versions
 from storage.store import StudyStore
 from storage.trials import TrialResult
@@ -177,7 +178,7 @@ def test_trials_of_a_killed_driver_are_released(driver: subprocess.Popen[str], u
     assert problem == "Study 'digits' has RUNNING trials that nobody drives (3): launch it, or run `hpo gc`."
     with StudyStore.open(url) as store:
         leftovers = find_leftovers(store, AN_HOUR)
-        assert leftovers == Leftovers((OrphanedTrials("digits", (0, 1, 2)),), (), ())
+        assert leftovers == Leftovers((OrphanedTrials("digits", (0, 1, 2)),), (), (), Volume(0, 0), None)
         [orphans] = leftovers.orphans
         assert release_orphans(store, orphans) == (0, 1, 2)
         assert store.lease_holder("digits") is None

@@ -14,7 +14,7 @@ from optuna.trial import Trial
 from postgresql_cluster import Server
 
 from storage.errors import LeaseLostError, TrialAlreadyFinishedError
-from storage.measurements import MeasurementRecord, recall, remember
+from storage.measurements import MeasurementRecord, Volume, recall, remember, volume
 from storage.schema import LEASES, MEASUREMENTS, TABLES, stored_version
 from storage.store import StudyStore
 from storage.trials import TrialResult
@@ -95,6 +95,18 @@ def test_the_newest_are_read_up_to_a_bound(store: StudyStore) -> None:
     assert store.measurements({"s"}, 4 * for_each) == [record(n) for n in (5, 6, 7, 8)]
     assert store.measurements({"s"}, 4 * for_each - 1) == [record(n) for n in (5, 6, 7)]
     assert store.measurements({"s"}, 0) == []
+
+
+def test_what_is_old_is_counted_and_forgotten(store: StudyStore) -> None:
+    write(store, *map(record, range(3)))
+    between = datetime.now(UTC)
+    write(store, record(3), record(4, n_images=0, correct=b""))
+    with store.rdb.engine.connect() as connection:
+        assert volume(connection) == Volume(5, 12)
+        assert volume(connection, between) == Volume(3, 9)
+        assert not volume(connection, between - timedelta(hours=1))
+    assert store.forget_measurements(between) == 3
+    assert set(store.measurements({"s"})) == {record(3), record(4, n_images=0, correct=b"")}
 
 
 def test_two_studies_that_write_the_same_at_once_do_not_block_each_other(store: StudyStore, url: str) -> None:
