@@ -80,7 +80,7 @@ class StudyReport:
         configuration: How it was last launched.
         n_trials: Search trials by state.
         n_losses: How often a trial was lost with its worker.
-        n_masks: Masks of which its trials asked for the accuracy.
+        n_masks: Masks of which its complete trials asked for the accuracy.
         n_known_masks: Those that needed no computation, because a trial of this or another study had measured them.
         failures: Number of failed trials by reason, the most frequent first; heuristics too.
         best: The best trial; None before the first.

@@ -16,7 +16,13 @@ from search_spaces.heuristics import HEURISTICS
 from storage.store import StudyStore
 from storage.urls import sqlite_path
 
-OPTIONS = {"evaluation_images": 60, "references_per_class": 1, "rates": (0.0, 0.3, 0.6), "n_trials": 3}
+OPTIONS = {
+    "evaluation_images": 60,
+    "references_per_class": 1,
+    "rates": (0.0, 0.3, 0.6),
+    "n_trials": 3,
+    "pruner": "none",
+}
 N_MASKS = 4  # of a trial: its rates, and the network without components
 
 
@@ -109,6 +115,14 @@ def test_a_study_that_is_resumed_uses_what_it_has_measured(cold, tmp_path):
     assert again == says
     # Of the trials that are new, the unpruned network and the one without components are known, too.
     assert resumed.n_known_masks == report.n_known_masks > first.n_known_masks
+
+
+def test_trials_that_race_use_what_they_can(cold, copy):
+    _, _, _, report = cold
+    _, _, raced = run(copy, "raced", pruner="race")
+    assert raced.race is not None
+    assert raced.n_known_masks == raced.n_masks > 0
+    assert raced.best == report.best
 
 
 def test_wrong_measurements_would_show(cold, copy):
