@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from objectives.pruning.curve import Curve
 from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.composites import CompositeSpec
 from search_spaces.heuristics import HEURISTICS
+from storage.measurements import MeasurementRecord
+
+if TYPE_CHECKING:
+    from objectives.pruning.evaluation import KnownMeasurement
 
 Fault = Literal["memory", "nan", "hang"]
 
@@ -93,6 +97,10 @@ class StubEvaluation:
     image_auc: tuple[float, ...]
     seconds: dict[str, float]
     remarks: tuple[str, ...] = ()
+    measured: "tuple[KnownMeasurement, ...]" = ()
+    origin: str = ""
+    n_masks: int = 0
+    n_known: int = 0
 
 
 class StubWorker:
@@ -149,6 +157,12 @@ class StubProblem(StubWorker):
 
     def describe(self) -> dict[str, Any]:
         return {"rates": list(self._settings.rates), "versions": {"pruning-hpo": "0"}}
+
+    def subject(self, images: str) -> str:
+        return hashlib.blake2b(f"{self._settings.data} {images}".encode(), digest_size=16).hexdigest()
+
+    def learn(self, records: Sequence[MeasurementRecord]) -> None:
+        """It has nothing to save."""
 
     def worker(self) -> Callable[[], StubWorker]:
         return MakeWorker(self._settings)
