@@ -271,9 +271,9 @@ def _translated(parsed: URL, shown: str) -> Iterator[None]:
     except StorageError:
         raise
     except foreign as error:
-        if isinstance(error, StorageInternalError):  # Optuna's word for a commit that failed
-            error = error.__cause__ or error
-        original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+        # Optuna's word for a commit that failed.
+        raised = error.__cause__ or error if isinstance(error, StorageInternalError) else error
+        original = raised.orig if isinstance(raised, DBAPIError) and raised.orig is not None else raised
         failure = database_failure(original, shown, connecting=True, secrets=secrets(parsed))
         reason = one_line(original, secrets(parsed))
         raise failure or StoreUnreachableError(f"Cannot open the store {shown}: {reason}") from None
