@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-__all__ = ["RUNGS", "Correctness", "GivenUp", "Race"]
+__all__ = ["Correctness", "GivenUp", "RUNGS", "Race"]
 
 RUNGS = (1 / 16, 1 / 4, 1.0)
 """Shares of the evaluation images that a composite is measured on, one after the other."""
