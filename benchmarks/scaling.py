@@ -114,6 +114,7 @@ def time_study(n_workers: int, n_trials: int, trial_s: float, url: str) -> dict[
             "storage": url,
             "space": str(space),
             "sampler": "grid",
+            "pruner": "none",
             "n_trials": n_trials,
             "executor": "ray",
             "workers": n_workers,

@@ -194,8 +194,8 @@ class StudyReport:
         if self.race is not None:
             lines.append(f"{self.race}")
         if self.n_masks:
-            share = self.n_known_masks / self.n_masks
-            lines.append(f"Of {self.n_masks:,} masks {self.n_known_masks:,} were known ({share:.1%}).")
+            share = 100 * self.n_known_masks / self.n_masks
+            lines.append(f"Of {self.n_masks:,} masks, {self.n_known_masks:,} had been measured before ({share:.1f} %).")
         if self.n_losses:
             times = "once" if self.n_losses == 1 else f"{self.n_losses} times"
             lines.append(f"A trial was lost with its worker {times} and asked again.")

@@ -193,7 +193,17 @@ def run():
                 project.events.clear()
                 project.up("dashboard")
                 project.wait("dashboard", "service_healthy")
-                launch = ("--study", STUDY, "--sampler", "random", "--n-trials", str(N_TRIALS), "--rates", RATES)
+                launch = (
+                    "--study",
+                    STUDY,
+                    "--sampler",
+                    "random",
+                    "--exact",
+                    "--n-trials",
+                    str(N_TRIALS),
+                    "--rates",
+                    RATES,
+                )
                 project.up("launch", arguments=launch)
                 project.running["launch"].wait(timeout=400)
                 yield project, watch

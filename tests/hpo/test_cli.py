@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -122,7 +123,8 @@ def test_version():
 def test_launch_ends_with_a_table(study):
     lines = study.stdout.splitlines()
     assert lines[0] == "Study quick: 2 of 2 trials, 10 heuristics, metric auc."
-    assert lines[1].startswith("Best: trial ")
+    assert re.fullmatch(r"Of \d+ masks, \d+ had been measured before \(\d+\.\d %\)\.", lines[1])
+    assert lines[2].startswith("Best: trial ")
     assert [line for line in lines if line.startswith(" best: trial ")]
     for name in HEURISTICS:
         assert [line for line in lines if line.startswith(f" {name} ")]

@@ -40,7 +40,7 @@ def dashboard(tmp_path_factory):
     directory = tmp_path_factory.mktemp("dashboard")
     # A path as short as a person's: it stands in the picture.
     storage = ["--storage", "sqlite:///studies.db"]
-    launch = [*HPO, "launch", *storage, "--study", "pictured", "--n-trials", str(N_TRIALS)]
+    launch = [*HPO, "launch", *storage, "--study", "pictured", "--exact", "--n-trials", str(N_TRIALS)]
     subprocess.run(launch, check=True, cwd=directory, capture_output=True, timeout=300)
     command = [*HPO, "dashboard", *storage, "--port", "0"]
     with subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, text=True) as process:

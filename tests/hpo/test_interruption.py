@@ -15,7 +15,7 @@ from hpo.driver import CONFIRMATION
 from hpo.trials import role
 from storage.store import StudyStore
 
-SMALL = ["--evaluation-images", "100", "--confirmation-share", "0.2"]
+SMALL = ["--exact", "--evaluation-images", "100", "--confirmation-share", "0.2"]
 
 
 class Launch:
@@ -83,7 +83,7 @@ def test_an_interrupted_launch_loses_nothing_and_resumes(launch, url, number, mo
     assert (code, stdout) == (130, "")
     assert stderr.endswith(
         "Interrupted: no finished trial is lost. To go on:\n"
-        "  hpo launch --evaluation-images 100 --confirmation-share 0.2 --n-trials 4\n"
+        "  hpo launch --exact --evaluation-images 100 --confirmation-share 0.2 --n-trials 4\n"
     )
     before, _ = stored(url)
     states = Counter(trial.state for trial in before)

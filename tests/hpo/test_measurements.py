@@ -76,7 +76,8 @@ def test_a_study_counts_what_it_knew(cold):
     assert report.n_masks == N_MASKS * n_evaluated
     # The unpruned network and the one without components are the same for all.
     assert 2 * (n_evaluated - 1) <= report.n_known_masks < report.n_masks
-    line = f"Of {report.n_masks} masks {report.n_known_masks} were known ({report.n_known_masks / report.n_masks:.1%})."
+    share = 100 * report.n_known_masks / report.n_masks
+    line = f"Of {report.n_masks} masks, {report.n_known_masks} had been measured before ({share:.1f} %)."
     assert line in report.remarks()
     assert report.to_json()["n_known_masks"] == report.n_known_masks
 

@@ -8,7 +8,8 @@ from hpo.progress import LiveProgress, LogProgress, TrialReport, make_progress
 
 COMPLETE = TrialReport(12, "ZPlus/ZPlus/ZPlus/ZPlus", 0.25, 1.24, "", 0.5, 0.4)
 REUSED = TrialReport(13, "ZPlus/ZPlus/ZPlus/ZPlus", 0.25, None, "equals trial 12", 0.5, None)
-FAILED = TrialReport(14, "ZPlus/ZPlus/ZPlus/ZPlus", None, None, "failed: no memory", None, None)
+FAILED = TrialReport(14, "ZPlus/ZPlus/ZPlus/ZPlus", None, None, "failed: no memory", None, None, failed=True)
+GIVEN_UP = TrialReport(15, "ZPlus/ZPlus/ZPlus/ZPlus", None, 0.3, "given up against trial 12", 0.5, 0.4)
 
 
 def test_a_log_line_per_trial(caplog):
@@ -34,11 +35,13 @@ def test_a_live_line_on_a_terminal():
         assert isinstance(progress, LiveProgress)
         progress.phase("Search", 60, 2)
         progress.trial(FAILED)
+        progress.trial(GIVEN_UP)
         progress.trial(COMPLETE)
         progress._bar.refresh()
     shown = text.getvalue()
-    for part in ("Search", "4/60", "best 0.5000, heuristic 0.4000", " left", "Trial 14 failed: no memory"):
+    for part in ("Search", "5/60", "best 0.5000, heuristic 0.4000", " left", "Trial 14 failed: no memory"):
         assert part in shown
+    assert "Trial 15" not in shown  # most trials of a race are given up
 
 
 @pytest.mark.parametrize(("terminal", "kind"), [(True, LiveProgress), (False, LogProgress)])
