@@ -359,7 +359,8 @@ class StudyDriver:
             self._reuse(source, asked)
             return
         number, verdict = self._given_up[asked.composite.key]
-        self._prune(source, asked, verdict, {"reused_from": number}, f"equals trial {number}, {described(verdict)}")
+        remark = f"equals trial {number}, {described(verdict)}"
+        self._prune(source, asked, verdict, {"reused_from": number}, seconds=None, remark=remark)
 
     def _finish_evaluated(self, source: TrialSource, asked: Asked, evaluation: "Evaluation") -> None:
         try:
@@ -372,7 +373,7 @@ class StudyDriver:
         except TrialResultError as error:
             self._fail(source, asked, str(error), by_composite=True)
             return
-        if self._races is not None and asked.trial.params and (self._best is None or result.value > self._best):
+        if self._races is not None and self._leads(asked.trial, result.value):
             # Before the trial is told: whatever happens between, later ones race against a composite of this study.
             self._store.set_attribute(self._study, RIVAL, self._races.lead(asked, evaluation))
         self._finish(source, asked, result, seconds=sum(evaluation.seconds.values()))
@@ -380,17 +381,24 @@ class StudyDriver:
 
     def _give_up(self, source: TrialSource, asked: Asked, verdict: "GivenUp") -> None:
         self._given_up[asked.composite.key] = (asked.number, verdict)
-        self._prune(source, asked, verdict, {"seconds": verdict.seconds}, described(verdict))
+        seconds = sum(verdict.seconds.values())
+        self._prune(source, asked, verdict, {"seconds": verdict.seconds}, seconds=seconds, remark=described(verdict))
         self._failures.completed()
 
     def _prune(
-        self, source: TrialSource, asked: Asked, verdict: "GivenUp", attributes: dict[str, Any], remark: str
+        self,
+        source: TrialSource,
+        asked: Asked,
+        verdict: "GivenUp",
+        attributes: dict[str, Any],
+        *,
+        seconds: float | None,
+        remark: str,
     ) -> None:
         with self._naming_sampler():
             self._store.prune(asked.trial, {**asked.attributes, trials.RACE: verdict.to_json(), **attributes})
         source.told(asked)
-        seconds = attributes.get("seconds", {})
-        self._report(asked.number, asked.label, None, sum(seconds.values()) if seconds else None, remark)
+        self._report(asked.number, asked.label, None, seconds, remark)
 
     def _reuse(self, source: TrialSource, asked: Asked) -> None:
         """Tell the value of the complete trial that equals this one."""
@@ -440,11 +448,14 @@ class StudyDriver:
         self, trial: Trial | FrozenTrial, composite: "CompositeSpec", value: float, heuristic: str | None
     ) -> None:
         self._known.setdefault(composite.key, trial._trial_id)
-        # A heuristic outside the search space has no parameters.
-        if trial.params and (self._best is None or value > self._best):
+        if self._leads(trial, value):
             self._best = value
         if heuristic is not None and (self._best_heuristic is None or value > self._best_heuristic):
             self._best_heuristic = value
+
+    def _leads(self, trial: Trial | FrozenTrial, value: float) -> bool:
+        """Whether a trial is better than all before; a heuristic outside the search space has no parameters."""
+        return bool(trial.params) and (self._best is None or value > self._best)
 
     def _draw_trial(self, trial: Trial | FrozenTrial, composite: "CompositeSpec", value: float, curve: "Curve") -> None:
         title = f"trial {trial.number}: {composite.label}\n{self._configuration.metric} {value:.4f}"

@@ -411,19 +411,7 @@ class StudyStore:
             TrialAlreadyFinishedError: It has been finished before; the stored result stays.
             TrialNotRunningError: It is not running.
         """
-
-        def write(connection: Connection, again: bool) -> None:
-            try:
-                trials.finish(connection, trial._trial_id, result)
-            except TrialAlreadyFinishedError:
-                if not (again and trials.holds(connection, trial._trial_id, result)):
-                    raise
-
-        try:
-            self._tell_sampler(trial, TrialState.COMPLETE, [float(result.value)])
-        finally:
-            self._patiently(write)
-            self._given.discard(trial._trial_id)
+        self._end(trial, TrialState.COMPLETE, [float(result.value)], trials.finish, trials.holds, result)
 
     def fail(self, trial: Trial, reason: str) -> None:
         """Make a running trial FAIL; the reason becomes its user attribute `failure`.
@@ -433,19 +421,7 @@ class StudyStore:
             TrialAlreadyFinishedError: It has been finished before; the stored result stays.
             TrialNotRunningError: It is not running.
         """
-
-        def write(connection: Connection, again: bool) -> None:
-            try:
-                trials.fail(connection, trial._trial_id, reason)
-            except TrialAlreadyFinishedError:
-                if not (again and trials.has_failed(connection, trial._trial_id, reason)):
-                    raise
-
-        try:
-            self._tell_sampler(trial, TrialState.FAIL, None)
-        finally:
-            self._patiently(write)
-            self._given.discard(trial._trial_id)
+        self._end(trial, TrialState.FAIL, None, trials.fail, trials.has_failed, reason)
 
     def prune(self, trial: Trial, attributes: Mapping[str, Any]) -> None:
         """Make a running trial PRUNED, without a value.
@@ -455,16 +431,37 @@ class StudyStore:
             TrialAlreadyFinishedError: It has been finished before; the stored result stays.
             TrialNotRunningError: It is not running.
         """
+        self._end(trial, TrialState.PRUNED, None, trials.prune, trials.is_pruned, attributes)
+
+    def _end(
+        self,
+        trial: Trial,
+        state: TrialState,
+        values: list[float] | None,
+        end: Callable[[Connection, int, _T], None],
+        has_ended: Callable[[Connection, int, _T], bool],
+        content: _T,
+    ) -> None:
+        """Tell the sampler, and then make a running trial end, once however often its answer is lost.
+
+        Args:
+            trial: Running.
+            state: In which it ends.
+            values: That the sampler is told.
+            end: Writes the state and the content.
+            has_ended: Whether the trial is in this state with this very content.
+            content: What the trial ends with.
+        """
 
         def write(connection: Connection, again: bool) -> None:
             try:
-                trials.prune(connection, trial._trial_id, attributes)
+                end(connection, trial._trial_id, content)
             except TrialAlreadyFinishedError:
-                if not (again and trials.is_pruned(connection, trial._trial_id, attributes)):
+                if not (again and has_ended(connection, trial._trial_id, content)):
                     raise
 
         try:
-            self._tell_sampler(trial, TrialState.PRUNED, None)
+            self._tell_sampler(trial, state, values)
         finally:
             self._patiently(write)
             self._given.discard(trial._trial_id)

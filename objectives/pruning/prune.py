@@ -33,7 +33,7 @@ from objectives.pruning.masking import masked
 from objectives.pruning.ranking import Ranking, rank
 from objectives.pruning.rates import n_pruned
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
-from objectives.pruning.slimming import cost, depends_on_images, slim
+from objectives.pruning.slimming import cost, depends_on_images, draft, slim
 from objectives.pruning.structured import prune_coupled
 from search_spaces.documents import CompositeDocument
 
@@ -204,7 +204,7 @@ def _fewest_that_fit(objective: Objective, ranking: Ranking, amount: PruneAmount
     """The smallest number that leaves at most a share of the parameters or multiply-adds."""
 
     def size(n: int) -> int:
-        return int(getattr(cost(slim(objective.network, ranking.masks(n))), amount.kind))
+        return int(getattr(cost(draft(objective.network, ranking.masks(n))), amount.kind))
 
     limit = amount.value * size(0)
     n = bisect.bisect_left(range(len(ranking)), -limit, key=lambda n: -size(n))

@@ -1,7 +1,7 @@
 """Networks with random weights and lively batch-norm statistics, in float64, on small images."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from objectives.datasets import Task, load_task
 from objectives.models import LoadedModel, load_model
 from objectives.network import CanonicalNetwork, canonize
 from objectives.objective import Objective, ObjectiveOptions
-from objectives.pruning.ranking import Ranking, rank
+from objectives.pruning.ranking import Masks, Ranking, rank
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 
@@ -32,6 +32,16 @@ class Prunable:
     def ranking(self, seed: int = 0) -> Ranking:
         generator = torch.Generator().manual_seed(seed)
         return rank({name: torch.rand(n, generator=generator) for name, n in self.canonical.components.items()})
+
+    def random_masks(self) -> Iterator[Masks]:
+        """Masks of which some layers are whole, some gone, the rest anywhere between."""
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            masks = {}
+            for layer, n in self.canonical.components.items():
+                share = float(torch.rand((), generator=generator) * 1.6 - 0.3)
+                masks[layer] = torch.rand(n, generator=generator) >= share
+            yield masks
 
 
 class Inception(nn.Module):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -59,12 +61,7 @@ def test_a_fused_network_computes_what_the_slim_one_does(prunable, name):
 @pytest.mark.parametrize("name", ["cifar_resnet20", "inception", "mobilenetv2_100", "seresnet18"])
 def test_random_shares_of_every_layer(prunable, name):
     subject = prunable(name)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        masks = {}
-        for layer, n in subject.canonical.components.items():
-            share = float(torch.rand((), generator=generator) * 1.6 - 0.3)
-            masks[layer] = torch.rand(n, generator=generator) >= share
+    for masks in itertools.islice(subject.random_masks(), 5):
         check_fused(subject.canonical, masks, subject.images)
 
 
