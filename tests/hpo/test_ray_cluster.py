@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -85,7 +86,7 @@ def ray_process(*arguments):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """Address of a cluster with four CPUs in its own directory; it wants a token."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -93,7 +94,11 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         head = ["--head", f"--port={port}", "--num-cpus=4", "--include-dashboard=false"]
-        with ray_process(*head, f"--temp-dir={tmp_path_factory.mktemp('ray')}"):
+        # The path of a socket has 107 bytes at most, and pytest's own folders leave too few of them.
+        with (
+            tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+            ray_process(*head, f"--temp-dir={folder}"),
+        ):
             yield f"127.0.0.1:{port}"
 
 
@@ -177,8 +182,9 @@ def test_workers_take_the_room_that_there_is(connect, cluster):
         assert len({outcome.evaluation for outcome in outcomes(executor, 12).values()}) == 4
         with ray_process(f"--address={cluster}", "--num-cpus=2") as machine:
             pids = set()
-            deadline = time.monotonic() + 240  # a machine of Ray takes its time to join where others compute
+            deadline = time.monotonic() + 120  # a machine of Ray takes its time to join where others compute
             while len(pids) < 6:
+                assert machine.poll() is None
                 assert time.monotonic() < deadline, pids
                 for job in jobs[:12]:
                     executor.submit([job])
