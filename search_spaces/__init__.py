@@ -17,7 +17,7 @@ from search_spaces.errors import (
     UnknownRuleError,
     UnknownSpaceError,
 )
-from search_spaces.heuristics import HEURISTICS, heuristic
+from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS, heuristic, heuristics_of
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.reasons import message_of, reason_of
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
@@ -50,12 +50,14 @@ __all__ = [
     "SpaceError",
     "SpaceImportError",
     "SpaceNotFiniteError",
+    "TRANSFORMER_HEURISTICS",
     "UnknownHeuristicError",
     "UnknownRuleError",
     "UnknownSpaceError",
     "did_you_mean",
     "document_schema",
     "heuristic",
+    "heuristics_of",
     "import_object",
     "is_import_path",
     "load_document",

@@ -193,6 +193,7 @@ class CompositeSpec:
         *,
         abs: bool = False,
         epsilon: float | None = None,
+        attention: str | None = None,
         aggregate: str = "mean",
         normalize: str = "none",
     ) -> "CompositeSpec":
@@ -202,6 +203,7 @@ class CompositeSpec:
             text: A rule as `RuleSpec.parse` reads it for each of the four groups, in any order.
             abs: Rank by absolute relevance.
             epsilon: Parameter of every bare `Epsilon`; 1e-6 where absent.
+            attention: Of `ATTENTION_RULES`; None for networks without attention.
             aggregate: Of `AGGREGATES`.
             normalize: Of `NORMALIZATIONS`.
 
@@ -219,7 +221,7 @@ class CompositeSpec:
             rules[group] = rule
         _require_groups(rules)
         ranking = {"abs": abs, "aggregate": aggregate, "normalize": normalize}
-        return cls.from_parameters({**rules, **ranking, "epsilon": epsilon})
+        return cls.from_parameters({**rules, **ranking, "epsilon": epsilon, "attention": attention})
 
     def __str__(self) -> str:
         return self.key

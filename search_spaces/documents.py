@@ -25,6 +25,7 @@ __all__ = ["CompositeDocument", "document_schema", "load_document", "write_docum
 
 _VERSION = 1
 _SCHEMA = f"composite-v{_VERSION}.schema.json"
+_USUAL = {"components": "all", "ranking": "global"}
 _LONGEST = 120  # characters of a value in a message
 
 
@@ -41,6 +42,8 @@ class CompositeDocument:
         abs_scope: Where `abs` takes the absolute value: of each sample's sum over space, or before any sum.
         output_relevance: Relevance at the true class's output.
         procedure: How pruning proceeds from the ranking.
+        components: What is pruned: attention heads, neurons of a transformer's MLPs, or all that there are.
+        ranking: Whether components are ranked over the whole network, or each kind of them within itself.
         rates: Pruning rates of the curves, increasing from 0.
         preprocessing: Size, mean, standard deviation and the like of the model's images.
         references: How the reference samples were selected.
@@ -64,6 +67,8 @@ class CompositeDocument:
     abs_scope: Literal["sum", "element"]
     output_relevance: Literal["one", "logit"]
     procedure: str = "one_shot"
+    components: Literal["all", "heads", "mlp"] = "all"
+    ranking: Literal["global", "kind"] = "global"
     rates: tuple[float, ...]
     preprocessing: dict[str, Any]
     references: dict[str, Any]
@@ -89,6 +94,8 @@ class CompositeDocument:
     def to_json(self) -> dict[str, Any]:
         """The document as its JSON file holds it, in the file's order; a copy."""
         value = {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)}
+        # The usual ones are left out, as in documents from before there was a choice.
+        value = {name: item for name, item in value.items() if _USUAL.get(name, ...) != item}
         return {**value, "composite": self.composite.to_json(), "rates": list(self.rates)}
 
     @classmethod

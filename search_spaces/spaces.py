@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from search_spaces.composites import AGGREGATES, NORMALIZATIONS, CompositeSpec
+from search_spaces.composites import AGGREGATES, ATTENTION_RULES, NORMALIZATIONS, CompositeSpec
 from search_spaces.errors import (
     CompositeError,
     OutsideSpaceError,
@@ -107,6 +107,7 @@ class DiscreteSpace:
         rules: For each group the rules to try, as `RuleSpec.parse` reads them; `Epsilon` always bare.
         abs: Values of `abs`.
         epsilon: Values of the one epsilon that all `Epsilon` rules of a composite share.
+        attention: Of `ATTENTION_RULES`, for networks with attention; none for others.
         aggregate: Of `AGGREGATES`; a parameter only where there is more than the mean.
         normalize: Of `NORMALIZATIONS`; a parameter only where there is more than none.
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
@@ -120,6 +121,7 @@ class DiscreteSpace:
     rules: Mapping[str, tuple[str, ...]]
     abs: tuple[bool, ...] = (False, True)
     epsilon: tuple[float, ...] = (RULE_DEFAULTS["Epsilon"]["epsilon"],)
+    attention: tuple[str, ...] = ()
     aggregate: tuple[str, ...] = AGGREGATES[:1]
     normalize: tuple[str, ...] = NORMALIZATIONS[:1]
     layer_groups: Mapping[str, tuple[str, ...]] | None = None
@@ -129,13 +131,17 @@ class DiscreteSpace:
         for group in GROUPS:
             if group not in self.rules:
                 raise SpaceError(f"Parameter {group} is missing; list the rules to try, as {group} = ['Epsilon'].")
-        further = {"aggregate": (self.aggregate, AGGREGATES), "normalize": (self.normalize, NORMALIZATIONS)}
+        further: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+            "aggregate": (self.aggregate, AGGREGATES),
+            "normalize": (self.normalize, NORMALIZATIONS),
+        }
         lists = {
             **self.rules,
             "abs": self.abs,
             "epsilon": self.epsilon,
             **{name: own for name, (own, _) in further.items()},
         }
+        further["attention"] = (self.attention, ATTENTION_RULES)
         for parameter, values in lists.items():
             if not values:
                 raise SpaceError(f"Parameter {parameter} has no values; list at least one or leave the key out.")
@@ -192,7 +198,7 @@ class DiscreteSpace:
             (knows_sign and composite.abs not in self.abs)
             or composite.aggregate not in self.aggregate
             or composite.normalize not in self.normalize
-            or composite.attention is not None
+            or composite.attention not in (self.attention or (None,))
         ):
             raise OutsideSpaceError(f"Space {self.name!r} does not contain composite {composite}.")
         absolute = composite.abs if knows_sign else self.abs[0]
@@ -202,17 +208,20 @@ class DiscreteSpace:
 
     def grid(self) -> tuple[CompositeSpec, ...]:
         """See `SearchSpace.grid`."""
-        from_the_output = (
+        from_the_output = [
             [
                 RuleSpec.parse(choice, group=group, epsilon=epsilon)
                 for choice in self.rules[group]
                 for epsilon in (self.epsilon if choice == "Epsilon" else (None,))
             ]
             for group in reversed(GROUPS)
-        )
+        ]
+        attentions: tuple[str | None, ...] = self.attention or (None,)
         points = (
-            CompositeSpec(llr, mll, hll, fcl, abs=abs, aggregate=aggregate, normalize=normalize)
-            for fcl, hll, mll, llr in itertools.product(*from_the_output)
+            CompositeSpec(llr, mll, hll, fcl, abs=abs, attention=attention, aggregate=aggregate, normalize=normalize)
+            for fcl, hll in itertools.product(*from_the_output[:2])
+            for attention in attentions  # which relevance meets behind the first layers of HLL
+            for mll, llr in itertools.product(*from_the_output[2:])
             # All Epsilon rules of a composite share one epsilon.
             if len({llr.epsilon, mll.epsilon, hll.epsilon, fcl.epsilon} - {None}) <= 1
             for normalize in self.normalize
@@ -237,6 +246,8 @@ class DiscreteSpace:
         choices: dict[str, tuple[bool | float | str, ...]] = {group: self.rules[group] for group in GROUPS}
         choices |= {"abs": self.abs, "epsilon": self.epsilon}
         # Absent where they aren't searched: stored studies of such spaces lack them too.
+        if self.attention:
+            choices["attention"] = self.attention
         if self.aggregate != AGGREGATES[:1]:
             choices["aggregate"] = self.aggregate
         if self.normalize != NORMALIZATIONS[:1]:
@@ -339,6 +350,14 @@ def _cnn() -> SearchSpace:
     return DiscreteSpace("cnn", dict.fromkeys(GROUPS, tuple(RULE_DEFAULTS)), epsilon=(1e-6, 1e-2, 1e-1))
 
 
+@register("vit")
+def _vit() -> SearchSpace:
+    """For vision transformers: the points of `cnn` with three rules of attention."""
+    return DiscreteSpace(
+        "vit", dict.fromkeys(GROUPS, tuple(RULE_DEFAULTS)), epsilon=(1e-6, 1e-2, 1e-1), attention=ATTENTION_RULES
+    )
+
+
 @register("cnn-extended")
 def _cnn_extended() -> SearchSpace:
     """The points of `cnn` with two ways to aggregate relevance over samples and three to normalise it per layer."""
@@ -425,7 +444,7 @@ def _space_of_toml(stem: str, content: Mapping[str, Any]) -> DiscreteSpace:
     parameters = _table(content, "parameters")
     if parameters is None:
         raise SpaceError("Table [parameters] is missing; list the rules of LLR, MLL, HLL and FCL in it.")
-    _require_known("parameter", parameters, (*GROUPS, "abs", "epsilon", "aggregate", "normalize"))
+    _require_known("parameter", parameters, (*GROUPS, "abs", "epsilon", "attention", "aggregate", "normalize"))
     lists = {parameter: _list(parameter, values) for parameter, values in parameters.items()}
     groups = _table(content, "groups")
     others = {parameter: values for parameter, values in lists.items() if parameter not in GROUPS}

@@ -94,7 +94,7 @@ def test_schema_is_valid_and_names_what_the_code_knows() -> None:
     assert schema["$id"] == "urn:pruning-hpo:schema:composite:1"
     assert schema["additionalProperties"] is False
     assert schema["properties"]["version"] == {"const": 1}
-    assert schema["properties"].keys() == content().keys()
+    assert schema["properties"].keys() == content().keys() | {"components", "ranking"}
     assert schema["$defs"]["rule"]["properties"]["name"]["enum"] == list(RULE_DEFAULTS)
     composite = schema["properties"]["composite"]["properties"]
     assert composite["attention"]["enum"] == list(ATTENTION_RULES)
@@ -105,6 +105,15 @@ def test_schema_is_valid_and_names_what_the_code_knows() -> None:
 
 def test_the_example_is_valid_for_any_json_schema_reader() -> None:
     jsonschema.validate(content(), document_schema(), cls=jsonschema.Draft202012Validator)
+
+
+def test_the_choice_of_components_is_written_where_it_is_not_the_usual_one() -> None:
+    document = load_document({**content(), "components": "mlp", "ranking": "kind"})
+    assert (document.components, document.ranking) == ("mlp", "kind")
+    assert document.to_json() == {**content(), "components": "mlp", "ranking": "kind"}
+    assert (load_document(content()).components, load_document(content()).ranking) == ("all", "global")
+    with pytest.raises(DocumentError, match=r"\$.components has the unknown value 'head'. Did you mean 'heads'"):
+        load_document({**content(), "components": "head"})
 
 
 def test_round_trip(tmp_path: Path) -> None:
