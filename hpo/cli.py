@@ -210,6 +210,13 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
     heading="Composite",
     help="With --rules: epsilon of the Epsilon rules.  [default: 1e-06]",
 )
+@click.option(
+    "--attention",
+    cls=Option,
+    heading="Composite",
+    metavar="RULE",
+    help="With --rules: rule of a vision transformer's attention: AttnLRP, CP or ZPlus.",
+)
 @configuration_options("model", "data", "objective")
 @configuration_options("search", only=["space"])
 @click.option(
@@ -228,6 +235,7 @@ def evaluate(
     rules: str | None,
     absolute: bool,
     epsilon: float | None,
+    attention: str | None,
     images: Any,
     config: Path | None,
     as_json: bool,
@@ -241,14 +249,14 @@ def evaluate(
     """
     if sum(given is not None for given in (composite, heuristic, rules)) != 1:
         raise click.UsageError("Give one of --composite, --heuristic and --rules.")
-    if rules is None and (absolute or epsilon is not None):
-        raise click.UsageError("--abs and --epsilon go with --rules.")
+    if rules is None and (absolute or epsilon is not None or attention is not None):
+        raise click.UsageError("--abs, --epsilon and --attention go with --rules.")
     console = start_logging(verbose)
     from hpo.progress import make_progress
     from hpo.report import evaluation_tables
 
     document = None if composite is None else _read_document(composite)
-    spec = document.composite if document is not None else _composite(heuristic, rules, absolute, epsilon)
+    spec = document.composite if document is not None else _composite(heuristic, rules, absolute, epsilon, attention)
     configuration, given = _resolve_with(document, options, config)
     with make_progress(configuration.metric, console) as progress:
         progress.phase("Loading network and images")
@@ -679,14 +687,16 @@ def _read_document(path: str) -> "CompositeDocument":
     return load_document(path)
 
 
-def _composite(heuristic: str | None, rules: str | None, absolute: bool, epsilon: float | None) -> "CompositeSpec":
+def _composite(
+    heuristic: str | None, rules: str | None, absolute: bool, epsilon: float | None, attention: str | None
+) -> "CompositeSpec":
     from search_spaces.composites import CompositeSpec
     from search_spaces.heuristics import heuristic as named
 
     if heuristic is not None:
         return named(heuristic)
     assert rules is not None, "one of the three is given"
-    spec = CompositeSpec.parse_rules(rules, abs=absolute, epsilon=epsilon)
+    spec = CompositeSpec.parse_rules(rules, abs=absolute, epsilon=epsilon, attention=attention)
     if epsilon is not None and spec.epsilon is None:
         raise ConfigurationError(f"`--epsilon {epsilon:g}` is for the Epsilon rule, which --rules lacks; leave it out.")
     return spec
@@ -724,7 +734,8 @@ def _load_problem(
     from search_spaces.spaces import load_space
 
     if document is None:
-        return load_problem(configuration, load_space(configuration.space).layer_groups)
+        space = None if configuration.space is None else load_space(configuration.space)
+        return load_problem(configuration, None if space is None else space.layer_groups)
     return load_problem(configuration, None, given, document)
 
 

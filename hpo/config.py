@@ -43,6 +43,8 @@ _DEFAULT_N_TRIALS_DIGITS = 60
 _DEFAULT_TRIALS_PER_BATCH = 8
 
 _ABS_SCOPES = ("sum", "element")
+_COMPONENTS = ("all", "heads", "mlp")
+_RANKINGS = ("kind", "global")
 _ATTRIBUTIONS = ("shared", "zennit")
 _DTYPES = ("fp32", "bf16")
 _EXECUTORS = ("local", "ray")
@@ -270,12 +272,12 @@ class LaunchConfiguration:
         private=True,
     )
 
-    space: str = _option(
+    space: str | None = _option(
         "search",
         "What may be searched: a registered space (see `hpo spaces`), a TOML file, or package.module:object.",
         read=_text,
         metavar="SPACE",
-        default="cnn",
+        shown="vit for vision transformers, else cnn",
     )
     sampler: str = _option(
         "search",
@@ -486,6 +488,20 @@ class LaunchConfiguration:
         default=(),
         shown=DEFAULT_RATES,
     )
+    components: Literal["all", "heads", "mlp"] | None = _option(
+        "objective",
+        "What is pruned: neurons of a vision transformer's MLPs, its attention heads, or all.",
+        read=_choice(_COMPONENTS),
+        metavar="|".join(_COMPONENTS),
+        shown="mlp for vision transformers, else all",
+    )
+    ranking: Literal["kind", "global"] = _option(
+        "objective",
+        "Of a transformer's heads and neurons together: rank each kind within itself, or all over the whole network.",
+        read=_choice(_RANKINGS),
+        metavar="|".join(_RANKINGS),
+        default="kind",
+    )
     abs_scope: Literal["sum", "element"] = _option(
         "objective",
         "What `abs` takes the absolute value of: a sample's relevance summed over space, or every element.",
@@ -650,7 +666,7 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
     for field in ("checkpoint", "class_map"):
         if values.get(field) is not None:
             values[field] = str(Path(values[field]).expanduser().absolute())
-    if values.get("space", "").endswith(".toml"):
+    if (values.get("space") or "").endswith(".toml"):
         values["space"] = str(Path(values["space"]).expanduser().absolute())
     if values.get("n_trials") is None and values.get("sampler") != "grid":
         values["n_trials"] = _DEFAULT_N_TRIALS_DIGITS if data == _DEFAULT_DATA else _DEFAULT_N_TRIALS

@@ -105,6 +105,8 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
         "seed": references["seed"],
         "batch_size": references.get("batch_size"),
         "rates": document.rates,
+        "components": document.components,
+        "ranking": document.ranking,
         "abs_scope": document.abs_scope,
         "output_relevance": document.output_relevance,
     }
@@ -117,9 +119,9 @@ def _load(study: "Study", saved: LaunchConfiguration, options: Mapping[str, Any]
     given = given_fields(options)
     refuse_imports(configuration, given, f"Study {study.study_name!r}")
     progress.phase("Loading network and images")
-    problem = load_problem(
-        configuration, load_space(configuration.space, allow_imports="space" in given).layer_groups, given
-    )
+    name = configuration.space
+    space = None if name is None else load_space(name, allow_imports="space" in given)
+    problem = load_problem(configuration, None if space is None else space.layer_groups, given)
     if different := differences(study.user_attrs[IDENTITY]["objective"], problem.identity()):
         raise StudyIdentityError(
             f"Study {study.study_name!r} searched on something else; pass the options that it was launched with "

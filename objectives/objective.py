@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from objectives.attribution.composites import check_groups, check_shape
+from objectives.attribution.composites import check_attention, check_groups, check_shape
 from objectives.attribution.engine import Attribution, OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope
 from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
@@ -24,11 +24,11 @@ from objectives.errors import DataError, OptionError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork, Components, canonize
 from objectives.procedures import PROCEDURES
 from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
-from objectives.pruning.ranking import Masks
+from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
 from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.composites import CompositeSpec
@@ -39,6 +39,7 @@ __all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
 
 AttributionEngine = Literal["shared", "zennit"]
 Dtype = Literal["fp32", "bf16"]
+RankingScope = Literal["kind", "global"]
 ImageSet = Literal["search", "confirmation"]
 
 _CHOICES = {
@@ -46,6 +47,7 @@ _CHOICES = {
     "attribution": get_args(AttributionEngine),
     "dtype": get_args(Dtype),
     "output_relevance": get_args(OutputRelevance),
+    "ranking": get_args(RankingScope),
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A canonical copy in float32 differs from its network by rounding only.
@@ -63,6 +65,10 @@ class ObjectiveOptions:
     Attributes:
         rates: pruning rates, increasing from 0.
         procedure: how pruning proceeds.
+        components: which are pruned, see `objectives.network.Components`; by default the neurons of a transformer's
+            MLPs, and all of another network.
+        ranking: components of each `kind` are ranked within themselves and pruned at every rate, or all over the whole
+            network (`global`). Only a transformer's heads and neurons together are of two kinds.
         abs_scope: where `abs` is taken, see `objectives.attribution.relevance.AbsScope`.
         output_relevance: relevance starts as `one` at the true class's logit, or as the `logit`.
         dtype: of evaluation during the search; attribution and confirmation are in fp32.
@@ -76,6 +82,8 @@ class ObjectiveOptions:
 
     rates: tuple[float, ...]
     procedure: str = "one_shot"
+    components: Components | None = None
+    ranking: RankingScope = "kind"
     abs_scope: AbsScope = "sum"
     output_relevance: OutputRelevance = "one"
     dtype: Dtype = "fp32"
@@ -170,7 +178,11 @@ class Objective:
         self.batches = Batches("evaluation", options.batch_size)
         original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
-        self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), self.kept_outputs)
+        canonical = canonize(original, (channels, *task.preprocessing.size), self.kept_outputs)
+        self.network: CanonicalNetwork = canonical.choosing(options.components)
+        self.ranking_scope: RankingScope = options.ranking
+        if len(set(self._kinds.values())) == 1:
+            self.ranking_scope = "global"
         self.layer_groups: dict[str, str]
         if document is None:
             self.layer_groups = group_layers(self.network, options.layer_groups)
@@ -178,6 +190,7 @@ class Objective:
             # Before the groups: of another network these would be refused by a less telling message.
             check_shape(self.network, model.num_classes, document)
             check_groups(self.network, document.layer_groups)
+            check_attention(self.network, document.composite)
             self.layer_groups = {name: document.layer_groups[name] for name in self.network.layers}
         references = task.references.to(self.device)
         self._check_copy(original, references)
@@ -225,6 +238,7 @@ class Objective:
             "preprocessing": self.task.preprocessing.to_json(),
             "layer_groups": dict(self.layer_groups),
             "components": dict(self.network.components),
+            **({} if self.ranking_scope == "global" else {"ranking": self.ranking_scope}),
             "procedure": options.procedure,
             "rates": list(options.rates),
             "references": len(self.task.references),
@@ -242,6 +256,14 @@ class Objective:
         """Score of every component, layer -> (components,); all rankings of one attribution share it."""
         relevance = self.attribution.attribute(composite)
         return relevance.scores(absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize)
+
+    def ranking(self, composite: CompositeSpec) -> Ranking:
+        """The order in which a composite prunes components."""
+        return rank(self.scores(composite), None if self.ranking_scope == "global" else self._kinds)
+
+    @property
+    def _kinds(self) -> dict[str, str]:
+        return {name: self.network.kinds[name] for name in self.network.components}
 
     def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
         """Attributes, prunes and counts.
@@ -275,7 +297,7 @@ class Objective:
     def _masks(self, composite: CompositeSpec, stopwatch: _Stopwatch) -> list[Masks]:
         """Of every rate."""
         procedure = PROCEDURES[self.options.procedure]
-        masks = list(procedure(lambda: self.scores(composite), self.options.rates))
+        masks = list(procedure(lambda: self.ranking(composite), self.options.rates))
         stopwatch.attributed()
         return masks
 

@@ -30,8 +30,7 @@ from objectives.objective import Columns, Objective, ObjectiveOptions
 from objectives.pruning.curve import keeps
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.masking import masked
-from objectives.pruning.ranking import Ranking, rank
-from objectives.pruning.rates import n_pruned
+from objectives.pruning.ranking import Ranking
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
 from objectives.pruning.slimming import cost, depends_on_images, slim
 from objectives.pruning.structured import prune_coupled
@@ -163,6 +162,8 @@ def prune(
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure,
+        components=document.components,
+        ranking=document.ranking,
         abs_scope=document.abs_scope,
         output_relevance=document.output_relevance,
         batch_size=batch_size,
@@ -170,16 +171,15 @@ def prune(
     )
     with new_directory(output) as directory:
         objective = Objective(model, task, options, document)
-        ranking = rank(objective.scores(document.composite))
+        ranking = objective.ranking(document.composite)
         n = _n_pruned(objective, ranking, amount)
         return _Pruning(objective, document, ranking, n).write(directory, output, amount, coupled)
 
 
 def _n_pruned(objective: Objective, ranking: Ranking, amount: PruneAmount) -> int:
-    n = len(ranking)
     match amount.kind:
         case "rate":
-            return n_pruned(amount.value, n)
+            return ranking.n_pruned(amount.value)
         case "keep_accuracy":
             return _most_that_keep(objective, ranking, amount.value)
         case _:
@@ -232,7 +232,7 @@ class _Pruning:
         write_weights(slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors")
         own = on_device(objective.model.network, objective.device)
         original = self._restricted(own)
-        with masked(own, network.layers, masks):
+        with masked(own, network.prunable, masks):
             masked_accuracy = self._accuracy(original)
         coupled_figures, n_removed = None, None
         if coupled:

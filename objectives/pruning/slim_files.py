@@ -129,11 +129,11 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         network = _build(model)
     height, width = document.preprocessing["size"]
     input_shape = (len(document.preprocessing["mean"]), height, width)
-    canonical = canonize(network, input_shape)
+    canonical = canonize(network, input_shape).choosing(document.components)
     check_shape(canonical, canonical.n_outputs, document)
     classes = json.loads(metadata["classes"])
     if classes is not None:
-        canonical = canonize(network, input_shape, classes)
+        canonical = canonize(network, input_shape, classes).choosing(document.components)
     masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in canonical.components.items()}
     for name, indices in json.loads(metadata["kept"]).items():
         masks[name][indices] = True

@@ -149,7 +149,7 @@ def _check_equal(
             logits = pruned(images)
     except Exception as error:  # whatever layers of sizes that don't match raise
         raise _missed_coupling(network, f"doesn't run ({_first_line(error)})") from error
-    with torch.inference_mode(), masked(copy.deepcopy(network), canonical.layers, masks) as reference:
+    with torch.inference_mode(), masked(copy.deepcopy(network), canonical.prunable, masks) as reference:
         expected = reference(images)
     difference, scale = float((logits - expected).abs().max()), float(expected.abs().max())
     if not difference <= _LOGIT_TOLERANCE * max(scale, 1.0):

@@ -14,7 +14,7 @@ from hpo.cli import cli
 from hpo.config import OPTIONS
 from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
-from search_spaces.heuristics import HEURISTICS
+from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS
 
 COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "db", "gc", "spaces"]
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
@@ -272,7 +272,7 @@ def test_spaces():
     assert " cnn " in text
     assert "1,212" in text
     names = json.loads(hpo("spaces", "--json").stdout)
-    assert set(names["heuristics"]) == set(HEURISTICS)
+    assert set(names["heuristics"]) == {*HEURISTICS, *TRANSFORMER_HEURISTICS}
     assert names["metrics"] == list(FIGURES)
     assert {"grid", "tpe", "random"} <= set(names["samplers"])
 
@@ -352,7 +352,9 @@ def test_evaluate_refuses(arguments, message):
 
 def test_evaluate_wants_one_composite():
     assert "Give one of --composite, --heuristic and --rules." in refused("evaluate", code=2)
-    assert "--abs and --epsilon go with --rules." in refused("evaluate", "--heuristic", "zplus", "--abs", code=2)
+    assert "--abs, --epsilon and --attention go with --rules." in refused(
+        "evaluate", "--heuristic", "zplus", "--abs", code=2
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,13 @@ def test_the_curve_is_that_of_the_masked_network(objective, model, task):
         labels = task.search.labels
         for index, rate in enumerate(RATES):
             masks = ranking.masks(n_pruned(rate, len(ranking)))
-            with masked(model.network, objective.network.layers, masks) as network, torch.inference_mode():
+            with masked(model.network, objective.network.prunable, masks) as network, torch.inference_mode():
                 correct = (network(task.search.images).argmax(1) == labels).double()
             assert curve.accuracies[index] == pytest.approx(float(correct.mean()), abs=0.5 / len(labels))
             by_class = [float(correct[labels == label].mean()) for label in range(10)]
             assert curve.class_accuracies[index] == pytest.approx(by_class, abs=0.06)
         everything = {name: torch.zeros(n, dtype=torch.bool) for name, n in objective.component_widths.items()}
-        with masked(model.network, objective.network.layers, everything) as network, torch.inference_mode():
+        with masked(model.network, objective.network.prunable, everything) as network, torch.inference_mode():
             collapsed = (network(task.search.images).argmax(1) == labels).double().mean()
         assert curve.collapsed_accuracy == float(collapsed)
 
@@ -424,7 +424,7 @@ def test_the_reference_curve_holds_on_the_densely_masked_network(cifar):
     images = cifar.task.search
     for index in (1, 5, 8):
         masks = ranking.masks(n_pruned(index / 20, 688))
-        with masked(cifar.model.network, cifar.network.layers, masks) as network, torch.inference_mode():
+        with masked(cifar.model.network, cifar.network.prunable, masks) as network, torch.inference_mode():
             parts = [network(batch).argmax(1) for batch in images.images.split(250)]
         accuracy = float((torch.cat(parts) == images.labels).double().mean())
         assert accuracy == pytest.approx(REFERENCE[index], abs=0.005)

@@ -47,7 +47,7 @@ def test_counts_equal_those_of_the_masked_network(evaluator):
     for n in (0, 30, 200, 688):
         masks = ranking.masks(n)
         measurement = evaluate.measure(masks)
-        with masked(subject.network, subject.canonical.layers, masks) as network:
+        with masked(subject.network, subject.canonical.prunable, masks) as network:
             expected = network(labelled.images.double()).argmax(1) == labelled.labels
         assert torch.equal(measurement.correct, expected)
         assert measurement.cost == cost(slim(subject.canonical, masks))
@@ -71,7 +71,7 @@ def test_a_network_that_no_image_reaches_is_run_on_one(prunable, evaluator, monk
     cut = {**subject.ranking().masks(0), "features.8": everything["features.8"]}
     for masks in (everything, cut):
         measurement = evaluate.measure(masks)
-        with masked(subject.network, subject.canonical.layers, masks) as network:
+        with masked(subject.network, subject.canonical.prunable, masks) as network:
             expected = network(labelled.images.double()).argmax(1) == labelled.labels
         assert torch.equal(measurement.correct, expected)
 

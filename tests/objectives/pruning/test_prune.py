@@ -65,7 +65,7 @@ def test_a_rate_removes_that_share_and_everything_is_measured(
     assert (report.n_components, report.n_pruned) == (336, 134)
     masks = ranking.masks(134)
     images = digits_task.confirmation
-    with masked(digits_model.network, objective.network.layers, masks) as network:
+    with masked(digits_model.network, objective.network.prunable, masks) as network:
         accuracy = _accuracy(network, images)
         with torch.inference_mode():
             logits = network(images.images)
@@ -105,7 +105,7 @@ def test_kept_accuracy_is_kept_up_to_every_percent(run, digits_model, digits_tas
     images = digits_task.search
 
     def accuracy(n):
-        with masked(digits_model.network, objective.network.layers, ranking.masks(n)) as network:
+        with masked(digits_model.network, objective.network.prunable, ranking.masks(n)) as network:
             return _accuracy(network, images)
 
     steps = [step * 336 // 100 for step in range(100)]

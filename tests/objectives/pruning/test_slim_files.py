@@ -90,7 +90,7 @@ def test_programs_run_without_this_product(tmp_path):
         canonical = canonize(network, (3, 32, 32))
         masks = _ranking(canonical).masks(sum(canonical.components.values()) // 2)
         write_program(slim(canonical, masks), canonical.input_shape, tmp_path / f"{name}.pt2")
-        with masked(network, canonical.layers, masks):
+        with masked(network, canonical.prunable, masks):
             expected[name] = network(_images())
     torch.save(_images(), tmp_path / "images.pt")
     # Isolated: neither this directory nor PYTHONPATH is searched.
