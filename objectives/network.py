@@ -429,7 +429,7 @@ class _Builder:
     def _linear(self, node: fx.Node) -> None:
         name, weight = self._weight(node)
         source, _, *bias = _arguments(node)
-        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        linear = nn.Linear(1, 1, device="meta")
         _set_parameters(linear, weight, self._tensor(node, bias[0]) if bias else None)
         self._call(node, name, linear, source)
 
@@ -441,7 +441,7 @@ class _Builder:
         bias = self._tensor(node, arguments[0]) if arguments else None
         for index, part in enumerate("qkv"):
             rows = slice(index * len(weight) // 3, (index + 1) * len(weight) // 3)
-            linear = nn.Linear(weight.shape[1], len(weight) // 3, device="meta")
+            linear = nn.Linear(1, 1, device="meta")
             _set_parameters(linear, weight[rows], None if bias is None else bias[rows])
             self._call(node, f"{name}.{part}", linear, source)
             self.environment[node].meta["shape"] = (*shape_of(self.environment[source])[:-1], len(weight) // 3)
@@ -555,7 +555,7 @@ class _Builder:
         inputs: list[Any] = [left.args[0], right.args[0]]
         both.meta["shape"] = (sum(shape_of(source)[0] for source in inputs),)
         self.scopes[both] = _scope(node)
-        joined = nn.Linear(first.in_features + second.in_features, first.out_features, device="meta")
+        joined = nn.Linear(1, 1, device="meta")
         weight = torch.cat([first.weight.detach(), second.weight.detach()], dim=1) / 2
         _set_parameters(joined, weight, (biases[0] + biases[1]) / 2)
         _add_submodule(self.root, str(left.target), joined)
@@ -838,7 +838,7 @@ def _set_parameters(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor |
     if isinstance(layer, nn.Conv2d):
         layer.out_channels = weight.shape[0]
     else:
-        layer.out_features = weight.shape[0]
+        layer.out_features, layer.in_features = weight.shape
 
 
 def _has_submodule(root: nn.Module, name: str) -> bool:

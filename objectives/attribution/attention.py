@@ -200,7 +200,8 @@ def attention_rule(module: nn.Module, rule: str | None) -> Iterator[None]:
 
 def heads_of(tokens: Tensor, n_heads: int) -> Tensor:
     """(..., tokens, heads * head_dim) -> (..., heads, tokens, head_dim)."""
-    heads: Tensor = tokens.unflatten(-1, (n_heads, -1))
+    head_dim = tokens.shape[-1] // max(n_heads, 1)  # a resized network may have no heads left in a block
+    heads: Tensor = tokens.unflatten(-1, (n_heads, head_dim))
     return heads.transpose(-3, -2)
 
 

@@ -160,7 +160,8 @@ class LayerNorm(nn.LayerNorm):
 
     def parts(self, x: Tensor) -> Tensor:
         """(..., parts * normalized) -> (..., parts, normalized)."""
-        parts: Tensor = x.unflatten(-1, (-1, self.normalized_shape[0]))
+        size = self.normalized_shape[0]
+        parts: Tensor = x.unflatten(-1, (x.shape[-1] // size, size))
         return parts
 
     def plain(self, x: Tensor) -> Tensor:

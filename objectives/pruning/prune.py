@@ -33,7 +33,7 @@ from objectives.pruning.masking import masked
 from objectives.pruning.ranking import Ranking
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
 from objectives.pruning.slimming import cost, depends_on_images, slim
-from objectives.pruning.structured import prune_coupled
+from objectives.pruning.structured import prune_coupled, resize_transformer
 from search_spaces.documents import CompositeDocument
 
 __all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "prune"]
@@ -236,8 +236,10 @@ class _Pruning:
             masked_accuracy = self._accuracy(original)
         coupled_figures, n_removed = None, None
         if coupled:
-            scores = objective.scores(self.document.composite)
-            result = prune_coupled(own, network, scores, self.n_pruned)
+            if network.is_transformer:
+                result = resize_transformer(own, network, masks)
+            else:
+                result = prune_coupled(own, network, objective.scores(self.document.composite), self.n_pruned)
             write_state(result.network, directory / "coupled.safetensors")
             restricted = self._restricted(result.network)
             write_program(_on_cpu(restricted), input_shape, directory / "coupled.pt2")

@@ -192,6 +192,9 @@ def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
             f"({len(differing)} such); pass a network of the class that was pruned."
         )
     for name, module in network.named_modules():
+        if {"num_heads", "head_dim", "attn_dim"} <= vars(module).keys() and f"{name}.qkv.weight" in state:
+            module.attn_dim = state[f"{name}.qkv.weight"].shape[0] // 3
+            module.num_heads = module.attn_dim // module.head_dim
         weight = state.get(f"{name}.weight")
         if weight is None:
             continue

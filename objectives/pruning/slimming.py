@@ -84,7 +84,7 @@ def cost(module: fx.GraphModule | Draft) -> Cost:
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, nn.Conv2d | nn.Linear):
             parameters += layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
-            flops += layer.weight.numel() * (math.prod(shape_of(node)) // n_channels(shape_of(node)))
+            flops += layer.weight.numel() * (math.prod(shape_of(node)) // max(1, n_channels(shape_of(node))))
         elif isinstance(layer, nn.LayerNorm):
             parameters += sum(tensor.numel() for tensor in layer.parameters())
         elif isinstance(layer, ConstantSum | ConstantTokens):

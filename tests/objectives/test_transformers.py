@@ -1,5 +1,7 @@
 """Vision transformers in canonical form, and their groups and components."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -8,9 +10,14 @@ from torch import nn
 
 from objectives.attribution.attention import AttentionProduct, AttentionWeights
 from objectives.attribution.operations import ConstantSum, ConstantTokens, LayerNorm
+from objectives.datasets import load_task
 from objectives.errors import UnsupportedNetworkError
 from objectives.layer_groups import group_layers
+from objectives.models import load_model
 from objectives.network import canonize
+from objectives.objective import Objective, ObjectiveOptions
+from objectives.pruning.ranking import rank
+from search_spaces.heuristics import TRANSFORMER_HEURISTICS
 
 
 def relative_difference(one, other):
@@ -151,3 +158,65 @@ def test_unknown_attention_is_refused_with_its_module(build_transformer):
         canonize(parallel, (3, 16, 16))
     with pytest.raises(UnsupportedNetworkError, match="has no relevance rule here"):
         canonize(Masked(build_transformer("class-token")).eval(), (3, 16, 16))
+
+
+# Real networks.
+
+
+@pytest.fixture(scope="session")
+def cifar(data_pack):
+    model = load_model(
+        "vit_tiny_patch16_224",
+        checkpoint=data_pack / "weights" / "cifar10_vit_p4_d128_l4_h4.safetensors",
+        options={"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
+        | {"num_classes": 10},
+        size=(32, 32),
+        crop=1.0,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    )
+    source = f"npz:{data_pack / 'cifar10' / 'train_10k.npz'},{data_pack / 'cifar10' / 'test_dev.npz'}"
+    return model, load_task(source, model, confirmation_share=0.0, evaluation_images=4943)
+
+
+def test_the_real_network_reaches_its_accuracy(cifar):
+    objective = Objective(*cifar, ObjectiveOptions(rates=(0.0, 0.5)))
+    assert len(objective.task.search) == 4943
+    assert objective.unpruned_accuracy == pytest.approx(0.7257, abs=3e-4)
+    assert objective.component_widths == {
+        f"blocks.{block}.mlp.{name}": width for block in range(4) for name, width in (("fc1", 256), ("fc2", 128))
+    }
+
+
+@pytest.mark.parametrize("components", ["heads", "mlp"])
+def test_relevance_prunes_the_real_network_better_than_chance(data_pack, cifar, components):
+    model, _ = cifar
+    source = f"npz:{data_pack / 'cifar10' / 'train_10k.npz'},{data_pack / 'cifar10' / 'test_dev.npz'}"
+    task = load_task(source, model, evaluation_images=300)
+    objective = Objective(model, task, ObjectiveOptions(rates=(0.0, 0.25, 0.5), components=components))
+    for name in ("epsilon-cp-abs", "epsilon-attnlrp-abs"):
+        curve = objective.evaluate(TRANSFORMER_HEURISTICS[name]).curve
+        assert curve.accuracies[0] == pytest.approx(objective.unpruned_accuracy)
+        scores = objective.scores(TRANSFORMER_HEURISTICS[name])
+        worst = rank({layer: -values for layer, values in scores.items()})
+        measure = objective.evaluator("search").measure
+        opposite = float(measure(worst.masks(len(worst) // 2)).correct.double().mean())
+        assert curve.accuracies[2] > opposite + 0.1
+
+
+def test_deit_tiny_is_attributed_alike_by_both_engines(data_pack):
+    model = load_model(
+        "deit_tiny_patch16_224", checkpoint=data_pack / "weights" / "imagenet_deit_tiny_patch16_224.safetensors"
+    )
+    evaluation = data_pack / "imagenette160" / "ilsvrcval490_dev.npz"
+    source = f"npz:{data_pack / 'imagenette160' / 'ref_100_per_class.npz'},{evaluation}"
+    classes = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)  # Imagenette's
+    task = load_task(source, model, classes=classes, references_per_class=1, evaluation_images=40)
+    options = ObjectiveOptions(rates=(0.0, 0.5), components="all", batch_size=10)
+    shared = Objective(model, task, options)
+    assert shared.unpruned_accuracy > 0.9
+    zennit = Objective(model, task, replace(options, attribution="zennit"))
+    for name in ("epsilon-cp", "gamma-attnlrp"):
+        one, other = (objective.attribution.attribute(TRANSFORMER_HEURISTICS[name]) for objective in (shared, zennit))
+        for layer, expected in other.magnitude.items():
+            assert float((one.magnitude[layer] - expected).abs().max()) < 1e-3 * float(expected.max())

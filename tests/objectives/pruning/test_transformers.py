@@ -1,5 +1,6 @@
 """Masking, slimming and evaluation of vision transformers."""
 
+import copy
 import itertools
 
 import pytest
@@ -11,7 +12,9 @@ from objectives.pruning.fusion import fused
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
+from objectives.pruning.slim_files import load_coupled, write_state
 from objectives.pruning.slimming import cost, depends_on_images, slim
+from objectives.pruning.structured import resize_transformer
 
 RATES = parse_rates(DEFAULT_RATES)
 TOLERANCE = 1e-9
@@ -146,3 +149,49 @@ def test_masking_restores_every_tensor(transformer, snapshot):
     # Versions count writes, so all but them.
     values = [tensor.numpy(force=True).tobytes() for tensor in transformer.network.state_dict().values()]
     assert values == [entry[5] for module in before for part in module[6:] for entry in part]
+
+
+# Resized networks of the user's own class.
+
+
+@pytest.mark.parametrize("components", ["all", "heads", "mlp"])
+def test_resized_network_computes_what_the_masked_one_computes(transformer, snapshot, components):
+    canonical = transformer.canonical.choosing(components)
+    before = snapshot(transformer.network)
+    masks = random_ranking(canonical).masks(n_pruned(0.6, sum(canonical.components.values())))
+    result = resize_transformer(transformer.network, canonical, masks)
+    assert snapshot(transformer.network) == before
+    assert type(result.network) is type(transformer.network)
+    with torch.no_grad(), masked(copy.deepcopy(transformer.network), canonical.prunable, masks) as network:
+        torch.testing.assert_close(result.network(transformer.images), network(transformer.images))
+    assert result.n_removed == sum(int((~mask).sum()) for mask in masks.values())
+    for block, module in enumerate(result.network.blocks):
+        if components != "mlp":
+            left = int(masks[f"blocks.{block}.attn.heads"].sum())
+            assert (module.attn.num_heads, module.attn.qkv.out_features) == (left, 3 * 8 * left)
+        if components != "heads":
+            assert module.mlp.fc1.out_features == int(masks[f"blocks.{block}.mlp.fc1"].sum())
+            assert module.mlp.fc2.out_features == 24
+    size = cost(canonize(result.network, (3, 16, 16)).module)
+    assert size.parameters < cost(canonical.module).parameters
+
+
+@pytest.mark.parametrize("variant", ["class-token", "layer-scale"])
+@pytest.mark.parametrize("fused_attention", [True, False])
+def test_all_heads_of_a_block_can_go(build_transformer, variant, fused_attention, tmp_path):
+    network = build_transformer(variant)
+    for block in network.blocks:
+        block.attn.fused_attn = fused_attention
+    canonical = canonize(network, (3, 16, 16)).choosing("all")
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    masks = kept(canonical, {"blocks.2.attn.heads": slice(None), "blocks.1.attn.heads": [1]})
+    resized = resize_transformer(network, canonical, masks).network
+    assert resized.blocks[2].attn.num_heads == 0
+    with torch.no_grad(), masked(network, canonical.prunable, masks) as reference:
+        expected = reference(images)
+        torch.testing.assert_close(resized(images), expected)
+        torch.testing.assert_close(canonize(resized, (3, 16, 16)).module(images), expected)
+    write_state(resized, tmp_path / "coupled.safetensors")
+    loaded = load_coupled(tmp_path / "coupled.safetensors", build_transformer(variant))
+    assert [block.attn.num_heads for block in loaded.blocks][:4] == [3, 2, 0, 3]
+    torch.testing.assert_close(loaded(images), expected)
