@@ -1,5 +1,6 @@
 """Attention's rules, re-derived slowly from their propositions, and relevance through whole transformers."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives.attribution.attention import AttentionProduct, AttentionScores, AttentionWeights, attention_rule
-from objectives.attribution.composites import zennit_composite
+from objectives.attribution.composites import CanonicalForm, zennit_composite
 from objectives.attribution.engine import ZennitAttribution
 from objectives.attribution.operations import (
     STABILIZER,
@@ -408,3 +409,19 @@ def test_attention_needs_a_rule_and_other_networks_none(build, build_transformer
         engine = ZennitAttribution(canonical, group_layers(canonical), references, 1)
         with pytest.raises(UnsupportedNetworkError, match=message):
             engine.attribute(composite("Epsilon", attention))
+
+
+def test_loaded_composite_attributes_the_users_own_network(transformer, snapshot):
+    canonical, spec = transformer.canonical, composite("Epsilon", "AttnLRP")
+    groups = group_layers(canonical)
+    network = copy.deepcopy(transformer.network).requires_grad_(False)
+    before = snapshot(network)
+    own = zennit_composite(spec, groups, CanonicalForm(canonize(network, (3, 16, 16))))
+    found = []
+    for rules, module in ((zennit_composite(spec, groups), canonical.module), (own, network)):
+        with rules.context(module) as modified, torch.enable_grad():
+            images = transformer.images.clone().requires_grad_()
+            start = nn.functional.one_hot(transformer.labels, 10).double()
+            found.append(torch.autograd.grad(modified(images), images, start)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert snapshot(network) == before
