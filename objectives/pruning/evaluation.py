@@ -156,6 +156,8 @@ class Evaluator:
             _processor(images.labels.device),
             torch.get_num_threads(),
             self.batches.asked,
+            # Masks don't say whose they are.
+            *([] if self.network.choice == "all" else [self.network.choice]),
         ]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
