@@ -9,6 +9,7 @@ from search_spaces.errors import (
     DocumentWriteError,
     OutsideSpaceError,
     PruningHPOError,
+    RepairSpecError,
     SearchSpaceError,
     SpaceError,
     SpaceImportError,
@@ -20,6 +21,7 @@ from search_spaces.errors import (
 from search_spaces.heuristics import HEURISTICS, heuristic
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.reasons import message_of, reason_of
+from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchSpace, load_space, register
 from search_spaces.suggestions import did_you_mean
@@ -42,7 +44,10 @@ __all__ = [
     "Named",
     "OutsideSpaceError",
     "PruningHPOError",
+    "REPAIRS",
     "RULE_DEFAULTS",
+    "RepairSpec",
+    "RepairSpecError",
     "RuleSpec",
     "SPACES",
     "SearchSpace",

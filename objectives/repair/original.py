@@ -22,6 +22,12 @@ class Moments:
     mean: Tensor
     variance: Tensor
 
+    @classmethod
+    def of(cls, outputs: Tensor) -> Moments:
+        """Of (positions, outputs) in float64."""
+        variance, mean = torch.var_mean(outputs, dim=0, correction=0)
+        return cls(mean, variance)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Targets:

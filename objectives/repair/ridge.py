@@ -9,13 +9,14 @@ so that the penalty pulls towards the old weights, of which e is the residual. T
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-__all__ = ["Change", "NormalEquations", "left_out_error", "solve"]
+__all__ = ["Change", "NormalEquations", "left_out_error", "solve", "total"]
 
 
 @dataclass(slots=True, eq=False)
@@ -103,10 +104,13 @@ def left_out_error(parts: Sequence[NormalEquations], strength: float) -> float:
 
     Leaving one part out is a subtraction of its sums, so nothing is read again.
     """
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.plus(part)
+    whole = total(parts)
     return sum(_error(part, solve(whole.plus(part, -1), strength)) for part in parts)
+
+
+def total(parts: Sequence[NormalEquations]) -> NormalEquations:
+    """The sums over the rows of all parts."""
+    return functools.reduce(NormalEquations.plus, parts)
 
 
 def _error(part: NormalEquations, change: Change) -> float:

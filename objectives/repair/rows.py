@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Linear", "LinearLayer", "silenced"]
+__all__ = ["Linear", "LinearLayer"]
 
 Linear = nn.Conv2d | nn.Linear
 
@@ -90,6 +90,11 @@ class LinearLayer:
             outputs = outputs.movedim(1, -1)
         return outputs.reshape(-1, self.n_outputs)
 
+    def silenced(self, outputs: Tensor, kept: Tensor) -> Tensor:
+        """A value of the output's shape with pruned components zero; `kept` is (outputs,) of bool."""
+        shape = (-1, *[1] * (outputs.ndim - 2)) if isinstance(self.module, nn.Conv2d) else (-1,)
+        return outputs * kept.to(outputs.dtype).reshape(shape)
+
     def live_inputs(self, inputs: Tensor) -> Tensor:
         """(inputs,) of bool: which input channels are anywhere other than zero."""
         dimension = 1 if isinstance(self.module, nn.Conv2d) else inputs.ndim - 1
@@ -128,13 +133,6 @@ class LinearLayer:
         ]
         grouped = patches.flatten(1, 2).unflatten(-1, (self.n_groups, -1))
         return grouped.permute(2, 0, 1, 3).flatten(2).double()
-
-
-def silenced(outputs: Tensor, kept: Tensor, *, channels_last: bool) -> Tensor:
-    """Outputs with those of pruned components zero."""
-    shape = [1] * outputs.ndim
-    shape[-1 if channels_last else 1] = -1
-    return outputs * kept.to(outputs).reshape(shape)
 
 
 def _padding(convolution: nn.Conv2d) -> list[int]:
