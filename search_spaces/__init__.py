@@ -21,7 +21,7 @@ from search_spaces.errors import (
 from search_spaces.heuristics import HEURISTICS, heuristic
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.reasons import message_of, reason_of
-from search_spaces.repairs import REPAIRS, RepairSpec
+from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchSpace, load_space, register
 from search_spaces.suggestions import did_you_mean
@@ -41,6 +41,7 @@ __all__ = [
     "GROUPS",
     "HEURISTICS",
     "NORMALIZATIONS",
+    "NO_REPAIR",
     "Named",
     "OutsideSpaceError",
     "PruningHPOError",

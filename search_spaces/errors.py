@@ -5,8 +5,8 @@ Every message is one line that names the offending value and the remedy; the com
     PruningHPOError
     └── SearchSpaceError
         ├── CompositeError           (ValueError)    values that make no rule or composite
-        │   └── UnknownRuleError                     a rule that has no such name
-        ├── RepairSpecError          (ValueError)    values that make no repair
+        │   ├── UnknownRuleError                     a rule that has no such name
+        │   └── RepairSpecError                      values that make no repair
         ├── UnknownHeuristicError    (KeyError)      a heuristic that has no such name
         ├── SpaceError               (ValueError)    a search space that cannot be read or used
         │   ├── UnknownSpaceError                    a space that has no such name
@@ -56,7 +56,7 @@ class UnknownRuleError(CompositeError):
     """A rule that has no such name."""
 
 
-class RepairSpecError(SearchSpaceError, ValueError):
+class RepairSpecError(CompositeError):
     """Values that make no repair."""
 
 

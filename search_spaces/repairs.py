@@ -9,7 +9,7 @@ from typing import Any
 from search_spaces.errors import RepairSpecError
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["REPAIRS", "RepairSpec"]
+__all__ = ["NO_REPAIR", "REPAIRS", "RepairSpec"]
 
 REPAIRS: Mapping[str, str] = {
     "none": "pruned weights stay as they are",
@@ -91,3 +91,7 @@ class RepairSpec:
 
     def __str__(self) -> str:
         return self.method if self.strength is None else f"{self.method}({repr(self.strength).removesuffix('.0')})"
+
+
+NO_REPAIR = RepairSpec()
+"""Pruned networks stay as they are."""

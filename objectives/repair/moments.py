@@ -48,7 +48,7 @@ class MatchMoments(RepairPass):
         outputs = layer.outputs_by_position(self.computed(layer.module, inputs)).double()
         here = Moments.of(outputs)
         if not bool(here.variance.isfinite().all()):
-            raise RepairError(f"The layer {name!r} can't be repaired: its values on the references aren't finite.")
+            raise RepairError(f"The layer {name!r} can't be repaired: its outputs on the references aren't finite.")
         own = self.strength * wanted.variance
         ratio = ((wanted.variance + own) / (here.variance + own)).sqrt()
         scale = torch.where(here.variance + own > 0, ratio, 1.0)

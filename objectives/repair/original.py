@@ -117,4 +117,4 @@ class _Observer(fx.Interpreter):
     def _add_moments(self, name: str, value: Tensor) -> None:
         rows = self.network.layers[name].outputs_by_position(value).double()
         n, total, square = self.sums.get(name, (0, 0.0, 0.0))
-        self.sums[name] = (n + len(rows), total + rows.sum(dim=0), square + rows.square().sum(dim=0))  # type: ignore[assignment]
+        self.sums[name] = (n + len(rows), total + rows.sum(dim=0), square + rows.square().sum(dim=0))

@@ -33,10 +33,9 @@ class RepairPass(fx.Interpreter, ABC):
         batch_size: images a layer computes at once.
     """
 
-    def __init__(
-        self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int
-    ) -> None:
+    def __init__(self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int) -> None:
         super().__init__(network.module)
+        self.extra_traceback = False  # or it would be added to the messages of our errors
         self.network = network
         self.targets = targets
         self.masks = masks

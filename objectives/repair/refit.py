@@ -2,13 +2,14 @@
 
 The inputs are those of the network that is repaired up to the layer, the targets the original network's outputs of the
 rows that are kept; the last layer of a residual block has the original's sum less the pruned shortcut as its target, so
-that it makes up for errors that came down the stream. The classifier comes last, against the original's logits. Related:
-He et al. 2017 (channel pruning by reconstruction), Frantar and Alistarh 2022 (layer by layer in closed form).
+that it makes up for errors that came down the stream. The classifier comes last, against the original's logits.
+Related: He et al. 2017 (channel pruning by reconstruction), Frantar and Alistarh 2022 (layer by layer, closed form).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from objectives.pruning.ranking import Masks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.passes import RepairPass
-from objectives.repair.ridge import NormalEquations, solve, total
+from objectives.repair.ridge import Equations, equations, total
 from objectives.repair.rows import Linear
 
 __all__ = ["Refit"]
@@ -58,10 +59,12 @@ class Refit(RepairPass):
     def new_layer(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Linear:
         """See `RepairPass.new_layer`."""
         layer = self.network.layers[name]
-        weight, bias = layer.weight().double(), layer.bias().double()
+        # Copies: of a network in float64 these would be its own.
+        weight, bias = layer.weight().double().clone(), layer.bias().double().clone()
         outputs, columns = self._fitted(name, inputs)
+        n_rows = len(self.targets[name].positions)
         parts = [
-            NormalEquations.zeros(len(weight), int(columns.sum()), int(outputs.sum()), inputs.device)
+            equations(len(weight), int(columns.sum()), int(outputs.sum()), n_rows, inputs.device)
             for _ in range(self.n_parts)
         ]
         old_weight, old_bias = weight[:, outputs][:, :, columns], bias[:, outputs]
@@ -74,9 +77,9 @@ class Refit(RepairPass):
             for index, part in enumerate(parts):
                 part.add(rows[:, belongs_to == index], residuals[:, belongs_to == index])
         whole = total(parts)
-        if not bool(whole.gram.isfinite().all() & whole.cross.isfinite().all()):
-            raise RepairError(f"The layer {name!r} can't be refitted: its values on the references aren't finite.")
-        change = solve(whole, self.chosen(name, parts))
+        if not math.isfinite(whole.square):
+            raise RepairError(f"The layer {name!r} can't be repaired: its targets on the references aren't finite.")
+        change = whole.solve(self.chosen(name, parts))
         if change.is_least_norm:
             _log.warning("The equations of layer %r are singular: of their solutions the smallest is taken.", name)
         rows_at, columns_at = outputs.nonzero(), columns.nonzero().flatten()
@@ -84,7 +87,7 @@ class Refit(RepairPass):
         bias[:, outputs] += change.bias
         return layer.replaced(weight, bias)
 
-    def chosen(self, name: str, parts: Sequence[NormalEquations]) -> float:
+    def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """The strength for a layer."""
         return self.strength
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from objectives.fingerprints import state_fingerprint
+from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
 from objectives.pruning.fusion import largest_step
 from objectives.pruning.ranking import Masks
@@ -36,6 +38,8 @@ METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, int, 
 _N_POSITIONS = 3000
 # Values of all references that are kept at once; beyond, only some of the references are used.
 _BYTES_KEPT = 4 * 2**30
+# Weights of repaired networks that are kept.
+_BYTES_REPAIRED = 128 * 2**20
 _SEED = 0
 
 _log = logging.getLogger(__name__)
@@ -49,14 +53,15 @@ class Repairer:
     Args:
         network: canonical; it isn't changed.
         references: (N, C, H, W), on the network's device. Labels aren't needed.
-        batch_size: images a layer computes at once.
+        batches: images a layer computes at once.
     """
 
-    def __init__(self, network: CanonicalNetwork, references: Tensor, batch_size: int) -> None:
+    def __init__(self, network: CanonicalNetwork, references: Tensor, batches: Batches) -> None:
         self.network = network
-        self.batch_size = batch_size
+        self.batches = batches
         self._references = references
         self._strength: float | None = None
+        self._repaired: OrderedDict[str, dict[str, Linear]] = OrderedDict()
 
     @cached_property
     def images(self) -> Tensor:
@@ -74,7 +79,8 @@ class Repairer:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal digest of what a repaired network depends on beside the original, the masks and the repair."""
-        content = [state_fingerprint({"images": self._references}), self.batch_size, _N_POSITIONS, _BYTES_KEPT, _SEED]
+        references = state_fingerprint({"images": self._references})
+        content = [references, self.batches.asked, _N_POSITIONS, _BYTES_KEPT, _SEED]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
     def strength(self, repair: RepairSpec) -> float | None:
@@ -87,7 +93,9 @@ class Repairer:
             generator = torch.Generator().manual_seed(_SEED)
             widths = self.network.components.items()
             masks = {name: torch.rand(width, generator=generator) < 0.5 for name, width in widths}
-            self._strength = choose_strength(self._ordered, self._targets, self.images, masks, self.batch_size)
+            self._strength = self.batches.run(
+                lambda size: choose_strength(self._ordered, self._targets, self.images, masks, size)
+            )
             _log.info("The references choose strength %g for refitting.", self._strength)
         return self._strength
 
@@ -96,12 +104,20 @@ class Repairer:
 
         Raises:
             RepairError: a layer can't be repaired.
+            OutOfMemoryError: the device has no room for a single image.
         """
         strength = self.strength(repair)
         if strength is None or all(bool(mask.all()) for mask in masks.values()):
             return {}
-        method = METHODS[repair.method]
-        return method(self._ordered, self._targets, masks, self.batch_size, strength).repair(self.images)
+        key = f"{repair.method} {strength!r} {[mask.tolist() for mask in masks.values()]}"
+        if key not in self._repaired:
+            method = METHODS[repair.method]
+            self._repaired[key] = self.batches.run(
+                lambda size: method(self._ordered, self._targets, masks, size, strength).repair(self.images)
+            )
+            self._forget()
+        self._repaired.move_to_end(key)
+        return self._repaired[key]
 
     def repaired(self, masks: Masks, repair: RepairSpec) -> CanonicalNetwork:
         """The network with repaired weights, to be masked or made slim by the same masks.
@@ -111,13 +127,22 @@ class Repairer:
         """
         return with_layers(self.network, self.layers(masks, repair))
 
+    def _forget(self) -> None:
+        """What is kept serves races, which come back to the same masks for more images."""
+
+        def size(layers: dict[str, Linear]) -> int:
+            return sum(tensor.nbytes for layer in layers.values() for tensor in layer.parameters())
+
+        while len(self._repaired) > 1 and sum(map(size, self._repaired.values())) > _BYTES_REPAIRED:
+            self._repaired.popitem(last=False)
+
     @cached_property
     def _ordered(self) -> OrderedNetwork:
         return order(self.network.module)
 
     @cached_property
     def _targets(self) -> dict[str, Targets]:
-        return observe(self._ordered, self.images, self.batch_size, _N_POSITIONS, _SEED)
+        return self.batches.run(lambda size: observe(self._ordered, self.images, size, _N_POSITIONS, _SEED))
 
 
 def with_layers(network: CanonicalNetwork, layers: Mapping[str, nn.Module]) -> CanonicalNetwork:

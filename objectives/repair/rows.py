@@ -53,16 +53,16 @@ class LinearLayer:
 
     def weight(self) -> Tensor:
         """(groups, outputs of a group, columns) of the module's weight, columns in the order of `inputs_at`."""
-        weight = self.module.weight.detach()
+        weight: Tensor = self.module.weight.detach()
         if isinstance(self.module, nn.Conv2d):
-            weight = weight.permute(0, 2, 3, 1).flatten(1)
-        return weight.unflatten(0, (self.n_groups, -1))
+            weight = weight.permute(0, 2, 3, 1).contiguous()
+        return weight.view(self.n_groups, -1, self.n_columns)
 
     def bias(self) -> Tensor:
         """(groups, outputs of a group) of the module's bias; zeros where it has none."""
         weight = self.module.weight
-        bias = weight.new_zeros(len(weight)) if self.module.bias is None else self.module.bias.detach()
-        return bias.unflatten(0, (self.n_groups, -1))
+        bias: Tensor = weight.new_zeros(len(weight)) if self.module.bias is None else self.module.bias.detach()
+        return bias.view(self.n_groups, -1)
 
     def replaced(self, weight: Tensor, bias: Tensor) -> Linear:
         """The layer with other values, given as `weight` and `bias` return them; they are rounded to its dtype."""
@@ -131,7 +131,8 @@ class LinearLayer:
             down[:, None, None] + offsets_down[:, None],
             across[:, None, None] + offsets_across,
         ]
-        grouped = patches.flatten(1, 2).unflatten(-1, (self.n_groups, -1))
+        n_positions, height, width, n_inputs = patches.shape
+        grouped = patches.reshape(n_positions, height * width, self.n_groups, n_inputs // self.n_groups)
         return grouped.permute(2, 0, 1, 3).flatten(2).double()
 
 

@@ -1,8 +1,8 @@
 """The strength of the refit's penalty, chosen on the reference images by leaving some of them out.
 
 On one pruned network, half of whose components are gone at random, every layer is fitted without a fifth of the images
-and its error is taken on that fifth. The normal equations without some images are a subtraction, so it is in closed
-form. What is chosen has the least error of all layers, each in relation to the error that pruning makes in it.
+and its error is taken on that fifth. The equations without some images are sums of the others' (closed form): nothing
+is computed again. What is chosen has the least error of all layers, each in relation to what pruning does to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from objectives.pruning.ranking import Masks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.refit import Refit
-from objectives.repair.ridge import NormalEquations, left_out_error
+from objectives.repair.ridge import Equations, left_out_errors
 
 __all__ = ["STRENGTHS", "choose_strength"]
 
@@ -54,11 +54,11 @@ class _Choice(Refit):
         self.n_parts = n_parts
         self.errors = [0.0] * len(STRENGTHS)
 
-    def chosen(self, name: str, parts: Sequence[NormalEquations]) -> float:
+    def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """See `Refit.chosen`."""
         unrepaired = sum(part.square for part in parts)
         if unrepaired == 0:
             return STRENGTHS[-1]
-        errors = [left_out_error(parts, strength) / unrepaired for strength in STRENGTHS]
+        errors = [error / unrepaired for error in left_out_errors(parts, STRENGTHS)]
         self.errors = [before + error for before, error in zip(self.errors, errors, strict=True)]
         return STRENGTHS[min(range(len(STRENGTHS)), key=errors.__getitem__)]
