@@ -102,6 +102,7 @@ class LoadedProblem:
             "output_relevance": configuration.output_relevance,
             "procedure": self.objective.options.procedure,
             "rates": list(configuration.rates),
+            "repair": configuration.repair_spec().to_json(),
             "preprocessing": task.preprocessing.to_json(),
             "references": {
                 "per_class": configuration.references_per_class,
@@ -223,6 +224,7 @@ def load_problem(
         layer_groups=layer_groups,
         attribution=configuration.attribution,
         attribution_memory=configuration.attribution_memory * 2**20,
+        repair=configuration.repair_spec(),
     )
     if document is not None:
         options = replace(options, procedure=document.procedure)

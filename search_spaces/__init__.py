@@ -23,7 +23,15 @@ from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_
 from search_spaces.reasons import message_of, reason_of
 from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
-from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchSpace, load_space, register
+from search_spaces.spaces import (
+    SPACES,
+    ContinuousSpace,
+    DiscreteSpace,
+    RepairedSpace,
+    SearchSpace,
+    load_space,
+    register,
+)
 from search_spaces.suggestions import did_you_mean
 
 __all__ = [
@@ -49,6 +57,7 @@ __all__ = [
     "RULE_DEFAULTS",
     "RepairSpec",
     "RepairSpecError",
+    "RepairedSpace",
     "RuleSpec",
     "SPACES",
     "SearchSpace",

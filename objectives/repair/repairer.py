@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -22,11 +22,11 @@ from objectives.repair.order import OrderedNetwork, order
 from objectives.repair.original import Targets, observe
 from objectives.repair.passes import RepairPass
 from objectives.repair.refit import Refit
-from objectives.repair.rows import Linear
+from objectives.repair.rows import Linear, LinearLayer
 from objectives.repair.strength import choose_strength
 from search_spaces.repairs import RepairSpec
 
-__all__ = ["Repairer", "with_layers"]
+__all__ = ["Repairer", "with_biases", "with_layers"]
 
 METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, int, float], RepairPass]] = {
     "bn": MatchMoments,
@@ -164,3 +164,13 @@ def with_layers(network: CanonicalNetwork, layers: Mapping[str, nn.Module]) -> C
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, layer)
     return replace(network, module=module.eval())
+
+
+def with_biases(network: CanonicalNetwork, names: Iterable[str]) -> CanonicalNetwork:
+    """A canonical network whose layers of these names have biases, zeros where they had none, as repaired ones do."""
+    layers = {}
+    for name in names:
+        layer = LinearLayer(network.module.get_submodule(name), ())  # type: ignore[arg-type]
+        if layer.module.bias is None:
+            layers[name] = layer.replaced(layer.weight(), layer.bias())
+    return with_layers(network, layers)
