@@ -540,7 +540,7 @@ class LaunchConfiguration:
     repair_strength: float | None = _option(
         "objective",
         "Pull of the repair towards no change.",
-        read=_above_0,
+        read=_between(1e-12, 1e12, "must be a number above 0"),
         metavar="X",
         shown="chosen from the reference images",
     )

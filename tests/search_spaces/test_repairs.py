@@ -40,10 +40,8 @@ def test_a_composite_may_bring_its_repair() -> None:
     plain = CompositeSpec.parse_rules("LLR=Epsilon,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon", abs=True)
     assert plain.repair is None
     assert "repair" not in plain.to_json()
-    repaired = [
-        CompositeSpec.from_json({**plain.to_json(), "repair": str(spec)})
-        for spec in (RepairSpec("refit", 0.1), NO_REPAIR)
-    ]
+    specs = (RepairSpec("refit", 0.1), NO_REPAIR)
+    repaired = [CompositeSpec.from_json({**plain.to_json(), "repair": str(spec)}) for spec in specs]
     assert [composite.repair for composite in repaired] == [RepairSpec("refit", 0.1), NO_REPAIR]
     assert [CompositeSpec.from_json(composite.to_json()) for composite in repaired] == repaired
     assert len({plain.key, *(composite.key for composite in repaired)}) == 3

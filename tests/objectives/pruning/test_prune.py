@@ -117,9 +117,8 @@ def test_a_network_is_repaired_by_default(run, digits_model, digits_task, docume
     assert (report.n_pruned, report.exact.flops) == (unrepaired.n_pruned, unrepaired.exact.flops)
     # What is on disk is what was measured.
     images = digits_task.confirmation
-    expected = slim(
-        objective.repairer.repaired(ranking.masks(report.n_pruned), RepairSpec("refit")), ranking.masks(201)
-    )
+    masks = ranking.masks(report.n_pruned)
+    expected = slim(objective.repairer.repaired(masks, RepairSpec("refit")), masks)
     for network in (torch.export.load(output / "slim.pt2").module(), load_slim(output / "slim.safetensors")):
         assert _accuracy(network, images) == report.exact.accuracy
         torch.testing.assert_close(network(images.images), expected(images.images), rtol=1e-4, atol=1e-3)
