@@ -118,7 +118,8 @@ class LinearLayer:
             return (rows if channels is None else rows[:, channels]).double()[None]
         first, end = int(image[0]), int(image[-1]) + 1
         part = inputs[first:end] if channels is None else inputs[first:end, channels]
-        padded = nn.functional.pad(part, _padding(self.module)).movedim(1, -1)
+        padding = _padding(self.module)
+        padded = (nn.functional.pad(part, padding) if any(padding) else part).movedim(1, -1)
         steps, width = self.module.stride, self.output_shape[2]
         across, down = place % width * steps[1], place // width * steps[0]
         offsets_down, offsets_across = (

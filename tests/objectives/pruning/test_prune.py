@@ -211,6 +211,18 @@ def test_the_coupled_network_is_reported_apart(run, digits_model, digits_task, t
     assert report.coupled.parameters < report.unpruned.parameters
 
 
+def test_some_classes_only_are_repaired(run, digits_model, make_document):
+    task = load_task("digits", digits_model, classes=[7, 2, 5])
+    before = copy.deepcopy(digits_model.network.state_dict())
+    document = make_document(digits_model, task, COMPOSITE)
+    report = run("rate", 0.7, task=task, document=document, repair=RepairSpec("refit"))
+    assert report.masked_accuracy == pytest.approx(report.exact.accuracy, abs=1.5 / report.images["n_images"])
+    assert report.repair.n_references == 30
+    assert report.repair.agreement >= report.repair.agreement_without
+    after = digits_model.network.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_some_classes_only(run, digits_model, make_document, tmp_path):
     task = load_task("digits", digits_model, classes=[7, 2, 5])
     document = make_document(digits_model, task, COMPOSITE)
