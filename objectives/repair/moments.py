@@ -17,7 +17,7 @@ from torch import Tensor
 from objectives.errors import RepairError
 from objectives.pruning.ranking import Masks
 from objectives.repair.order import OrderedNetwork
-from objectives.repair.original import Moments, Targets
+from objectives.repair.original import MomentSums, Targets
 from objectives.repair.passes import RepairPass
 from objectives.repair.rows import Linear
 
@@ -45,8 +45,10 @@ class MatchMoments(RepairPass):
     def new_layer(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Linear:
         """See `RepairPass.new_layer`."""
         layer, wanted = self.network.layers[name], self.targets[name].moments
-        outputs = layer.outputs_by_position(self.computed(layer.module, inputs)).double()
-        here = Moments.of(outputs)
+        sums = MomentSums()
+        for part in inputs.split(self.batch_size):
+            sums.add(layer.outputs_by_position(layer.module(part)))
+        here = sums.moments()
         if not bool(here.variance.isfinite().all()):
             raise RepairError(f"The layer {name!r} can't be repaired: its outputs on the references aren't finite.")
         own = self.strength * wanted.variance

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.rows import LinearLayer
 
-__all__ = ["Moments", "Targets", "observe"]
+__all__ = ["MomentSums", "Moments", "Targets", "observe"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,11 +22,26 @@ class Moments:
     mean: Tensor
     variance: Tensor
 
-    @classmethod
-    def of(cls, outputs: Tensor) -> Moments:
-        """Of (positions, outputs) in float64."""
-        variance, mean = torch.var_mean(outputs, dim=0, correction=0)
-        return cls(mean, variance)
+
+class MomentSums:
+    """Sums over positions, from which moments are made; in float64."""
+
+    def __init__(self) -> None:
+        self._n_positions = 0
+        self._total: Tensor | float = 0.0
+        self._square: Tensor | float = 0.0
+
+    def add(self, outputs: Tensor) -> None:
+        """Takes (positions, outputs) in."""
+        rows = outputs.double()
+        self._n_positions += len(rows)
+        self._total = self._total + rows.sum(dim=0)
+        self._square = self._square + rows.square().sum(dim=0)
+
+    def moments(self) -> Moments:
+        """Of all that has been added."""
+        mean, square = torch.as_tensor(self._total) / self._n_positions, torch.as_tensor(self._square)
+        return Moments(mean, (square / self._n_positions - mean.square()).clamp(min=0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +80,7 @@ def observe(
         for first in range(0, len(images), batch_size):
             observer.observe(images[first : first + batch_size], first)
     return {
-        name: Targets(positions[name], torch.cat(observer.values[name]), observer.moments(name))
+        name: Targets(positions[name], torch.cat(observer.values[name]), observer.sums[name].moments())
         for name in network.layers
     }
 
@@ -85,23 +100,18 @@ class _Observer(fx.Interpreter):
         self.positions = positions
         self.first = 0
         self.values: dict[str, list[Tensor]] = defaultdict(list)
-        self.sums: dict[str, tuple[float, Tensor, Tensor]] = {}
+        self.sums: dict[str, MomentSums] = defaultdict(MomentSums)
         self.ended_by = {node.name: name for name, node in network.sums.items()}
 
     def observe(self, images: Tensor, first: int) -> None:
         self.first = first
         self.run(images)
 
-    def moments(self, name: str) -> Moments:
-        n, total, square = self.sums[name]
-        mean = total / n
-        return Moments(mean, (square / n - mean.square()).clamp(min=0))
-
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.op == "call_module" and n.target in self.network.layers:
             name = str(n.target)
-            self._add_moments(name, value)
+            self.sums[name].add(self.network.layers[name].outputs_by_position(value))
             if name not in self.network.sums:
                 self._take(name, value)
         elif n.name in self.ended_by:
@@ -113,8 +123,3 @@ class _Observer(fx.Interpreter):
         positions = self.positions[name] - self.first * layer.n_places
         here = positions[(positions >= 0) & (positions < len(value) * layer.n_places)]
         self.values[name].append(layer.outputs_at(value, here))
-
-    def _add_moments(self, name: str, value: Tensor) -> None:
-        rows = self.network.layers[name].outputs_by_position(value).double()
-        n, total, square = self.sums.get(name, (0, 0.0, 0.0))
-        self.sums[name] = (n + len(rows), total + rows.sum(dim=0), square + rows.square().sum(dim=0))
