@@ -196,7 +196,9 @@ class Evaluator:
             known = new if known is None else Measurement(torch.cat([known.correct, new.correct]), new.cost)
             self._keep(mask, known)
             # Other batches round in another way, and elsewhere it would be measured at once.
-            if n_known == 0 and wanted == len(self.images) and self.batches.size == self.batches.asked:
+            batches = [self.batches, *([self._repairer.batches] if repair else [])]
+            as_asked = all(each.size == each.asked for each in batches)
+            if n_known == 0 and wanted == len(self.images) and as_asked:
                 self._new.append(mask)
         self._measured.move_to_end(mask)
         return known if len(known.correct) == wanted else Measurement(known.correct[:wanted], known.cost)

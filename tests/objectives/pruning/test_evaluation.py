@@ -142,11 +142,11 @@ def test_a_repair_is_part_of_what_is_measured(evaluator):
     assert first.measure(masks, 5, repairs[2]).correct.tolist() == measured[2].correct[:5].tolist()
     # Nothing is repaired where nothing is pruned, so that is measured once.
     assert len({id(first.measure(all_kept, repair=repair)) for repair in repairs}) == 1
-    keys = [known.mask for known in first.news()]
+    keys = [known.mask for known in first.news().measurements]
     assert len(keys) == len(set(keys)) == len(repairs) + 1
     other.measure(masks, repair=repairs[0])
     other.measure(masks, repair=repairs[2])
-    ours, theirs = (known.mask for known in other.news())
+    ours, theirs = (known.mask for known in other.news().measurements)
     assert ours in keys  # no repair, no references
     assert theirs not in keys
     assert first.origin == other.origin == Evaluator(subject.canonical, images, Batches("a test", 16)).origin
