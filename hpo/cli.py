@@ -58,6 +58,7 @@ def cli() -> None:
     hpo launch --sampler grid --space mine.toml --exact
     hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
+    hpo launch --repair refit
     hpo launch --config study.toml --device cuda:0
     hpo launch --sampler grid --executor ray --workers 4
     hpo launch --executor ray --ray-address 10.0.0.5:6379 --gpus-per-trial 0.5
@@ -180,6 +181,7 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
 @cli.command(
     examples="""
     hpo evaluate --heuristic epsilon-plus-abs
+    hpo evaluate --heuristic epsilon-abs --repair refit
     hpo evaluate --rules LLR=Epsilon,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon --abs --epsilon 1e-6 --json
     hpo evaluate --composite best.json --model resnet18 --data folder:flowers
     """
@@ -271,6 +273,7 @@ def evaluate(
                 "accuracies": list(curve.accuracies),
                 **evaluation.figures,
                 "composite": spec.to_json(),
+                "repair": configuration.repair_spec().to_json(),
                 "images": images,
                 "n_images": len(evaluation.image_auc),
                 "parameters": list(curve.parameters),
@@ -281,7 +284,9 @@ def evaluate(
             }
         )
         return
-    title = f"{spec.label} on {len(evaluation.image_auc)} {images} images"
+    repair = configuration.repair_spec()
+    repaired = f", repaired by {repair}" if repair else ""
+    title = f"{spec.label} on {len(evaluation.image_auc)} {images} images{repaired}"
     print_parts(title, *evaluation_tables(evaluation), *evaluation.remarks)
 
 
@@ -350,6 +355,7 @@ def export(
     examples="""
     hpo prune best.json --rate 0.4 -o slim
     hpo prune best.json --keep-accuracy 0.95 -o slim
+    hpo prune best.json --rate 0.4 --repair none -o slim
     hpo prune best.json --flops 0.5 --coupled -o slim --checkpoint resnet18.pt --data folder:flowers
     """
 )
@@ -395,7 +401,7 @@ def export(
 )
 @click.option("--coupled", is_flag=True, help="Also prune whole coupled groups (torch-pruning), measured anew.")
 @configuration_options("model", "data")
-@configuration_options("objective", only=["batch-size", "device"])
+@configuration_options("objective", only=["batch-size", "repair", "repair-strength", "device"])
 @_config
 @_json
 @_verbose
@@ -414,7 +420,8 @@ def prune(
 ) -> None:
     """Prune a network with an exported composite, and write the smaller network.
 
-    The document's network and images are used where no option says otherwise. slim.pt2 is a program that loads and runs
+    The document's network and images are used where no option says otherwise. What is left is refitted to the unpruned
+    network's outputs on the reference images, unless --repair says otherwise. slim.pt2 is a program that loads and runs
     with torch alone.
     """
     amounts: dict[AmountKind, float | None] = {
@@ -449,6 +456,7 @@ def prune(
             output=o,
             device=configuration.device,
             batch_size=configuration.batch_size,
+            repair=configuration.repair_spec(default="refit"),
         )
     if as_json:
         print_json(report.to_json())

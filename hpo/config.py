@@ -18,6 +18,7 @@ from objectives.options import parse_option
 from objectives.pruning.rates import DEFAULT_RATES, parse_rates
 from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
+from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
 __all__ = [
@@ -544,9 +545,32 @@ class LaunchConfiguration:
         metavar="MIB",
         default=1024,
     )
+    repair: str | None = _option(
+        "objective",
+        "Give pruned networks accuracy back from the reference images: bn matches each channel's mean and deviation, "
+        "refit fits the remaining weights to the unpruned network's outputs.",
+        read=_choice(tuple(REPAIRS)),
+        metavar="|".join(REPAIRS),
+        shown="none; of `hpo prune` the document's, else refit",
+    )
+    repair_strength: float | None = _option(
+        "objective",
+        "Pull of the repair towards no change.",
+        read=_between(1e-12, 1e12, "must be a number above 0"),
+        metavar="X",
+        shown="chosen from the reference images",
+    )
     device: str = _option(
         "objective", "Device to compute on.", read=_device, metavar="auto|cpu|cuda[:N]", default="auto"
     )
+
+    def repair_spec(self, default: str = "none") -> RepairSpec:
+        """The repair of pruned networks, by a default method.
+
+        Raises:
+            RepairSpecError: There is a strength and nothing is to be repaired.
+        """
+        return RepairSpec(self.repair or default, self.repair_strength)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form, by option names; the storage URL without user information."""

@@ -1,7 +1,7 @@
 """Export: from a study to documents that anyone can prune with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from hpo.errors import ConfigurationError, NothingFoundError
 from hpo.problem import load_problem, refuse_imports
 from hpo.report import configuration_of
 from search_spaces.documents import CompositeDocument
+from search_spaces.repairs import RepairSpec
 from search_spaces.spaces import load_space
 from storage.errors import StudyIdentityError
 from storage.identity import differences
@@ -110,6 +111,9 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
         "abs_scope": document.abs_scope,
         "output_relevance": document.output_relevance,
     }
+    repair = RepairSpec.from_json(document.repair)
+    if repair:
+        options |= {"repair": repair.method, "repair_strength": repair.strength}
     return {field: value for field, value in options.items() if value is not None}
 
 
@@ -168,9 +172,11 @@ def _document(
             "accuracies": list(result.accuracies),
             "differences": {name: asdict(difference) for name, difference in result.differences.items()},
         }
+    # What a composite brings of its own stands where all documents have it.
+    own = {} if composite.repair is None else {"repair": composite.repair.to_json()}
     return CompositeDocument(
-        **description,
-        composite=composite,
+        **{**description, **own},
+        composite=replace(composite, repair=None),
         study={
             "name": study.study_name,
             "trial": trial.number,

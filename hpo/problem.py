@@ -123,6 +123,7 @@ class LoadedProblem:
             "components": self.objective.network.choice,
             "ranking": self.objective.ranking_scope,
             "rates": list(configuration.rates),
+            "repair": configuration.repair_spec().to_json(),
             "preprocessing": task.preprocessing.to_json(),
             "references": {
                 "per_class": configuration.references_per_class,
@@ -246,6 +247,7 @@ def load_problem(
         layer_groups=layer_groups,
         attribution=configuration.attribution,
         attribution_memory=configuration.attribution_memory * 2**20,
+        repair=configuration.repair_spec(),
     )
     if document is not None:
         options = replace(options, procedure=document.procedure)

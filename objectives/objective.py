@@ -1,6 +1,6 @@
 """The objective: a composite becomes an evaluation.
 
-composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> accuracy -> curve
+composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> repair -> accuracy -> curve
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measureme
 from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
 from objectives.racing import Correctness, GivenUp, Race
+from objectives.repair.repairer import Repairer
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
 __all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
@@ -78,6 +80,7 @@ class ObjectiveOptions:
         attribution: `shared` attributes many composites together, `zennit` one at a time; their scores agree to
             rounding, as those of two devices do, so neither is part of a study's identity.
         attribution_memory: bytes that the shared engine may take.
+        repair: of every pruned network before it is measured, unless a composite brings its own.
     """
 
     rates: tuple[float, ...]
@@ -92,6 +95,7 @@ class ObjectiveOptions:
     layer_groups: Mapping[str, Sequence[str]] | None = None
     attribution: AttributionEngine = "shared"
     attribution_memory: int = DEFAULT_MEMORY
+    repair: RepairSpec = NO_REPAIR
 
     def __post_init__(self) -> None:
         check_rates(self.rates)
@@ -200,6 +204,7 @@ class Objective:
             if options.attribution == "zennit"
             else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
         )
+        self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
         self._evaluators: dict[ImageSet, Evaluator] = {}
         self._learnt: dict[str, tuple[KnownMeasurement, ...]] = {}
         self.unpruned_accuracy: float = self._unpruned(original)
@@ -265,8 +270,12 @@ class Objective:
     def _kinds(self) -> dict[str, str]:
         return {name: self.network.kinds[name] for name in self.network.components}
 
+    def repair(self, composite: CompositeSpec) -> RepairSpec:
+        """How the networks that a composite prunes are repaired."""
+        return self.options.repair if composite.repair is None else composite.repair
+
     def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
-        """Attributes, prunes and counts.
+        """Attributes, prunes, repairs and counts.
 
         Args:
             composite: to evaluate.
@@ -274,25 +283,29 @@ class Objective:
 
         Raises:
             RelevanceError: the composite's relevance can't be used.
+            RepairError: a pruned network can't be repaired.
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        return self._count(self._masks(composite, stopwatch), images, stopwatch)
+        return self._count(self._masks(composite, stopwatch), self.repair(composite), images, stopwatch)
 
     def race(self, composite: CompositeSpec, race: Race) -> Evaluation | GivenUp:
         """As `evaluate` on the search images, unless the composite loses a race on the way.
 
         Raises:
             RelevanceError: the composite's relevance can't be used.
+            RepairError: a pruned network can't be repaired.
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        masks, evaluator = self._masks(composite, stopwatch), self.evaluator("search")
-        given_up = race.run(lambda index, n_images: evaluator.measure(masks[index], n_images).correct.cpu().numpy())
+        masks, evaluator, repair = self._masks(composite, stopwatch), self.evaluator("search"), self.repair(composite)
+        given_up = race.run(
+            lambda index, n_images: evaluator.measure(masks[index], n_images, repair).correct.cpu().numpy()
+        )
         if given_up is not None:
             evaluator.news()  # of nobody's interest: most masks were measured on few images
             return replace(given_up, seconds=stopwatch.seconds())
-        return self._count(masks, "search", stopwatch)  # of what has been measured
+        return self._count(masks, repair, "search", stopwatch)  # of what has been measured
 
     def _masks(self, composite: CompositeSpec, stopwatch: _Stopwatch) -> list[Masks]:
         """Of every rate."""
@@ -301,13 +314,12 @@ class Objective:
         stopwatch.attributed()
         return masks
 
-    def _count(self, masks: Sequence[Masks], images: ImageSet, stopwatch: _Stopwatch) -> Evaluation:
+    def _count(self, masks: Sequence[Masks], repair: RepairSpec, images: ImageSet, stopwatch: _Stopwatch) -> Evaluation:
         """On all images."""
         evaluator = self.evaluator(images)
-        measurements = [evaluator.measure(each) for each in masks]
-        collapsed = evaluator.measure(
-            {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
-        )
+        measurements = [evaluator.measure(each, repair=repair) for each in masks]
+        nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
+        collapsed = evaluator.measure(nothing, repair=repair)
         # The one time that the device is waited for.
         correct = torch.stack([measurement.correct for measurement in (*measurements, collapsed)]).cpu()
         labels: Tensor = getattr(self.task, images).labels
@@ -341,7 +353,8 @@ class Objective:
             if len(labelled) == 0:
                 raise DataError(f"There are no {images} images; change `--confirmation-share`.")
             dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
-            evaluator = Evaluator(self.network, self._resident(labelled, dtype), self.batches, dtype)
+            here = self._resident(labelled, dtype)
+            evaluator = Evaluator(self.network, here, self.batches, dtype, self.repairer)
             self._teach(evaluator)
             self._evaluators[images] = evaluator
         return self._evaluators[images]
@@ -384,7 +397,7 @@ class Objective:
         return Evaluation(curve, curve.figures(), packed, tuple(image_auc.tolist()), seconds, self._remarks())
 
     def _remarks(self) -> tuple[str, ...]:
-        remarks = (self.attribution.batches.remark, self.batches.remark)
+        remarks = (self.attribution.batches.remark, self.repairer.batches.remark, self.batches.remark)
         return tuple(remark for remark in remarks if remark is not None)
 
     # Ways to be wrong without noticing.

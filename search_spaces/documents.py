@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from search_spaces.composites import CompositeSpec
 from search_spaces.errors import CompositeError, DocumentError, DocumentVersionError, DocumentWriteError
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class CompositeDocument:
         components: What is pruned: attention heads, neurons of a transformer's MLPs, or all that there are.
         ranking: Whether components are ranked over the whole network, or each kind of them within itself.
         rates: Pruning rates of the curves, increasing from 0.
+        repair: Method and strength of the repair of every pruned network, as `RepairSpec.to_json` gives them.
         preprocessing: Size, mean, standard deviation and the like of the model's images.
         references: How the reference samples were selected.
         model: Name, options, fingerprint and shape of the network.
@@ -70,6 +72,7 @@ class CompositeDocument:
     components: Literal["all", "heads", "mlp"] = "all"
     ranking: Literal["global", "kind"] = "global"
     rates: tuple[float, ...]
+    repair: dict[str, Any] = field(default_factory=NO_REPAIR.to_json)
     preprocessing: dict[str, Any]
     references: dict[str, Any]
     model: dict[str, Any]
@@ -235,6 +238,11 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield path, f"is {_short(increasing)}, but must increase strictly from 0"
     if len(curve["accuracies"]) != len(curve["rates"]):
         yield "$.curve.accuracies", f"has {len(curve['accuracies'])} values for {len(curve['rates'])} rates"
+    if "repair" in value:
+        try:
+            RepairSpec.from_json(value["repair"])
+        except CompositeError as error:
+            yield "$.repair", f"cannot be used: {str(error).removesuffix('.')}"
     confirmation = value.get("confirmation")
     if confirmation is not None and len(confirmation["accuracies"]) != len(rates):
         yield "$.confirmation.accuracies", f"has {len(confirmation['accuracies'])} values for {len(rates)} rates"

@@ -250,6 +250,33 @@ def test_evaluate_prints_a_table(study):
     assert [line for line in lines if line.startswith(" 0.5 ")]
 
 
+def test_evaluate_repairs_and_says_so():
+    plain, repaired = (
+        json.loads(hpo("evaluate", "--heuristic", "zplus", *QUICK, *options, "--json").stdout)
+        for options in ((), ("--repair", "refit", "--repair-strength", 0.1))
+    )
+    assert plain["repair"] == {"method": "none", "strength": None}
+    assert repaired["repair"] == {"method": "refit", "strength": 0.1}
+    assert repaired["auc"] > plain["auc"]
+    lines = hpo("evaluate", "--heuristic", "zplus", *QUICK, "--repair", "bn").stdout.splitlines()
+    assert lines[0] == "ZPlus/ZPlus/ZPlus/ZPlus on 40 search images, repaired by bn"
+    assert "must be one of none, bn, refit" in refused("evaluate", "--heuristic", "zplus", "--repair", "glue", *QUICK)
+
+
+def test_prune_repairs_unless_told_otherwise(document, tmp_path):
+    repaired, plain = (
+        json.loads(hpo("prune", document, "--rate", 0.5, "-o", tmp_path / name, *options, "--json").stdout)
+        for name, options in (("slim", ()), ("plain", ("--repair", "none")))
+    )
+    assert repaired["repair"]["method"] == "refit"
+    assert plain["repair"]["method"] == "none"
+    assert repaired["repair"]["accuracy_without"] == plain["exact"]["accuracy"]
+    assert repaired["repair"]["agreement"] > plain["repair"]["agreement"]
+    text = hpo("prune", document, "--rate", 0.5, "--repair-strength", 2, "-o", tmp_path / "text").stdout
+    assert "Repaired by refit, strength 2, in " in text
+    assert "The exact slim network agrees with the unpruned one on " in text
+
+
 def test_prune_writes_a_smaller_network(document, tmp_path):
     result = hpo("prune", document, "--rate", 0.3, "-o", tmp_path / "slim", "--json")
     report = json.loads(result.stdout)

@@ -101,6 +101,8 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         abs-scope = "element"
         output-relevance = "logit"
         dtype = "bf16"
+        repair = "refit"
+        repair-strength = 0.1
         batch-size = 7
         attribution = "zennit"
         attribution-memory = 64

@@ -1,6 +1,7 @@
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from search_spaces import (
     ContinuousSpace,
     DiscreteSpace,
     OutsideSpaceError,
+    RepairedSpace,
+    RepairSpec,
     RuleSpec,
     SearchSpace,
     SpaceError,
@@ -34,6 +37,63 @@ MLL = ["ZPlus"]
 HLL = ["Epsilon", "AlphaBeta"]
 FCL = ["Epsilon"]
 """
+
+
+class TestRepairedSpace:
+    SPACE = RepairedSpace(load_space("cnn"), ("none", "refit"), (0.1, 1.0))
+
+    def test_every_repair_is_a_neighbour(self) -> None:
+        grid = self.SPACE.grid()
+        assert self.SPACE.size() == len(grid) == len(set(grid)) == 3 * 1212
+        assert [str(point.repair) for point in grid[:3]] == ["none", "refit(0.1)", "refit(1)"]
+        assert len({point.attribution_key for point in grid[:3]}) == 1
+
+    def test_suggests_points_and_finds_their_parameters_again(self) -> None:
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        repairs = set()
+        for _ in range(50):
+            trial = study.ask(self.SPACE.distributions())
+            composite = self.SPACE.suggest(trial)
+            assert trial.params.keys() == self.SPACE.distributions().keys()
+            parameters = self.SPACE.parameters(composite)
+            assert parameters.keys() == trial.params.keys()
+            assert self.SPACE.suggest(FixedTrial(parameters)) == composite
+            repairs.add(str(composite.repair))
+        assert repairs == {"none", "refit(0.1)", "refit(1)"}
+
+    def test_a_registered_space_is_repaired_by_its_suffix(self) -> None:
+        space = load_space("cnn-extended+repair")
+        assert space == RepairedSpace(load_space("cnn-extended"), ("none", "bn", "refit"))
+        assert space.name == "cnn-extended+repair"
+        assert space.to_json()["parameters"]["repair"] == ["none", "bn", "refit"]
+        assert load_space("cnn-continuous+repair").size() is None
+        with pytest.raises(UnknownSpaceError, match="cnm"):
+            load_space("cnm+repair")
+
+    def test_a_file_lists_repairs(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "mine.toml", RULES + 'repair = ["refit", "bn"]\nrepair_strength = [0.1, 1]\n')
+        space = load_space(path)
+        assert isinstance(space, RepairedSpace)
+        assert (space.repair, space.repair_strength) == (("refit", "bn"), (0.1, 1.0))
+        assert load_space(write(tmp_path / "mine.toml", RULES)) == space.base
+
+    def test_other_composites_are_outside(self) -> None:
+        base = self.SPACE.base.grid()[0]
+        for composite in (base, replace(base, repair=RepairSpec("bn"))):
+            with pytest.raises(OutsideSpaceError):
+                self.SPACE.parameters(composite)
+        for name in ("cnn", "cnn-continuous"):
+            with pytest.raises(OutsideSpaceError):
+                load_space(name).parameters(self.SPACE.grid()[0])
+
+    @pytest.mark.parametrize(
+        ("repair", "strength"), [((), ()), (("rifit",), ()), (("bn", "bn"), ()), (("bn",), (0.0,)), (("bn",), (1, 1.0))]
+    )
+    def test_lists_that_cannot_be_searched_are_refused(
+        self, repair: tuple[str, ...], strength: tuple[float, ...]
+    ) -> None:
+        with pytest.raises(SpaceError, match=r"^Parameter repair"):
+            RepairedSpace(self.SPACE.base, repair, strength)
 
 
 @pytest.fixture(params=sorted(SPACES))
