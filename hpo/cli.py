@@ -447,6 +447,7 @@ def prune(
         model, task = load_model_and_task(configuration, given)
         progress.phase("Pruning")
         ((kind, value),) = wanted.items()
+        is_default = configuration.repair is None and configuration.repair_strength is None
         report = run(
             model,
             task,
@@ -456,7 +457,7 @@ def prune(
             output=o,
             device=configuration.device,
             batch_size=configuration.batch_size,
-            repair=configuration.repair_spec(default="refit"),
+            repair=None if is_default else configuration.repair_spec(default="refit"),
         )
     if as_json:
         print_json(report.to_json())

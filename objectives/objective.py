@@ -20,7 +20,7 @@ from objectives.attribution.relevance import AbsScope
 from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
-from objectives.errors import DataError, OptionError, UnsupportedNetworkError
+from objectives.errors import DataError, OptionError, RepairError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
@@ -204,6 +204,7 @@ class Objective:
             if options.attribution == "zennit"
             else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
         )
+        self._check_repair(options.repair)
         self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
         self._evaluators: dict[ImageSet, Evaluator] = {}
         self._learnt: dict[str, tuple[KnownMeasurement, ...]] = {}
@@ -271,8 +272,14 @@ class Objective:
         return {name: self.network.kinds[name] for name in self.network.components}
 
     def repair(self, composite: CompositeSpec) -> RepairSpec:
-        """How the networks that a composite prunes are repaired."""
-        return self.options.repair if composite.repair is None else composite.repair
+        """How the networks that a composite prunes are repaired.
+
+        Raises:
+            RepairError: the network is a transformer.
+        """
+        repair = self.options.repair if composite.repair is None else composite.repair
+        self._check_repair(repair)
+        return repair
 
     def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
         """Attributes, prunes, repairs and counts.
@@ -401,6 +408,10 @@ class Objective:
         return tuple(remark for remark in remarks if remark is not None)
 
     # Ways to be wrong without noticing.
+
+    def _check_repair(self, repair: RepairSpec) -> None:
+        if repair and self.network.is_transformer:
+            raise RepairError(f"Repair {repair} is for convolutional networks; choose --repair none.")
 
     def _check_copy(self, original: nn.Module, references: LabelledImages) -> None:
         def compare(batch_size: int) -> tuple[float, float]:

@@ -37,7 +37,7 @@ from objectives.pruning.structured import prune_coupled, resize_transformer
 from objectives.repair.own import repaired
 from objectives.repair.repairer import with_layers
 from search_spaces.documents import CompositeDocument
-from search_spaces.repairs import RepairSpec
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "RepairFigures", "prune"]
 
@@ -49,7 +49,6 @@ _OPTIONS: dict[AmountKind, str] = {
     "parameters": "--params",
     "flops": "--flops",
 }
-_REFIT = RepairSpec("refit")
 _ACCURACY_STEPS = 100
 _LATENCY_RUNS = 20
 
@@ -172,7 +171,7 @@ def prune(
     coupled: bool = False,
     device: str = "auto",
     batch_size: int = 100,
-    repair: RepairSpec = _REFIT,
+    repair: RepairSpec | None = None,
 ) -> PruneReport:
     """Prunes a network with a document's composite and writes the result.
 
@@ -185,7 +184,8 @@ def prune(
         coupled: also remove coupled groups by torch-pruning.
         device: to compute on.
         batch_size: images a pass.
-        repair: of the exact slim network, from the reference images; the coupled one isn't repaired.
+        repair: of the exact slim network, from the reference images; by default it is refitted, a transformer isn't
+            repaired. Neither is the coupled network.
 
     Raises:
         RepairError: the pruned network can't be repaired.
@@ -193,6 +193,8 @@ def prune(
         SlimFileError: the output exists or can't be written.
         OptionError: the amount can't be reached.
     """
+    if repair is None:
+        repair = RepairSpec("refit") if document.composite.attention is None else NO_REPAIR
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure,

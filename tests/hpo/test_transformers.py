@@ -116,6 +116,9 @@ def test_wrong_use_ends_in_one_line(model, tmp_path, monkeypatch):
     assert "`--components heads` is for vision transformers" in refused(
         "evaluate", "--heuristic", "epsilon", "--components", "heads"
     )
+    assert refused("evaluate", *model, *QUICK, "--heuristic", "epsilon-cp", "--repair", "refit") == (
+        "Repair refit is for convolutional networks; choose --repair none."
+    )
     unknown = refused("evaluate", *model, *QUICK, "--rules", rules, "--attention", "CPP")
     assert unknown == "Unknown attention rule 'CPP'. Did you mean 'CP'? Known: AttnLRP, CP, ZPlus."
     shallow = [part.replace("depth=4", "depth=3") if isinstance(part, str) else part for part in model]
