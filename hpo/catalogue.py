@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 from hpo.report import LEGEND, plain_table
 from hpo.samplers import SAMPLERS
 from objectives.pruning.curve import FIGURES
-from search_spaces.heuristics import HEURISTICS
+from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS
 from search_spaces.spaces import SPACES, load_space
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["catalogue", "catalogue_tables"]
+
+_HEURISTICS = {**HEURISTICS, **TRANSFORMER_HEURISTICS}
 
 
 def catalogue() -> dict[str, Any]:
@@ -21,7 +23,7 @@ def catalogue() -> dict[str, Any]:
             {**load_space(name).to_json(), "size": load_space(name).size(), "description": _description(name)}
             for name in SPACES
         ],
-        "heuristics": {name: composite.to_json() for name, composite in HEURISTICS.items()},
+        "heuristics": {name: composite.to_json() for name, composite in _HEURISTICS.items()},
         "samplers": list(SAMPLERS),
         "metrics": list(FIGURES),
     }
@@ -34,7 +36,7 @@ def catalogue_tables() -> list["Table | str"]:
         size = load_space(name).size()
         spaces.add_row(name, "continuous" if size is None else f"{size:,}", _description(name))
     heuristics = plain_table("heuristic", "composite")
-    for name, composite in HEURISTICS.items():
+    for name, composite in _HEURISTICS.items():
         heuristics.add_row(name, composite.label)
     return [spaces, heuristics, LEGEND, f"Samplers: {', '.join(SAMPLERS)}", f"Metrics: {', '.join(FIGURES)}"]
 

@@ -58,6 +58,7 @@ def cli() -> None:
     hpo launch --sampler grid --space mine.toml --exact
     hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
+    hpo launch --repair refit
     hpo launch --config study.toml --device cuda:0
     hpo launch --sampler grid --executor ray --workers 4
     hpo launch --executor ray --ray-address 10.0.0.5:6379 --gpus-per-trial 0.5
@@ -180,6 +181,7 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
 @cli.command(
     examples="""
     hpo evaluate --heuristic epsilon-plus-abs
+    hpo evaluate --heuristic epsilon-abs --repair refit
     hpo evaluate --rules LLR=Epsilon,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon --abs --epsilon 1e-6 --json
     hpo evaluate --composite best.json --model resnet18 --data folder:flowers
     """
@@ -210,6 +212,13 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
     heading="Composite",
     help="With --rules: epsilon of the Epsilon rules.  [default: 1e-06]",
 )
+@click.option(
+    "--attention",
+    cls=Option,
+    heading="Composite",
+    metavar="RULE",
+    help="With --rules: rule of a vision transformer's attention: AttnLRP, CP or ZPlus.",
+)
 @configuration_options("model", "data", "objective")
 @configuration_options("search", only=["space"])
 @click.option(
@@ -228,6 +237,7 @@ def evaluate(
     rules: str | None,
     absolute: bool,
     epsilon: float | None,
+    attention: str | None,
     images: Any,
     config: Path | None,
     as_json: bool,
@@ -241,14 +251,14 @@ def evaluate(
     """
     if sum(given is not None for given in (composite, heuristic, rules)) != 1:
         raise click.UsageError("Give one of --composite, --heuristic and --rules.")
-    if rules is None and (absolute or epsilon is not None):
-        raise click.UsageError("--abs and --epsilon go with --rules.")
+    if rules is None and (absolute or epsilon is not None or attention is not None):
+        raise click.UsageError("--abs, --epsilon and --attention go with --rules.")
     console = start_logging(verbose)
     from hpo.progress import make_progress
     from hpo.report import evaluation_tables
 
     document = None if composite is None else _read_document(composite)
-    spec = document.composite if document is not None else _composite(heuristic, rules, absolute, epsilon)
+    spec = document.composite if document is not None else _composite(heuristic, rules, absolute, epsilon, attention)
     configuration, given = _resolve_with(document, options, config)
     with make_progress(configuration.metric, console) as progress:
         progress.phase("Loading network and images")
@@ -263,6 +273,7 @@ def evaluate(
                 "accuracies": list(curve.accuracies),
                 **evaluation.figures,
                 "composite": spec.to_json(),
+                "repair": configuration.repair_spec().to_json(),
                 "images": images,
                 "n_images": len(evaluation.image_auc),
                 "parameters": list(curve.parameters),
@@ -273,7 +284,9 @@ def evaluate(
             }
         )
         return
-    title = f"{spec.label} on {len(evaluation.image_auc)} {images} images"
+    repair = configuration.repair_spec()
+    repaired = f", repaired by {repair}" if repair else ""
+    title = f"{spec.label} on {len(evaluation.image_auc)} {images} images{repaired}"
     print_parts(title, *evaluation_tables(evaluation), *evaluation.remarks)
 
 
@@ -342,6 +355,7 @@ def export(
     examples="""
     hpo prune best.json --rate 0.4 -o slim
     hpo prune best.json --keep-accuracy 0.95 -o slim
+    hpo prune best.json --rate 0.4 --repair none -o slim
     hpo prune best.json --flops 0.5 --coupled -o slim --checkpoint resnet18.pt --data folder:flowers
     """
 )
@@ -387,7 +401,7 @@ def export(
 )
 @click.option("--coupled", is_flag=True, help="Also prune whole coupled groups (torch-pruning), measured anew.")
 @configuration_options("model", "data")
-@configuration_options("objective", only=["batch-size", "device"])
+@configuration_options("objective", only=["batch-size", "repair", "repair-strength", "device"])
 @_config
 @_json
 @_verbose
@@ -406,7 +420,8 @@ def prune(
 ) -> None:
     """Prune a network with an exported composite, and write the smaller network.
 
-    The document's network and images are used where no option says otherwise. slim.pt2 is a program that loads and runs
+    The document's network and images are used where no option says otherwise. What is left is refitted to the unpruned
+    network's outputs on the reference images, unless --repair says otherwise. slim.pt2 is a program that loads and runs
     with torch alone.
     """
     amounts: dict[AmountKind, float | None] = {
@@ -432,6 +447,7 @@ def prune(
         model, task = load_model_and_task(configuration, given)
         progress.phase("Pruning")
         ((kind, value),) = wanted.items()
+        is_default = configuration.repair is None and configuration.repair_strength is None
         report = run(
             model,
             task,
@@ -441,6 +457,7 @@ def prune(
             output=o,
             device=configuration.device,
             batch_size=configuration.batch_size,
+            repair=None if is_default else configuration.repair_spec(default="refit"),
         )
     if as_json:
         print_json(report.to_json())
@@ -679,14 +696,16 @@ def _read_document(path: str) -> "CompositeDocument":
     return load_document(path)
 
 
-def _composite(heuristic: str | None, rules: str | None, absolute: bool, epsilon: float | None) -> "CompositeSpec":
+def _composite(
+    heuristic: str | None, rules: str | None, absolute: bool, epsilon: float | None, attention: str | None
+) -> "CompositeSpec":
     from search_spaces.composites import CompositeSpec
     from search_spaces.heuristics import heuristic as named
 
     if heuristic is not None:
         return named(heuristic)
     assert rules is not None, "one of the three is given"
-    spec = CompositeSpec.parse_rules(rules, abs=absolute, epsilon=epsilon)
+    spec = CompositeSpec.parse_rules(rules, abs=absolute, epsilon=epsilon, attention=attention)
     if epsilon is not None and spec.epsilon is None:
         raise ConfigurationError(f"`--epsilon {epsilon:g}` is for the Epsilon rule, which --rules lacks; leave it out.")
     return spec
@@ -724,7 +743,8 @@ def _load_problem(
     from search_spaces.spaces import load_space
 
     if document is None:
-        return load_problem(configuration, load_space(configuration.space).layer_groups)
+        space = None if configuration.space is None else load_space(configuration.space)
+        return load_problem(configuration, None if space is None else space.layer_groups)
     return load_problem(configuration, None, given, document)
 
 

@@ -18,6 +18,7 @@ from objectives.options import parse_option
 from objectives.pruning.rates import DEFAULT_RATES, parse_rates
 from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
+from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
 __all__ = [
@@ -43,6 +44,8 @@ _DEFAULT_N_TRIALS_DIGITS = 60
 _DEFAULT_TRIALS_PER_BATCH = 8
 
 _ABS_SCOPES = ("sum", "element")
+_COMPONENTS = ("all", "heads", "mlp")
+_RANKINGS = ("kind", "global")
 _ATTRIBUTIONS = ("shared", "zennit")
 _DTYPES = ("fp32", "bf16")
 _EXECUTORS = ("local", "ray")
@@ -270,12 +273,12 @@ class LaunchConfiguration:
         private=True,
     )
 
-    space: str = _option(
+    space: str | None = _option(
         "search",
         "What may be searched: a registered space (see `hpo spaces`), a TOML file, or package.module:object.",
         read=_text,
         metavar="SPACE",
-        default="cnn",
+        shown="vit for vision transformers, else cnn",
     )
     sampler: str = _option(
         "search",
@@ -486,6 +489,20 @@ class LaunchConfiguration:
         default=(),
         shown=DEFAULT_RATES,
     )
+    components: Literal["all", "heads", "mlp"] | None = _option(
+        "objective",
+        "What is pruned: neurons of a vision transformer's MLPs, its attention heads, or all.",
+        read=_choice(_COMPONENTS),
+        metavar="|".join(_COMPONENTS),
+        shown="mlp for vision transformers, else all",
+    )
+    ranking: Literal["kind", "global"] = _option(
+        "objective",
+        "Of a transformer's heads and neurons together: rank each kind within itself, or all over the whole network.",
+        read=_choice(_RANKINGS),
+        metavar="|".join(_RANKINGS),
+        default="kind",
+    )
     abs_scope: Literal["sum", "element"] = _option(
         "objective",
         "What `abs` takes the absolute value of: a sample's relevance summed over space, or every element.",
@@ -528,9 +545,32 @@ class LaunchConfiguration:
         metavar="MIB",
         default=1024,
     )
+    repair: str | None = _option(
+        "objective",
+        "Give pruned networks accuracy back from the reference images: bn matches each channel's mean and deviation, "
+        "refit fits the remaining weights to the unpruned network's outputs.",
+        read=_choice(tuple(REPAIRS)),
+        metavar="|".join(REPAIRS),
+        shown="none; of `hpo prune` the document's, else refit",
+    )
+    repair_strength: float | None = _option(
+        "objective",
+        "Pull of the repair towards no change.",
+        read=_between(1e-12, 1e12, "must be a number above 0"),
+        metavar="X",
+        shown="chosen from the reference images",
+    )
     device: str = _option(
         "objective", "Device to compute on.", read=_device, metavar="auto|cpu|cuda[:N]", default="auto"
     )
+
+    def repair_spec(self, default: str = "none") -> RepairSpec:
+        """The repair of pruned networks, by a default method.
+
+        Raises:
+            RepairSpecError: There is a strength and nothing is to be repaired.
+        """
+        return RepairSpec(self.repair or default, self.repair_strength)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form, by option names; the storage URL without user information."""
@@ -650,7 +690,7 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
     for field in ("checkpoint", "class_map"):
         if values.get(field) is not None:
             values[field] = str(Path(values[field]).expanduser().absolute())
-    if values.get("space", "").endswith(".toml"):
+    if (values.get("space") or "").endswith(".toml"):
         values["space"] = str(Path(values["space"]).expanduser().absolute())
     if values.get("n_trials") is None and values.get("sampler") != "grid":
         values["n_trials"] = _DEFAULT_N_TRIALS_DIGITS if data == _DEFAULT_DATA else _DEFAULT_N_TRIALS

@@ -27,7 +27,7 @@ from hpo.progress import TrialReport
 from hpo.racing import RIVAL, Races, described, given_up
 from hpo.samplers import GridSampler, learns, sampler_failure
 from hpo.sources import HeuristicSource, SearchSource, TrialSource
-from search_spaces.heuristics import HEURISTICS
+from search_spaces.heuristics import heuristics_of
 from storage.errors import AfterTrialError, StorageError, TrialResultError
 from storage.identity import differences
 from storage.store import StudyStore
@@ -166,9 +166,10 @@ class StudyDriver:
 
     def _evaluate_heuristics(self) -> None:
         done = trials.heuristics(self._trials())
-        left = [name for name in HEURISTICS if name not in done]
+        published = heuristics_of(self._space.distributions())
+        left = [name for name in published if name not in done]
         if left:
-            self._phase("Heuristics", len(HEURISTICS), len(done))
+            self._phase("Heuristics", len(published), len(done))
         given = self._store.load(self._configuration.study, RandomSampler(seed=0))
         self._run_trials(HeuristicSource(self._store, given, self._space, left))
 

@@ -1,7 +1,7 @@
 """Export: from a study to documents that anyone can prune with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from hpo.errors import ConfigurationError, NothingFoundError
 from hpo.problem import load_problem, refuse_imports
 from hpo.report import configuration_of
 from search_spaces.documents import CompositeDocument
+from search_spaces.repairs import RepairSpec
 from search_spaces.spaces import load_space
 from storage.errors import StudyIdentityError
 from storage.identity import differences
@@ -105,9 +106,14 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
         "seed": references["seed"],
         "batch_size": references.get("batch_size"),
         "rates": document.rates,
+        "components": document.components,
+        "ranking": document.ranking,
         "abs_scope": document.abs_scope,
         "output_relevance": document.output_relevance,
     }
+    repair = RepairSpec.from_json(document.repair)
+    if repair:
+        options |= {"repair": repair.method, "repair_strength": repair.strength}
     return {field: value for field, value in options.items() if value is not None}
 
 
@@ -117,9 +123,9 @@ def _load(study: "Study", saved: LaunchConfiguration, options: Mapping[str, Any]
     given = given_fields(options)
     refuse_imports(configuration, given, f"Study {study.study_name!r}")
     progress.phase("Loading network and images")
-    problem = load_problem(
-        configuration, load_space(configuration.space, allow_imports="space" in given).layer_groups, given
-    )
+    name = configuration.space
+    space = None if name is None else load_space(name, allow_imports="space" in given)
+    problem = load_problem(configuration, None if space is None else space.layer_groups, given)
     if different := differences(study.user_attrs[IDENTITY]["objective"], problem.identity()):
         raise StudyIdentityError(
             f"Study {study.study_name!r} searched on something else; pass the options that it was launched with "
@@ -166,9 +172,11 @@ def _document(
             "accuracies": list(result.accuracies),
             "differences": {name: asdict(difference) for name, difference in result.differences.items()},
         }
+    # What a composite brings of its own stands where all documents have it.
+    own = {} if composite.repair is None else {"repair": composite.repair.to_json()}
     return CompositeDocument(
-        **description,
-        composite=composite,
+        **{**description, **own},
+        composite=replace(composite, repair=None),
         study={
             "name": study.study_name,
             "trial": trial.number,

@@ -14,7 +14,7 @@ __all__ = ["identity", "upgraded"]
 def identity(configuration: "LaunchConfiguration", space: "SearchSpace", problem: "Problem") -> dict[str, Any]:
     """Everything that a trial's value or choice depends on; where and by how many it is computed is no part of it."""
     return {
-        "repair": "none",
+        "repair": str(configuration.repair_spec()),
         "sampler": configuration.sampler,
         "metric": configuration.metric,
         "pruner": configuration.pruner or "none",

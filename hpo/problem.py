@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.config import LaunchConfiguration
-from hpo.errors import ImportRefusedError
+from hpo.errors import ConfigurationError, ImportRefusedError
 from hpo.executors import Images, Worker
 from hpo.measurements import known_by_origin
 from search_spaces.imports import Named, runs_code
@@ -25,9 +25,18 @@ if TYPE_CHECKING:
     from objectives.racing import GivenUp, Race
     from search_spaces.composites import CompositeSpec
     from search_spaces.documents import CompositeDocument
+    from search_spaces.spaces import SearchSpace
     from storage.measurements import MeasurementRecord
 
-__all__ = ["LoadedProblem", "Problem", "load_model_and_task", "load_problem", "refuse_imports"]
+__all__ = [
+    "LoadedProblem",
+    "Problem",
+    "default_space",
+    "load_model_and_task",
+    "load_problem",
+    "refuse_imports",
+    "refuse_space",
+]
 
 _VERSIONED = ("numpy", "optuna", "pruning-hpo", "timm", "torch", "zennit")
 
@@ -43,6 +52,11 @@ class Problem(Worker, Protocol):
     @property
     def n_confirmation_images(self) -> int:
         """Number of images that the search never sees."""
+        ...
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether composites need a rule for attention."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -86,6 +100,11 @@ class LoadedProblem:
         """See `Problem.n_confirmation_images`."""
         return len(self.task.confirmation)
 
+    @property
+    def has_attention(self) -> bool:
+        """See `Problem.has_attention`."""
+        return self.objective.network.is_transformer
+
     def identity(self) -> dict[str, Any]:
         """See `Problem.identity`."""
         identity = self.objective.identity()
@@ -101,7 +120,10 @@ class LoadedProblem:
             "abs_scope": configuration.abs_scope,
             "output_relevance": configuration.output_relevance,
             "procedure": self.objective.options.procedure,
+            "components": self.objective.network.choice,
+            "ranking": self.objective.ranking_scope,
             "rates": list(configuration.rates),
+            "repair": configuration.repair_spec().to_json(),
             "preprocessing": task.preprocessing.to_json(),
             "references": {
                 "per_class": configuration.references_per_class,
@@ -215,6 +237,8 @@ def load_problem(
     model, task = load_model_and_task(configuration, given)
     options = ObjectiveOptions(
         rates=configuration.rates,
+        components=configuration.components,
+        ranking=configuration.ranking,
         abs_scope=configuration.abs_scope,
         output_relevance=configuration.output_relevance,
         dtype=configuration.dtype,
@@ -223,6 +247,7 @@ def load_problem(
         layer_groups=layer_groups,
         attribution=configuration.attribution,
         attribution_memory=configuration.attribution_memory * 2**20,
+        repair=configuration.repair_spec(),
     )
     if document is not None:
         options = replace(options, procedure=document.procedure)
@@ -283,6 +308,26 @@ def load_model_and_task(
     return model, task
 
 
+def default_space(problem: Problem) -> str:
+    """The space of a study whose user names none."""
+    return "vit" if problem.has_attention else "cnn"
+
+
+def refuse_space(configuration: LaunchConfiguration, space: "SearchSpace", problem: Problem) -> None:
+    """Refuse a space whose composites don't fit the network.
+
+    Raises:
+        ConfigurationError: Only one of space and network has attention.
+    """
+    if ("attention" in space.distributions()) == problem.has_attention:
+        return
+    wrong, right = ("lack a rule for it", "has") if problem.has_attention else ("have a rule for it", "lacks")
+    raise ConfigurationError(
+        f"The network {configuration.model!r} {right} attention, but the composites of `--space {configuration.space}` "
+        f"{wrong}; pass `--space {default_space(problem)}`."
+    )
+
+
 def refuse_imports(configuration: LaunchConfiguration, given: "Container[str]", origin: str) -> None:
     """Refuse to import what only a store or a document names: code runs when this command line names it.
 
@@ -297,7 +342,7 @@ def refuse_imports(configuration: LaunchConfiguration, given: "Container[str]", 
     fields: tuple[Named, ...] = ("model", "data", "space")
     for field in fields:
         text = getattr(configuration, field)
-        if field not in given and runs_code(field, text):
+        if text is not None and field not in given and runs_code(field, text):
             raise ImportRefusedError(
                 f"{origin} names {text!r}, which runs code and is not loaded from there; "
                 f"pass `--{field} {shlex.quote(text)}` if you trust it."

@@ -387,11 +387,28 @@ def prune_parts(report: "PruneReport") -> "list[Table | str]":
                 f"{figures.size_bytes / 1024:,.0f} KiB",
                 f"{figures.latency_ms:.2f} ms",
             )
+    repair = report.repair
+    agrees = f"The exact slim network agrees with the unpruned one on {100 * repair.agreement:.1f} %"
+    if repair.method == "none":
+        repaired = f"{agrees} of {repair.n_references} reference images."
+    else:
+        repaired = (
+            f"Repaired by {repair.method}, strength {repair.strength:.3g}, in {repair.seconds:.1f} s: accuracy "
+            f"{repair.accuracy_without:.4f} without, {report.exact.accuracy:.4f} with.\n"
+            f"{agrees} of {repair.n_references} reference images, without on {100 * repair.agreement_without:.1f} %."
+        )
     images = f"Accuracy on {report.images['n_images']} {report.images['set']} images; latency of one image, median."
     removed = f"Pruned {report.n_pruned} of {report.n_components} components."
     if report.n_removed_coupled is not None:
         removed += f" The coupled network lost {report.n_removed_coupled}."
-    return [removed, table, images, *report.warnings, "\n".join(["Wrote:", *(f"  {file}" for file in report.files)])]
+    return [
+        removed,
+        table,
+        images,
+        repaired,
+        *report.warnings,
+        "\n".join(["Wrote:", *(f"  {file}" for file in report.files)]),
+    ]
 
 
 def _trial_report(trial: FrozenTrial, confirmation_auc: float | None) -> TrialSummary:

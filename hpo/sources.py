@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from hpo.in_flight import Asked
 from hpo.samplers import sampler_failure
 from search_spaces.errors import OutsideSpaceError, PruningHPOError
-from search_spaces.heuristics import HEURISTICS
+from search_spaces.heuristics import heuristic
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -81,7 +81,7 @@ class HeuristicSource:
             return None
         name = self._names.popleft()
         waiting = self._waiting(name) or self._store.add_waiting(self._study, self._trial(name))
-        return Asked(self._store.claim(self._study, waiting), HEURISTICS[name], name)
+        return Asked(self._store.claim(self._study, waiting), heuristic(name), name)
 
     def told(self, asked: Asked) -> None:
         """See `TrialSource.told`."""
@@ -96,7 +96,7 @@ class HeuristicSource:
         return next((trial for trial in waiting if trial.user_attrs.get("heuristic") == name), None)
 
     def _trial(self, name: str) -> FrozenTrial:
-        composite = HEURISTICS[name]
+        composite = heuristic(name)
         try:
             parameters, distributions = self._space.parameters(composite), self._space.distributions()
         except OutsideSpaceError:

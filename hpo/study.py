@@ -12,7 +12,7 @@ from hpo.driver import StudyDriver
 from hpo.errors import Interrupted
 from hpo.executors import Images, make_executor
 from hpo.plots import CurvePlotter
-from hpo.problem import LoadedProblem, load_problem
+from hpo.problem import LoadedProblem, default_space, load_problem, refuse_space
 from hpo.racing import default_pruner
 from hpo.samplers import GridSampler, make_sampler
 from search_spaces.spaces import load_space
@@ -40,15 +40,24 @@ def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
         PruningHPOError: Whatever the user can cause; the study can be resumed.
         Interrupted: Ctrl-C or SIGTERM; the study can be resumed.
     """
+    _check_store(configuration)
+    problem = None
+    if configuration.space is None:  # the network decides
+        make_sampler(configuration.sampler, load_space("cnn"), configuration.seed)
+        progress.phase("Loading network and images")
+        problem = load_problem(configuration, None)
+        configuration = replace(configuration, space=default_space(problem))
+    assert configuration.space is not None
     space = load_space(configuration.space)
     sampler = make_sampler(configuration.sampler, space, configuration.seed)
     if isinstance(sampler, GridSampler) and configuration.n_trials is None:
         configuration = replace(configuration, n_trials=space.size())
     if configuration.pruner is None:
         configuration = replace(configuration, pruner=default_pruner(configuration, space, sampler))
-    _check_store(configuration)
-    progress.phase("Loading network and images")
-    problem = load_problem(configuration, space.layer_groups)
+    if problem is None:
+        progress.phase("Loading network and images")
+        problem = load_problem(configuration, space.layer_groups)
+    refuse_space(configuration, space, problem)
     _recall_measurements(configuration, problem)
     stop = threading.Event()
     with (

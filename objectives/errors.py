@@ -6,6 +6,7 @@ Every message is one line that names the offending value and the remedy; the com
     └── ObjectiveError
         ├── UnsupportedNetworkError    (ValueError)       a network that cannot be attributed or slimmed correctly
         ├── RelevanceError             (ArithmeticError)  relevance that is not finite, absent or unbalanced
+        ├── RepairError                (ValueError)       a pruned network whose layers cannot be refitted
         ├── ModelError                 (ValueError)       a model that cannot be built or loaded
         │   └── CheckpointMismatchError                   weights that do not fit the architecture
         ├── DataError                  (ValueError)       images, labels or splits that cannot be used
@@ -28,6 +29,7 @@ __all__ = [
     "OutOfMemoryError",
     "PruningRatesError",
     "RelevanceError",
+    "RepairError",
     "SlimFileError",
     "UnsupportedNetworkError",
 ]
@@ -43,6 +45,10 @@ class UnsupportedNetworkError(ObjectiveError, ValueError):
 
 class RelevanceError(ObjectiveError, ArithmeticError):
     """Relevance that is not finite, is absent from a layer of components, or does not balance."""
+
+
+class RepairError(ObjectiveError, ValueError):
+    """A pruned network that cannot be repaired; the message names the layer or the option."""
 
 
 class ModelError(ObjectiveError, ValueError):

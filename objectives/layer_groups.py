@@ -5,6 +5,7 @@ The grouping follows the tables of Hatefi et al. 2024 for VGG and ResNet and ext
 - Networks without residual stages (VGG, AlexNet): of n convolutions in forward order the first n//3 are LLR, the last
   n//3 HLL, the rest MLL.
 - Two to four stages: stem and first stage LLR, last stage and a head convolution HLL, the rest MLL.
+- Vision transformers: of n blocks the first n//4 are LLR, the last n//4 HLL, the rest MLL; what comes before them LLR.
 - More stages: by output resolution; the stem and the highest resolution LLR, the lowest resolution and a head
   convolution HLL, the rest MLL.
 
@@ -26,6 +27,7 @@ from search_spaces.suggestions import did_you_mean
 __all__ = ["group_layers"]
 
 _MOST_NAMED_STAGES = 4
+_FEWEST_BLOCKS = 4
 _STEM = "<stem>"
 _HEAD = "<head>"
 
@@ -43,6 +45,8 @@ def group_layers(network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]
     """
     if patterns is not None:
         return _by_patterns(network, patterns)
+    if network.is_transformer:
+        return _by_quarters(network)
     layers = list(network.layers.values())
     groups = {layer.name: "FCL" for layer in layers if not layer.is_convolution}
     groups[network.classifier] = "FCL"
@@ -76,6 +80,24 @@ def _by_patterns(network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]
             "no group); add a pattern for it."
         )
     return _in_order(network, groups)
+
+
+def _by_quarters(network: CanonicalNetwork) -> dict[str, str]:
+    blocks = network.residual_scopes
+    if len(blocks) < _FEWEST_BLOCKS:
+        raise UnsupportedNetworkError(
+            f"The transformer has {len(blocks)} blocks, but its groups need at least {_FEWEST_BLOCKS}; give "
+            "groups of your own in a space's TOML file."
+        )
+    quarter = len(blocks) // 4
+    groups: dict[str, str] = {}
+    group = "LLR"
+    for name in network.layers:
+        block = next((index for index, scope in enumerate(blocks) if name.startswith(f"{scope}.")), None)
+        if block is not None:
+            group = "LLR" if block < quarter else "HLL" if block >= len(blocks) - quarter else "MLL"
+        groups[name] = "FCL" if block is None and any(name.startswith(f"{blocks[0]}.") for name in groups) else group
+    return groups
 
 
 def _in_order(network: CanonicalNetwork, groups: Mapping[str, str]) -> dict[str, str]:

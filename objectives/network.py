@@ -2,7 +2,9 @@
 
 `torch.export` captures the network as one graph of ATen operators; from it a copy is built with batch norm folded into
 the convolution before it (with its epsilon), residual sums, activations, average pooling and squeeze-and-excite gates
-as modules of their own. Attribution, grouping and slimming all read this one graph, so no list of architectures is
+as modules of their own. In vision transformers, so are layer norms, constant tokens and position embeddings; LayerScale
+is folded into the layer before it, attention has a layer each for q, k and v, and the two classifiers of a distilled
+network become one. Attribution, grouping and slimming all read this one graph, so no list of architectures is
 needed. What the graph holds beyond the known steps is refused with the module's name: a wrong relevance is worse than
 none.
 
@@ -15,16 +17,31 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ExportGraphSignature
 
-from objectives.attribution.operations import Activation, AveragePool, ConstantGate, Operation, ResidualSum
+from objectives.attribution.attention import AttentionProduct, AttentionWeights, Heads
+from objectives.attribution.operations import (
+    Activation,
+    AveragePool,
+    ConstantGate,
+    ConstantSum,
+    ConstantTokens,
+    LayerNorm,
+    Operation,
+    ResidualSum,
+)
 from objectives.errors import UnsupportedNetworkError
+from objectives.self_attention import SelfAttention, find_self_attention
+from search_spaces.suggestions import did_you_mean
 
-__all__ = ["CanonicalNetwork", "Layer", "canonize", "shape_of"]
+__all__ = ["CanonicalNetwork", "Components", "Layer", "canonize", "channel_axis", "n_channels", "shape_of"]
+
+Components = Literal["all", "heads", "mlp"]
+"""Which components are pruned: attention heads, neurons of a transformer's MLPs, or all that there are."""
 
 aten = torch.ops.aten
 
@@ -90,6 +107,8 @@ _MOVES = {
     aten.squeeze.dims,
     aten.squeeze.dim,
     aten.slice.Tensor,
+    aten.select.int,
+    aten.transpose.int,
     aten.constant_pad_nd.default,
     aten.pad.default,
     aten.cat.default,
@@ -101,7 +120,7 @@ class Layer:
     """A convolution or dense layer that relevance flows through.
 
     Attributes:
-        name: of the module in the user's network.
+        name: of the module in the user's network; behind it `.q`, `.k` and `.v`, where these share one.
         width: number of output channels or neurons.
         norm: name of the batch norm folded into it, if any.
         input_shape: without the batch dimension.
@@ -134,6 +153,10 @@ class CanonicalNetwork:
         residual_scopes: names of the modules that hold a residual sum, in forward order.
         residual_sums: names of the sums' modules in `module`.
         input_shape: (C, H, W).
+        heads: of each attention, by the name of the module in `module` that computes their outputs, in forward order.
+        kinds: of all that could be components, by name in forward order: `filters` (neurons of dense layers too), and
+            in transformers `heads` and `mlp`.
+        choice: which of them are components.
     """
 
     module: fx.GraphModule
@@ -142,6 +165,9 @@ class CanonicalNetwork:
     residual_scopes: tuple[str, ...]
     residual_sums: tuple[str, ...]
     input_shape: tuple[int, int, int]
+    heads: dict[str, Heads]
+    kinds: dict[str, str]
+    choice: Components = "all"
     n_outputs: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,13 +175,62 @@ class CanonicalNetwork:
 
     @property
     def components(self) -> dict[str, int]:
-        """Width of every layer whose outputs are components: all but the classifier, in forward order."""
-        return {name: layer.width for name, layer in self.layers.items() if name != self.classifier}
+        """Number of components of each layer or attention that has any, in forward order.
+
+        Of convolutional networks all layers but the classifier.
+        """
+        return {
+            name: self.heads[name].n_heads if name in self.heads else self.layers[name].width
+            for name, kind in self.kinds.items()
+            if self.choice in ("all", kind)
+        }
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it has attention."""
+        return bool(self.heads)
+
+    @property
+    def prunable(self) -> dict[str, Layer | Heads]:
+        """All that can hold components, by name."""
+        return {**self.layers, **self.heads}
+
+    def choosing(self, components: Components | None) -> CanonicalNetwork:
+        """The same network with other components.
+
+        Args:
+            components: which; by default the neurons of a transformer's MLPs, and all of another network.
+
+        Raises:
+            UnsupportedNetworkError: the network has no such components.
+        """
+        known = get_args(Components)
+        if components is not None and components not in known:
+            raise UnsupportedNetworkError(f"Unknown components {components!r}.{did_you_mean(components, known)}")
+        if components in ("heads", "mlp") and not self.is_transformer:
+            raise UnsupportedNetworkError(
+                f"`--components {components}` is for vision transformers; this network has no attention heads. Leave "
+                "the option out."
+            )
+        return replace(self, choice=components or ("mlp" if self.is_transformer else "all"))
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's value without the batch dimension."""
     return tuple(node.meta["shape"])
+
+
+def channel_axis(shape: Sequence[int]) -> int:
+    """The axis of channels, counted with the batch dimension, of a value of this shape without it.
+
+    That is the last of tokens (T, C), the first of images (C, H, W) and of vectors (C,).
+    """
+    return 2 if len(shape) == 2 else 1
+
+
+def n_channels(shape: Sequence[int]) -> int:
+    """Number of channels of a value of this shape."""
+    return shape[channel_axis(shape) - 1]
 
 
 def canonize(network: nn.Module, input_shape: Sequence[int], classes: Sequence[int] | None = None) -> CanonicalNetwork:
@@ -222,6 +297,11 @@ class _Builder:
         self.folded: dict[str, str] = {}
         self.from_images: set[fx.Node] = set()
         self.positions = {node: position for position, node in enumerate(self.nodes)}
+        attentions = list(find_self_attention(self.nodes))
+        self.projections = {attention.projection: attention for attention in attentions}
+        self.attentions = {node: attention for attention in attentions for node in attention.interior}
+        self.heads: dict[str, Heads] = {}
+        self.parts: dict[tuple[fx.Node, str], fx.Node] = {}
 
     def build(self, classes: Sequence[int] | None) -> CanonicalNetwork:
         for node in self.nodes:
@@ -250,6 +330,13 @@ class _Builder:
         self._check_aliases(node)
         if node not in self.from_images:  # made from parameters only, as a standardised weight is
             self._copy(node)
+        elif node in self.attentions:
+            if node is self.attentions[node].output:
+                self._attention(self.attentions[node])
+        elif node in self.projections:
+            self._projection(self.projections[node])
+        elif target is aten.layer_norm.default:
+            self._layer_norm(node)
         elif target in _CONVOLUTIONS:
             self._convolution(node)
         elif target is aten.linear.default:
@@ -264,8 +351,24 @@ class _Builder:
             self._operation(node, AveragePool, inputs=1)
         elif target in _SUMS and self._operands_are_images(node):
             self._operation(node, ResidualSum, inputs=2)
+        elif target in _SUMS and self._adds_constant(node):
+            tokens, constant = _arguments(node)
+            self._call(node, f"constantsum_{node.name}", ConstantSum(self._given(node, constant)), tokens)
+        elif target is aten.cat.default and self._prepends_constants(node):
+            *constants, tokens = _arguments(node)[0]
+            parts = [self._given(node, _arguments(constant)[0]) for constant in constants]
+            self._call(node, f"constanttokens_{node.name}", ConstantTokens(torch.cat(parts, dim=1)), tokens)
         elif target in _PRODUCTS and (gate := self._gate_operand(node)) is not None:
             self._gate(node, gate)
+        elif target in _PRODUCTS and (layer := self._scaled_layer(node)) is not None:
+            scale = self._given(node, _arguments(node)[1])
+            bias = None if layer.bias is None else layer.bias.detach() * scale
+            _set_parameters(layer, layer.weight.detach() * scale[:, None], bias)
+            self.environment[node] = self.environment[_arguments(node)[0]]
+        elif target is aten.slice.Tensor and _is_whole(node):
+            self._identity(node)
+        elif target is aten.div.Tensor and (joined := self._averaged_classifiers(node)) is not None:
+            self._join(node, *joined)
         else:
             self._copy(node)
 
@@ -326,9 +429,137 @@ class _Builder:
     def _linear(self, node: fx.Node) -> None:
         name, weight = self._weight(node)
         source, _, *bias = _arguments(node)
-        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        linear = nn.Linear(1, 1, device="meta")
         _set_parameters(linear, weight, self._tensor(node, bias[0]) if bias else None)
         self._call(node, name, linear, source)
+
+    def _projection(self, attention: SelfAttention) -> None:
+        """A layer each for q, k and v; nothing else reads their joint one."""
+        node = attention.projection
+        name, weight = self._weight(node)
+        source, _, *arguments = _arguments(node)
+        bias = self._tensor(node, arguments[0]) if arguments else None
+        for index, part in enumerate("qkv"):
+            rows = slice(index * len(weight) // 3, (index + 1) * len(weight) // 3)
+            linear = nn.Linear(1, 1, device="meta")
+            _set_parameters(linear, weight[rows], None if bias is None else bias[rows])
+            self._call(node, f"{name}.{part}", linear, source)
+            self.environment[node].meta["shape"] = (*shape_of(self.environment[source])[:-1], len(weight) // 3)
+            self.parts[node, part] = self.environment[node]
+
+    def _attention(self, attention: SelfAttention) -> None:
+        node, scope = attention.output, _scope(attention.operator)
+        layer = self.parameter_names[_arguments(attention.projection)[1].name].removesuffix(".weight")
+        query, key, value = (self.parts[attention.projection, part] for part in "qkv")
+        shape = shape_of(value)
+        if attention.query_norm is not None:
+            query = self._norm(attention.query_norm, query)
+        if attention.key_norm is not None:
+            key = self._norm(attention.key_norm, key)
+        weights = AttentionWeights(attention.n_heads, attention.scale)
+        _add_submodule(self.root, f"{scope}.weights", weights)
+        matrix = self.graph.call_module(f"{scope}.weights", (query, key))
+        matrix.meta["shape"] = (attention.n_heads, shape[0], shape[0])
+        self.scopes[matrix] = scope
+        name = f"{scope}.heads"
+        _add_submodule(self.root, name, AttentionProduct(attention.n_heads))
+        self._record(node, self.graph.call_module(name, (matrix, value)))
+        self.heads[name] = Heads(
+            name, attention.n_heads, attention.head_dim, f"{layer}.q", f"{layer}.k", f"{layer}.v", layer
+        )
+
+    def _layer_norm(self, node: fx.Node) -> None:
+        self.environment[node] = self._norm(node, self.environment[_arguments(node)[0]])
+
+    def _norm(self, node: fx.Node, source: fx.Node) -> fx.Node:
+        """A layer norm of `node`'s parameters behind `source`, which may hold several heads side by side."""
+        names = ("input", "normalized_shape", "weight", "bias", "eps")
+        arguments: dict[str, Any] = {"eps": 1e-5, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+        shape = arguments["normalized_shape"]
+        if len(shape) != 1:
+            raise UnsupportedNetworkError(f"The layer norm in {_place(node)} isn't over channels alone.")
+        norm = LayerNorm(shape[0], eps=arguments["eps"], device="meta")
+        for key in ("weight", "bias"):
+            tensor = self._tensor(node, arguments.get(key))
+            setattr(norm, key, None if tensor is None else nn.Parameter(tensor.clone()))
+        name = _scope(node)
+        if _has_submodule(self.root, name):
+            name = f"layernorm_{node.name}"
+        _add_submodule(self.root, name, norm)
+        new = self.graph.call_module(name, (source,))
+        new.meta["shape"] = shape_of(source)
+        self.scopes[new] = _scope(node)
+        return new
+
+    def _given(self, node: fx.Node, argument: fx.Node) -> Tensor:
+        tensor = self._tensor(node, argument)
+        assert tensor is not None
+        return tensor
+
+    def _adds_constant(self, node: fx.Node) -> bool:
+        """Whether a step adds a parameter to tokens."""
+        tokens, constant = _arguments(node)[:2]
+        is_constant = isinstance(constant, fx.Node) and constant.name in self.tensors
+        return (
+            is_constant
+            and tokens in self.from_images
+            and len(shape_of(self.environment[tokens])) == 2
+            and tuple(constant.meta["val"].shape[1:]) == shape_of(self.environment[tokens])
+            and not node.kwargs
+        )
+
+    def _prepends_constants(self, node: fx.Node) -> bool:
+        """Whether a step puts tokens that are parameters before those of the image."""
+        operands, dimension = (*_arguments(node), 0)[:2]
+        *constants, tokens = operands
+        return (
+            dimension in (1, -2)
+            and tokens in self.from_images
+            and len(shape_of(self.environment[tokens])) == 2
+            and all(c.target is aten.expand.default and _arguments(c)[0].name in self.tensors for c in constants)
+            and all(c.meta["val"].ndim == 3 and len(_arguments(c)[0].meta["val"]) == 1 for c in constants)
+        )
+
+    def _scaled_layer(self, node: fx.Node) -> nn.Linear | None:
+        """The layer whose outputs a step multiplies by a parameter, channel by channel (LayerScale)."""
+        source, scale = _arguments(node)
+        if source not in self.from_images or not isinstance(scale, fx.Node) or scale.name not in self.tensors:
+            return None
+        before = self.environment[source]
+        layer = self.root.get_submodule(str(before.target)) if before.op == "call_module" else None
+        if not isinstance(layer, nn.Linear) or self._is_shared(source):
+            return None
+        return layer if tuple(scale.meta["val"].shape) == (layer.out_features,) else None
+
+    def _averaged_classifiers(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The two dense layers whose mean are the logits, of a distilled network."""
+        total, divisor = _arguments(node)[:2]
+        if divisor != 2 or total.target not in _SUMS or not all(user.op == "output" for user in node.users):
+            return None
+        layers = [self.environment.get(operand) for operand in _arguments(total)]
+        for layer in layers:
+            if layer is None or layer.op != "call_module":
+                return None
+            if not isinstance(self.root.get_submodule(str(layer.target)), nn.Linear):
+                return None
+        left, right = layers
+        return left, right  # type: ignore[return-value] # both are nodes by now
+
+    def _join(self, node: fx.Node, left: fx.Node, right: fx.Node) -> None:
+        """One dense layer on both layers' inputs; it has the first one's name."""
+        layers: list[Any] = [self.root.get_submodule(str(layer.target)) for layer in (left, right)]
+        first, second = layers
+        zeros = torch.zeros_like(first.weight[:, 0])
+        biases = [zeros if layer.bias is None else layer.bias.detach() for layer in layers]
+        both = self.graph.call_function(aten.cat.default, ([left.args[0], right.args[0]], 1))
+        inputs: list[Any] = [left.args[0], right.args[0]]
+        both.meta["shape"] = (sum(shape_of(source)[0] for source in inputs),)
+        self.scopes[both] = _scope(node)
+        joined = nn.Linear(1, 1, device="meta")
+        weight = torch.cat([first.weight.detach(), second.weight.detach()], dim=1) / 2
+        _set_parameters(joined, weight, (biases[0] + biases[1]) / 2)
+        _add_submodule(self.root, str(left.target), joined)
+        self._record(node, self.graph.call_module(str(left.target), (both,)))
 
     def _batch_norm(self, node: fx.Node) -> None:
         source, weight, bias, running_mean, running_variance, training, _, epsilon = _arguments(node)[:8]
@@ -463,7 +694,7 @@ class _Builder:
                 name = str(node.target)
                 layers[name] = Layer(
                     name,
-                    width=shape_of(node)[0],
+                    width=n_channels(shape_of(node)),
                     norm=self.folded.get(name),
                     input_shape=shape_of(node.all_input_nodes[0]),
                     output_shape=shape_of(node),
@@ -489,7 +720,28 @@ class _Builder:
             residual_scopes=tuple(dict.fromkeys(self.scopes[node] for node in sums)),
             residual_sums=tuple(str(node.target) for node in sums),
             input_shape=self.input_shape,
+            heads=self.heads,
+            kinds=self._kinds(module, layers, classifier, [self.scopes[node] for node in sums]),
         )
+
+    def _kinds(
+        self, module: fx.GraphModule, layers: dict[str, Layer], classifier: str, blocks: Sequence[str]
+    ) -> dict[str, str]:
+        """Kind of all that could be components, by name in forward order."""
+        if not self.heads:
+            return {name: "filters" for name in layers if name != classifier}
+        of_attention = {name for heads in self.heads.values() for name in (heads.query, heads.key, heads.value)}
+        kinds = {}
+        for node in module.graph.nodes:
+            name = str(node.target)
+            if name in self.heads:
+                kinds[name] = "heads"
+                continue
+            in_block = any(name.startswith(f"{block}.") for block in blocks if block)
+            reads_heads = name in layers and _reads_heads(module, node, self.heads)
+            if name in layers and in_block and name not in of_attention and not reads_heads:
+                kinds[name] = "mlp"
+        return kinds
 
     def _check(self, module: fx.GraphModule, node: fx.Node) -> None:
         known = node.op in ("placeholder", "output", "call_module") or node.target in _MOVES
@@ -497,7 +749,7 @@ class _Builder:
             mode_and_value = (*_arguments(node)[2:], *node.kwargs.values())
             known = all(argument in (None, 0, "constant") for argument in mode_and_value)
         if known and node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Linear):
-            known = len(shape_of(node)) == 1
+            known = len(shape_of(node)) <= (2 if self.heads else 1)
         if any(source.op == "get_attr" for source in node.all_input_nodes):
             known = False  # a parameter that takes part otherwise than as a weight would take relevance unseen
         if not known:
@@ -536,6 +788,23 @@ def _relevance_path(module: fx.GraphModule, logits: fx.Node) -> set[fx.Node]:
     return path
 
 
+def _reads_heads(module: fx.GraphModule, node: fx.Node, heads: dict[str, Heads]) -> bool:
+    """Whether a layer reads heads' outputs with no other layer in between."""
+    queue = list(node.all_input_nodes)
+    while queue:
+        source = queue.pop()
+        if source.target in heads:
+            return True
+        if not (source.op == "call_module" and _is_layer(module, source)):
+            queue.extend(source.all_input_nodes)
+    return False
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice leaves nothing out."""
+    return bool(node.meta["val"].shape == _arguments(node)[0].meta["val"].shape)
+
+
 def _restrict(module: fx.GraphModule, layer: Layer, classes: Sequence[int]) -> Layer:
     classifier = module.get_submodule(layer.name)
     assert isinstance(classifier, nn.Linear | nn.Conv2d)
@@ -569,7 +838,7 @@ def _set_parameters(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor |
     if isinstance(layer, nn.Conv2d):
         layer.out_channels = weight.shape[0]
     else:
-        layer.out_features = weight.shape[0]
+        layer.out_features, layer.in_features = weight.shape
 
 
 def _has_submodule(root: nn.Module, name: str) -> bool:

@@ -1,6 +1,6 @@
 """The objective: a composite becomes an evaluation.
 
-composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> accuracy -> curve
+composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> repair -> accuracy -> curve
 """
 
 from __future__ import annotations
@@ -14,31 +14,34 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from objectives.attribution.composites import check_groups, check_shape
+from objectives.attribution.composites import check_attention, check_groups, check_shape
 from objectives.attribution.engine import Attribution, OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope
 from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
-from objectives.errors import DataError, OptionError, UnsupportedNetworkError
+from objectives.errors import DataError, OptionError, RepairError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork, Components, canonize
 from objectives.procedures import PROCEDURES
 from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
-from objectives.pruning.ranking import Masks
+from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
 from objectives.racing import Correctness, GivenUp, Race
+from objectives.repair.repairer import Repairer
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
 __all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
 
 AttributionEngine = Literal["shared", "zennit"]
 Dtype = Literal["fp32", "bf16"]
+RankingScope = Literal["kind", "global"]
 ImageSet = Literal["search", "confirmation"]
 
 _CHOICES = {
@@ -46,6 +49,7 @@ _CHOICES = {
     "attribution": get_args(AttributionEngine),
     "dtype": get_args(Dtype),
     "output_relevance": get_args(OutputRelevance),
+    "ranking": get_args(RankingScope),
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A canonical copy in float32 differs from its network by rounding only.
@@ -63,6 +67,10 @@ class ObjectiveOptions:
     Attributes:
         rates: pruning rates, increasing from 0.
         procedure: how pruning proceeds.
+        components: which are pruned, see `objectives.network.Components`; by default the neurons of a transformer's
+            MLPs, and all of another network.
+        ranking: components of each `kind` are ranked within themselves and pruned at every rate, or all over the whole
+            network (`global`). Only a transformer's heads and neurons together are of two kinds.
         abs_scope: where `abs` is taken, see `objectives.attribution.relevance.AbsScope`.
         output_relevance: relevance starts as `one` at the true class's logit, or as the `logit`.
         dtype: of evaluation during the search; attribution and confirmation are in fp32.
@@ -72,10 +80,13 @@ class ObjectiveOptions:
         attribution: `shared` attributes many composites together, `zennit` one at a time; their scores agree to
             rounding, as those of two devices do, so neither is part of a study's identity.
         attribution_memory: bytes that the shared engine may take.
+        repair: of every pruned network before it is measured, unless a composite brings its own.
     """
 
     rates: tuple[float, ...]
     procedure: str = "one_shot"
+    components: Components | None = None
+    ranking: RankingScope = "kind"
     abs_scope: AbsScope = "sum"
     output_relevance: OutputRelevance = "one"
     dtype: Dtype = "fp32"
@@ -84,6 +95,7 @@ class ObjectiveOptions:
     layer_groups: Mapping[str, Sequence[str]] | None = None
     attribution: AttributionEngine = "shared"
     attribution_memory: int = DEFAULT_MEMORY
+    repair: RepairSpec = NO_REPAIR
 
     def __post_init__(self) -> None:
         check_rates(self.rates)
@@ -170,7 +182,11 @@ class Objective:
         self.batches = Batches("evaluation", options.batch_size)
         original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
-        self.network: CanonicalNetwork = canonize(original, (channels, *task.preprocessing.size), self.kept_outputs)
+        canonical = canonize(original, (channels, *task.preprocessing.size), self.kept_outputs)
+        self.network: CanonicalNetwork = canonical.choosing(options.components)
+        self.ranking_scope: RankingScope = options.ranking
+        if len(set(self._kinds.values())) == 1:
+            self.ranking_scope = "global"
         self.layer_groups: dict[str, str]
         if document is None:
             self.layer_groups = group_layers(self.network, options.layer_groups)
@@ -178,6 +194,7 @@ class Objective:
             # Before the groups: of another network these would be refused by a less telling message.
             check_shape(self.network, model.num_classes, document)
             check_groups(self.network, document.layer_groups)
+            check_attention(self.network, document.composite)
             self.layer_groups = {name: document.layer_groups[name] for name in self.network.layers}
         references = task.references.to(self.device)
         self._check_copy(original, references)
@@ -187,6 +204,8 @@ class Objective:
             if options.attribution == "zennit"
             else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
         )
+        self._check_repair(options.repair)
+        self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
         self._evaluators: dict[ImageSet, Evaluator] = {}
         self._learnt: dict[str, tuple[KnownMeasurement, ...]] = {}
         self.unpruned_accuracy: float = self._unpruned(original)
@@ -225,6 +244,7 @@ class Objective:
             "preprocessing": self.task.preprocessing.to_json(),
             "layer_groups": dict(self.layer_groups),
             "components": dict(self.network.components),
+            **({} if self.ranking_scope == "global" else {"ranking": self.ranking_scope}),
             "procedure": options.procedure,
             "rates": list(options.rates),
             "references": len(self.task.references),
@@ -243,8 +263,26 @@ class Objective:
         relevance = self.attribution.attribute(composite)
         return relevance.scores(absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize)
 
+    def ranking(self, composite: CompositeSpec) -> Ranking:
+        """The order in which a composite prunes components."""
+        return rank(self.scores(composite), None if self.ranking_scope == "global" else self._kinds)
+
+    @property
+    def _kinds(self) -> dict[str, str]:
+        return {name: self.network.kinds[name] for name in self.network.components}
+
+    def repair(self, composite: CompositeSpec) -> RepairSpec:
+        """How the networks that a composite prunes are repaired.
+
+        Raises:
+            RepairError: the network is a transformer.
+        """
+        repair = self.options.repair if composite.repair is None else composite.repair
+        self._check_repair(repair)
+        return repair
+
     def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
-        """Attributes, prunes and counts.
+        """Attributes, prunes, repairs and counts.
 
         Args:
             composite: to evaluate.
@@ -252,40 +290,43 @@ class Objective:
 
         Raises:
             RelevanceError: the composite's relevance can't be used.
+            RepairError: a pruned network can't be repaired.
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        return self._count(self._masks(composite, stopwatch), images, stopwatch)
+        return self._count(self._masks(composite, stopwatch), self.repair(composite), images, stopwatch)
 
     def race(self, composite: CompositeSpec, race: Race) -> Evaluation | GivenUp:
         """As `evaluate` on the search images, unless the composite loses a race on the way.
 
         Raises:
             RelevanceError: the composite's relevance can't be used.
+            RepairError: a pruned network can't be repaired.
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        masks, evaluator = self._masks(composite, stopwatch), self.evaluator("search")
-        given_up = race.run(lambda index, n_images: evaluator.measure(masks[index], n_images).correct.cpu().numpy())
+        masks, evaluator, repair = self._masks(composite, stopwatch), self.evaluator("search"), self.repair(composite)
+        given_up = race.run(
+            lambda index, n_images: evaluator.measure(masks[index], n_images, repair).correct.cpu().numpy()
+        )
         if given_up is not None:
             evaluator.news()  # of nobody's interest: most masks were measured on few images
             return replace(given_up, seconds=stopwatch.seconds())
-        return self._count(masks, "search", stopwatch)  # of what has been measured
+        return self._count(masks, repair, "search", stopwatch)  # of what has been measured
 
     def _masks(self, composite: CompositeSpec, stopwatch: _Stopwatch) -> list[Masks]:
         """Of every rate."""
         procedure = PROCEDURES[self.options.procedure]
-        masks = list(procedure(lambda: self.scores(composite), self.options.rates))
+        masks = list(procedure(lambda: self.ranking(composite), self.options.rates))
         stopwatch.attributed()
         return masks
 
-    def _count(self, masks: Sequence[Masks], images: ImageSet, stopwatch: _Stopwatch) -> Evaluation:
+    def _count(self, masks: Sequence[Masks], repair: RepairSpec, images: ImageSet, stopwatch: _Stopwatch) -> Evaluation:
         """On all images."""
         evaluator = self.evaluator(images)
-        measurements = [evaluator.measure(each) for each in masks]
-        collapsed = evaluator.measure(
-            {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
-        )
+        measurements = [evaluator.measure(each, repair=repair) for each in masks]
+        nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
+        collapsed = evaluator.measure(nothing, repair=repair)
         # The one time that the device is waited for.
         correct = torch.stack([measurement.correct for measurement in (*measurements, collapsed)]).cpu()
         labels: Tensor = getattr(self.task, images).labels
@@ -319,7 +360,8 @@ class Objective:
             if len(labelled) == 0:
                 raise DataError(f"There are no {images} images; change `--confirmation-share`.")
             dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
-            evaluator = Evaluator(self.network, self._resident(labelled, dtype), self.batches, dtype)
+            here = self._resident(labelled, dtype)
+            evaluator = Evaluator(self.network, here, self.batches, dtype, self.repairer)
             self._teach(evaluator)
             self._evaluators[images] = evaluator
         return self._evaluators[images]
@@ -362,10 +404,14 @@ class Objective:
         return Evaluation(curve, curve.figures(), packed, tuple(image_auc.tolist()), seconds, self._remarks())
 
     def _remarks(self) -> tuple[str, ...]:
-        remarks = (self.attribution.batches.remark, self.batches.remark)
+        remarks = (self.attribution.batches.remark, self.repairer.batches.remark, self.batches.remark)
         return tuple(remark for remark in remarks if remark is not None)
 
     # Ways to be wrong without noticing.
+
+    def _check_repair(self, repair: RepairSpec) -> None:
+        if repair and self.network.is_transformer:
+            raise RepairError(f"Repair {repair} is for convolutional networks; choose --repair none.")
 
     def _check_copy(self, original: nn.Module, references: LabelledImages) -> None:
         def compare(batch_size: int) -> tuple[float, float]:

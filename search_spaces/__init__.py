@@ -9,6 +9,7 @@ from search_spaces.errors import (
     DocumentWriteError,
     OutsideSpaceError,
     PruningHPOError,
+    RepairSpecError,
     SearchSpaceError,
     SpaceError,
     SpaceImportError,
@@ -17,11 +18,20 @@ from search_spaces.errors import (
     UnknownRuleError,
     UnknownSpaceError,
 )
-from search_spaces.heuristics import HEURISTICS, heuristic
+from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS, heuristic, heuristics_of
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.reasons import message_of, reason_of
+from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
-from search_spaces.spaces import SPACES, ContinuousSpace, DiscreteSpace, SearchSpace, load_space, register
+from search_spaces.spaces import (
+    SPACES,
+    ContinuousSpace,
+    DiscreteSpace,
+    RepairedSpace,
+    SearchSpace,
+    load_space,
+    register,
+)
 from search_spaces.suggestions import did_you_mean
 
 __all__ = [
@@ -39,10 +49,15 @@ __all__ = [
     "GROUPS",
     "HEURISTICS",
     "NORMALIZATIONS",
+    "NO_REPAIR",
     "Named",
     "OutsideSpaceError",
     "PruningHPOError",
+    "REPAIRS",
     "RULE_DEFAULTS",
+    "RepairSpec",
+    "RepairSpecError",
+    "RepairedSpace",
     "RuleSpec",
     "SPACES",
     "SearchSpace",
@@ -50,12 +65,14 @@ __all__ = [
     "SpaceError",
     "SpaceImportError",
     "SpaceNotFiniteError",
+    "TRANSFORMER_HEURISTICS",
     "UnknownHeuristicError",
     "UnknownRuleError",
     "UnknownSpaceError",
     "did_you_mean",
     "document_schema",
     "heuristic",
+    "heuristics_of",
     "import_object",
     "is_import_path",
     "load_document",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from search_spaces.errors import CompositeError
+from search_spaces.repairs import RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -50,6 +51,7 @@ class CompositeSpec:
         attention: Rule of the attention softmax; None for networks without attention.
         aggregate: Of `AGGREGATES`.
         normalize: Of `NORMALIZATIONS`.
+        repair: Of the networks that it prunes; None leaves it to the study.
 
     Raises:
         CompositeError: A field is of the wrong type, or no attention rule has this name.
@@ -63,6 +65,7 @@ class CompositeSpec:
     attention: str | None = None
     aggregate: str = "mean"
     normalize: str = "none"
+    repair: RepairSpec | None = None
 
     def __post_init__(self) -> None:
         for group, rule in self.rules.items():
@@ -78,6 +81,8 @@ class CompositeSpec:
             value = getattr(self, field)
             if value not in known:
                 raise CompositeError(f"Unknown value {value!r} of `{field}`.{did_you_mean(str(value), known)}")
+        if self.repair is not None and not isinstance(self.repair, RepairSpec):
+            raise CompositeError(f"`repair` must be a RepairSpec or None, but got {self.repair!r}.")
         if self.aggregate == "rms":
             object.__setattr__(self, "abs", True)
 
@@ -106,9 +111,9 @@ class CompositeSpec:
 
     @property
     def _further(self) -> dict[str, str]:
-        """The ways to rank that differ from the usual ones; names of stored composites leave the usual ones out."""
-        usual = {"aggregate": "mean", "normalize": "none"}
-        return {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+        """What differs from the usual; names of stored composites leave the usual ones out."""
+        usual = {"aggregate": "mean", "normalize": "none", "repair": None}
+        return {name: str(getattr(self, name)) for name, value in usual.items() if getattr(self, name) != value}
 
     @property
     def label(self) -> str:
@@ -141,7 +146,7 @@ class CompositeSpec:
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), Mapping):
             raise CompositeError(f"A composite is an object with 'rules' and 'abs', but got {value!r}.")
-        _require_known("composite key", value, ("rules", "abs", "attention", "aggregate", "normalize"))
+        _require_known("composite key", value, ("rules", "abs", "attention", "aggregate", "normalize", "repair"))
         rules = value["rules"]
         _require_groups(rules)
         if "abs" not in value:
@@ -152,6 +157,7 @@ class CompositeSpec:
             attention=value.get("attention"),
             aggregate=value.get("aggregate", "mean"),
             normalize=value.get("normalize", "none"),
+            repair=None if value.get("repair") is None else RepairSpec.parse(value["repair"]),
         )
 
     @classmethod
@@ -193,6 +199,7 @@ class CompositeSpec:
         *,
         abs: bool = False,
         epsilon: float | None = None,
+        attention: str | None = None,
         aggregate: str = "mean",
         normalize: str = "none",
     ) -> "CompositeSpec":
@@ -202,6 +209,7 @@ class CompositeSpec:
             text: A rule as `RuleSpec.parse` reads it for each of the four groups, in any order.
             abs: Rank by absolute relevance.
             epsilon: Parameter of every bare `Epsilon`; 1e-6 where absent.
+            attention: Of `ATTENTION_RULES`; None for networks without attention.
             aggregate: Of `AGGREGATES`.
             normalize: Of `NORMALIZATIONS`.
 
@@ -219,7 +227,7 @@ class CompositeSpec:
             rules[group] = rule
         _require_groups(rules)
         ranking = {"abs": abs, "aggregate": aggregate, "normalize": normalize}
-        return cls.from_parameters({**rules, **ranking, "epsilon": epsilon})
+        return cls.from_parameters({**rules, **ranking, "epsilon": epsilon, "attention": attention})
 
     def __str__(self) -> str:
         return self.key

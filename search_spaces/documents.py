@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from search_spaces.composites import CompositeSpec
 from search_spaces.errors import CompositeError, DocumentError, DocumentVersionError, DocumentWriteError
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["CompositeDocument", "document_schema", "load_document", "write_docum
 
 _VERSION = 1
 _SCHEMA = f"composite-v{_VERSION}.schema.json"
+_USUAL = {"components": "all", "ranking": "global"}
 _LONGEST = 120  # characters of a value in a message
 
 
@@ -41,7 +43,10 @@ class CompositeDocument:
         abs_scope: Where `abs` takes the absolute value: of each sample's sum over space, or before any sum.
         output_relevance: Relevance at the true class's output.
         procedure: How pruning proceeds from the ranking.
+        components: What is pruned: attention heads, neurons of a transformer's MLPs, or all that there are.
+        ranking: Whether components are ranked over the whole network, or each kind of them within itself.
         rates: Pruning rates of the curves, increasing from 0.
+        repair: Method and strength of the repair of every pruned network, as `RepairSpec.to_json` gives them.
         preprocessing: Size, mean, standard deviation and the like of the model's images.
         references: How the reference samples were selected.
         model: Name, options, fingerprint and shape of the network.
@@ -64,7 +69,10 @@ class CompositeDocument:
     abs_scope: Literal["sum", "element"]
     output_relevance: Literal["one", "logit"]
     procedure: str = "one_shot"
+    components: Literal["all", "heads", "mlp"] = "all"
+    ranking: Literal["global", "kind"] = "global"
     rates: tuple[float, ...]
+    repair: dict[str, Any] = field(default_factory=NO_REPAIR.to_json)
     preprocessing: dict[str, Any]
     references: dict[str, Any]
     model: dict[str, Any]
@@ -89,6 +97,8 @@ class CompositeDocument:
     def to_json(self) -> dict[str, Any]:
         """The document as its JSON file holds it, in the file's order; a copy."""
         value = {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)}
+        # The usual ones are left out, as in documents from before there was a choice.
+        value = {name: item for name, item in value.items() if _USUAL.get(name, ...) != item}
         return {**value, "composite": self.composite.to_json(), "rates": list(self.rates)}
 
     @classmethod
@@ -228,6 +238,11 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield path, f"is {_short(increasing)}, but must increase strictly from 0"
     if len(curve["accuracies"]) != len(curve["rates"]):
         yield "$.curve.accuracies", f"has {len(curve['accuracies'])} values for {len(curve['rates'])} rates"
+    if "repair" in value:
+        try:
+            RepairSpec.from_json(value["repair"])
+        except CompositeError as error:
+            yield "$.repair", f"cannot be used: {str(error).removesuffix('.')}"
     confirmation = value.get("confirmation")
     if confirmation is not None and len(confirmation["accuracies"]) != len(rates):
         yield "$.confirmation.accuracies", f"has {len(confirmation['accuracies'])} values for {len(rates)} rates"

@@ -5,7 +5,8 @@ Every message is one line that names the offending value and the remedy; the com
     PruningHPOError
     └── SearchSpaceError
         ├── CompositeError           (ValueError)    values that make no rule or composite
-        │   └── UnknownRuleError                     a rule that has no such name
+        │   ├── UnknownRuleError                     a rule that has no such name
+        │   └── RepairSpecError                      values that make no repair
         ├── UnknownHeuristicError    (KeyError)      a heuristic that has no such name
         ├── SpaceError               (ValueError)    a search space that cannot be read or used
         │   ├── UnknownSpaceError                    a space that has no such name
@@ -24,6 +25,7 @@ __all__ = [
     "DocumentWriteError",
     "OutsideSpaceError",
     "PruningHPOError",
+    "RepairSpecError",
     "SearchSpaceError",
     "SpaceError",
     "SpaceImportError",
@@ -52,6 +54,10 @@ class CompositeError(SearchSpaceError, ValueError):
 
 class UnknownRuleError(CompositeError):
     """A rule that has no such name."""
+
+
+class RepairSpecError(CompositeError):
+    """Values that make no repair."""
 
 
 class UnknownHeuristicError(SearchSpaceError, KeyError):

@@ -1,6 +1,6 @@
 """The published composites: the baselines of every study."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from search_spaces.composites import CompositeSpec
@@ -8,7 +8,7 @@ from search_spaces.errors import UnknownHeuristicError
 from search_spaces.rules import RuleSpec
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["HEURISTICS", "heuristic"]
+__all__ = ["HEURISTICS", "TRANSFORMER_HEURISTICS", "heuristic", "heuristics_of"]
 
 _PUBLISHED = (
     # name, rule of the convolutions, rule of the fully-connected layers
@@ -18,21 +18,46 @@ _PUBLISHED = (
     ("epsilon-alpha2-beta1", "AlphaBeta", "Epsilon"),
     ("epsilon-gamma", "Gamma", "Epsilon"),
 )
+_PUBLISHED_OF_TRANSFORMERS = (
+    # name, rule of all layers, rule of attention
+    ("epsilon-cp", RuleSpec("Epsilon"), "CP"),  # CP-LRP, Ali et al. 2022
+    ("epsilon-attnlrp", RuleSpec("Epsilon"), "AttnLRP"),  # Achtibat et al. 2024, Epsilon in all linear layers
+    ("gamma-attnlrp", RuleSpec("Gamma", gamma=0.05), "AttnLRP"),  # the same with Gamma, as they advise for ViTs
+    ("zplus-attention", RuleSpec("ZPlus"), "ZPlus"),  # z+ also through attention
+    ("zplus-cp", RuleSpec("ZPlus"), "CP"),  # Yeom et al. 2021
+)
 
 
-def _composite(convolutions: str, fully_connected: str, *, abs: bool) -> CompositeSpec:
-    rule = RuleSpec(convolutions)
-    return CompositeSpec(LLR=rule, MLL=rule, HLL=rule, FCL=RuleSpec(fully_connected), abs=abs)
+def _composite(convolutions: RuleSpec, fully_connected: RuleSpec, attention: str | None, *, abs: bool) -> CompositeSpec:
+    return CompositeSpec(convolutions, convolutions, convolutions, fully_connected, abs=abs, attention=attention)
 
 
 HEURISTICS: Mapping[str, CompositeSpec] = MappingProxyType(
     {
-        name + suffix: _composite(convolutions, fully_connected, abs=suffix == "-abs")
+        name + suffix: _composite(RuleSpec(convolutions), RuleSpec(fully_connected), None, abs=suffix == "-abs")
         for name, convolutions, fully_connected in _PUBLISHED
         for suffix in ("", "-abs")
     }
 )
-"""Each composite by name, signed; with the suffix `-abs` ranked by absolute relevance."""
+"""Each composite for convolutional networks by name, signed; with the suffix `-abs` ranked by absolute relevance."""
+
+TRANSFORMER_HEURISTICS: Mapping[str, CompositeSpec] = MappingProxyType(
+    {
+        name + suffix: _composite(rule, rule, attention, abs=suffix == "-abs")
+        for name, rule, attention in _PUBLISHED_OF_TRANSFORMERS
+        for suffix in ("", "-abs")
+    }
+)
+"""Likewise for vision transformers."""
+
+
+def heuristics_of(parameters: Iterable[str]) -> Mapping[str, CompositeSpec]:
+    """The heuristics that stand beside a search, by name.
+
+    Args:
+        parameters: Names of the space's parameters: with `attention` among them, it is for transformers.
+    """
+    return TRANSFORMER_HEURISTICS if "attention" in parameters else HEURISTICS
 
 
 def heuristic(name: str) -> CompositeSpec:
@@ -41,7 +66,8 @@ def heuristic(name: str) -> CompositeSpec:
     Raises:
         UnknownHeuristicError: No heuristic has this name.
     """
+    known = {**HEURISTICS, **TRANSFORMER_HEURISTICS}
     try:
-        return HEURISTICS[name]
+        return known[name]
     except KeyError:
-        raise UnknownHeuristicError(f"Unknown heuristic {name!r}.{did_you_mean(name, HEURISTICS)}") from None
+        raise UnknownHeuristicError(f"Unknown heuristic {name!r}.{did_you_mean(name, known)}") from None

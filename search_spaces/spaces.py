@@ -2,11 +2,11 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from search_spaces.composites import AGGREGATES, NORMALIZATIONS, CompositeSpec
+from search_spaces.composites import AGGREGATES, ATTENTION_RULES, NORMALIZATIONS, CompositeSpec
 from search_spaces.errors import (
     CompositeError,
     OutsideSpaceError,
@@ -17,6 +17,7 @@ from search_spaces.errors import (
 )
 from search_spaces.imports import import_object
 from search_spaces.reasons import message_of
+from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import BaseTrial
 
-__all__ = ["ContinuousSpace", "DiscreteSpace", "SPACES", "SearchSpace", "load_space", "register"]
+__all__ = ["ContinuousSpace", "DiscreteSpace", "RepairedSpace", "SPACES", "SearchSpace", "load_space", "register"]
 
 
 @runtime_checkable
@@ -84,6 +85,9 @@ class SearchSpace(Protocol):
 
 _Factory = TypeVar("_Factory", bound=Callable[[], SearchSpace])
 
+_OF_REPAIR = ("repair", "repair_strength")
+_REPAIR_SUFFIX = "+repair"
+
 SPACES: dict[str, Callable[[], SearchSpace]] = {}
 """Makers of the registered spaces by name; the first line of a maker's docstring describes its space."""
 
@@ -107,6 +111,7 @@ class DiscreteSpace:
         rules: For each group the rules to try, as `RuleSpec.parse` reads them; `Epsilon` always bare.
         abs: Values of `abs`.
         epsilon: Values of the one epsilon that all `Epsilon` rules of a composite share.
+        attention: Of `ATTENTION_RULES`, for networks with attention; none for others.
         aggregate: Of `AGGREGATES`; a parameter only where there is more than the mean.
         normalize: Of `NORMALIZATIONS`; a parameter only where there is more than none.
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
@@ -120,6 +125,7 @@ class DiscreteSpace:
     rules: Mapping[str, tuple[str, ...]]
     abs: tuple[bool, ...] = (False, True)
     epsilon: tuple[float, ...] = (RULE_DEFAULTS["Epsilon"]["epsilon"],)
+    attention: tuple[str, ...] = ()
     aggregate: tuple[str, ...] = AGGREGATES[:1]
     normalize: tuple[str, ...] = NORMALIZATIONS[:1]
     layer_groups: Mapping[str, tuple[str, ...]] | None = None
@@ -129,13 +135,17 @@ class DiscreteSpace:
         for group in GROUPS:
             if group not in self.rules:
                 raise SpaceError(f"Parameter {group} is missing; list the rules to try, as {group} = ['Epsilon'].")
-        further = {"aggregate": (self.aggregate, AGGREGATES), "normalize": (self.normalize, NORMALIZATIONS)}
+        further: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+            "aggregate": (self.aggregate, AGGREGATES),
+            "normalize": (self.normalize, NORMALIZATIONS),
+        }
         lists = {
             **self.rules,
             "abs": self.abs,
             "epsilon": self.epsilon,
             **{name: own for name, (own, _) in further.items()},
         }
+        further["attention"] = (self.attention, ATTENTION_RULES)
         for parameter, values in lists.items():
             if not values:
                 raise SpaceError(f"Parameter {parameter} has no values; list at least one or leave the key out.")
@@ -192,7 +202,8 @@ class DiscreteSpace:
             (knows_sign and composite.abs not in self.abs)
             or composite.aggregate not in self.aggregate
             or composite.normalize not in self.normalize
-            or composite.attention is not None
+            or composite.attention not in (self.attention or (None,))
+            or composite.repair is not None
         ):
             raise OutsideSpaceError(f"Space {self.name!r} does not contain composite {composite}.")
         absolute = composite.abs if knows_sign else self.abs[0]
@@ -202,17 +213,20 @@ class DiscreteSpace:
 
     def grid(self) -> tuple[CompositeSpec, ...]:
         """See `SearchSpace.grid`."""
-        from_the_output = (
+        from_the_output = [
             [
                 RuleSpec.parse(choice, group=group, epsilon=epsilon)
                 for choice in self.rules[group]
                 for epsilon in (self.epsilon if choice == "Epsilon" else (None,))
             ]
             for group in reversed(GROUPS)
-        )
+        ]
+        attentions: tuple[str | None, ...] = self.attention or (None,)
         points = (
-            CompositeSpec(llr, mll, hll, fcl, abs=abs, aggregate=aggregate, normalize=normalize)
-            for fcl, hll, mll, llr in itertools.product(*from_the_output)
+            CompositeSpec(llr, mll, hll, fcl, abs=abs, attention=attention, aggregate=aggregate, normalize=normalize)
+            for fcl, hll in itertools.product(*from_the_output[:2])
+            for attention in attentions  # which relevance meets behind the first layers of HLL
+            for mll, llr in itertools.product(*from_the_output[2:])
             # All Epsilon rules of a composite share one epsilon.
             if len({llr.epsilon, mll.epsilon, hll.epsilon, fcl.epsilon} - {None}) <= 1
             for normalize in self.normalize
@@ -237,6 +251,8 @@ class DiscreteSpace:
         choices: dict[str, tuple[bool | float | str, ...]] = {group: self.rules[group] for group in GROUPS}
         choices |= {"abs": self.abs, "epsilon": self.epsilon}
         # Absent where they aren't searched: stored studies of such spaces lack them too.
+        if self.attention:
+            choices["attention"] = self.attention
         if self.aggregate != AGGREGATES[:1]:
             choices["aggregate"] = self.aggregate
         if self.normalize != NORMALIZATIONS[:1]:
@@ -333,10 +349,117 @@ class ContinuousSpace:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class RepairedSpace:
+    """The points of another space, with several ways to repair the networks that they prune.
+
+        >>> load_space("cnn+repair").size()
+        3636
+
+    Attributes:
+        base: Space of composites that leave the repair to the study.
+        repair: Of `REPAIRS`.
+        repair_strength: Strengths of the repairs other than none; a parameter only where there are any, else the
+            reference images choose.
+
+    Raises:
+        SpaceError: A list repeats a value or has one that is out of range.
+    """
+
+    base: SearchSpace
+    repair: tuple[str, ...] = tuple(REPAIRS)
+    repair_strength: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.repair:
+            raise SpaceError("Parameter repair has no values; list at least one or leave the key out.")
+        try:
+            for method in self.repair:
+                RepairSpec(method)
+            strengths = tuple(RepairSpec("refit", strength).strength or 0.0 for strength in self.repair_strength)
+        except CompositeError as error:
+            raise SpaceError(f"Parameter repair has a value out of range: {error}") from error
+        object.__setattr__(self, "repair_strength", strengths)
+        _require_distinct("repair", self.repair)
+        _require_distinct("repair_strength", self.repair_strength)
+
+    @property
+    def name(self) -> str:
+        """See `SearchSpace.name`."""
+        return f"{self.base.name}{_REPAIR_SUFFIX}"
+
+    @property
+    def layer_groups(self) -> Mapping[str, tuple[str, ...]] | None:
+        """See `SearchSpace.layer_groups`."""
+        return self.base.layer_groups
+
+    def suggest(self, trial: "BaseTrial") -> CompositeSpec:
+        """See `SearchSpace.suggest`."""
+        composite = self.base.suggest(trial)
+        method = trial.suggest_categorical("repair", self.repair)
+        strength = None
+        if self.repair_strength:
+            strength = trial.suggest_categorical("repair_strength", self.repair_strength)
+        return replace(composite, repair=_repair(method, strength))
+
+    def distributions(self) -> "dict[str, BaseDistribution]":
+        """See `SearchSpace.distributions`."""
+        from optuna.distributions import CategoricalDistribution
+
+        own = {name: CategoricalDistribution(choices) for name, choices in self._choices().items()}
+        return {**self.base.distributions(), **own}
+
+    def parameters(self, composite: CompositeSpec) -> dict[str, bool | float | str]:
+        """See `SearchSpace.parameters`; the strength of none is the first one."""
+        if composite.repair not in self._repairs():
+            raise OutsideSpaceError(f"Space {self.name!r} does not contain composite {composite}.")
+        assert composite.repair is not None, "it is one of ours"
+        parameters = self.base.parameters(replace(composite, repair=None))
+        parameters["repair"] = composite.repair.method
+        if self.repair_strength:
+            parameters["repair_strength"] = composite.repair.strength or self.repair_strength[0]
+        return parameters
+
+    def grid(self) -> tuple[CompositeSpec, ...]:
+        """See `SearchSpace.grid`; all repairs of a composite, which share its ranking, are neighbours."""
+        repairs = self._repairs()
+        return tuple(replace(point, repair=repair) for point in self.base.grid() for repair in repairs)
+
+    def size(self) -> int | None:
+        """See `SearchSpace.size`."""
+        size = self.base.size()
+        return None if size is None else size * len(self._repairs())
+
+    def to_json(self) -> dict[str, Any]:
+        """See `SearchSpace.to_json`."""
+        base = self.base.to_json()
+        own = {name: list(choices) for name, choices in self._choices().items()}
+        return {**base, "name": self.name, "parameters": {**base["parameters"], **own}}
+
+    def _repairs(self) -> tuple[RepairSpec, ...]:
+        strengths: tuple[float | None, ...] = self.repair_strength or (None,)
+        return tuple(dict.fromkeys(_repair(method, strength) for method in self.repair for strength in strengths))
+
+    def _choices(self) -> dict[str, tuple[float | str, ...]]:
+        return {"repair": self.repair} | ({"repair_strength": self.repair_strength} if self.repair_strength else {})
+
+
+def _repair(method: str, strength: float | None) -> RepairSpec:
+    return RepairSpec(method, None if method == "none" else strength)
+
+
 @register("cnn")
 def _cnn() -> SearchSpace:
     """The four rules of Hatefi et al. 2024 in four layer groups, signed or absolute, three epsilons."""
     return DiscreteSpace("cnn", dict.fromkeys(GROUPS, tuple(RULE_DEFAULTS)), epsilon=(1e-6, 1e-2, 1e-1))
+
+
+@register("vit")
+def _vit() -> SearchSpace:
+    """For vision transformers: the points of `cnn` with three rules of attention."""
+    return DiscreteSpace(
+        "vit", dict.fromkeys(GROUPS, tuple(RULE_DEFAULTS)), epsilon=(1e-6, 1e-2, 1e-1), attention=ATTENTION_RULES
+    )
 
 
 @register("cnn-extended")
@@ -364,7 +487,8 @@ def load_space(spec: str, *, allow_imports: bool = True) -> SearchSpace:
         1212
 
     Args:
-        spec: A registered name, the path of a TOML file (ends in `.toml`), or `package.module:object`.
+        spec: A registered name, the path of a TOML file (ends in `.toml`), or `package.module:object`; with `+repair`
+            behind a registered name, how pruned networks are repaired is searched too.
         allow_imports: False refuses import paths; pass it for names that come from a document or a store.
 
     Raises:
@@ -374,6 +498,8 @@ def load_space(spec: str, *, allow_imports: bool = True) -> SearchSpace:
     """
     if spec in SPACES:
         return SPACES[spec]()
+    if (base := spec.removesuffix(_REPAIR_SUFFIX)) in SPACES:
+        return RepairedSpace(SPACES[base]())
     if spec.endswith(".toml"):
         return _read_toml(Path(spec))
     if ":" in spec:
@@ -402,7 +528,7 @@ def _import_space(path: str, *, allowed: bool) -> SearchSpace:
     return space
 
 
-def _read_toml(path: Path) -> DiscreteSpace:
+def _read_toml(path: Path) -> SearchSpace:
     import tomllib
 
     try:
@@ -417,7 +543,7 @@ def _read_toml(path: Path) -> DiscreteSpace:
         raise type(error)(f"Search space file {str(path)!r}: {error}") from error
 
 
-def _space_of_toml(stem: str, content: Mapping[str, Any]) -> DiscreteSpace:
+def _space_of_toml(stem: str, content: Mapping[str, Any]) -> SearchSpace:
     _require_known("key", content, ("name", "parameters", "groups"))
     name = content.get("name", stem)
     if not isinstance(name, str) or not name:
@@ -425,16 +551,21 @@ def _space_of_toml(stem: str, content: Mapping[str, Any]) -> DiscreteSpace:
     parameters = _table(content, "parameters")
     if parameters is None:
         raise SpaceError("Table [parameters] is missing; list the rules of LLR, MLL, HLL and FCL in it.")
-    _require_known("parameter", parameters, (*GROUPS, "abs", "epsilon", "aggregate", "normalize"))
+    _require_known(
+        "parameter", parameters, (*GROUPS, "abs", "epsilon", "attention", "aggregate", "normalize", *_OF_REPAIR)
+    )
     lists = {parameter: _list(parameter, values) for parameter, values in parameters.items()}
     groups = _table(content, "groups")
-    others = {parameter: values for parameter, values in lists.items() if parameter not in GROUPS}
-    return DiscreteSpace(
+    others = {parameter: values for parameter, values in lists.items() if parameter not in (*GROUPS, *_OF_REPAIR)}
+    space = DiscreteSpace(
         name=name,
         rules={group: values for group, values in lists.items() if group in GROUPS},
         layer_groups=None if groups is None else {group: _list(group, values) for group, values in groups.items()},
         **others,
     )
+    if not any(parameter in lists for parameter in _OF_REPAIR):
+        return space
+    return RepairedSpace(space, **{parameter: lists[parameter] for parameter in _OF_REPAIR if parameter in lists})
 
 
 def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:

@@ -9,12 +9,14 @@ AlphaBeta       `zennit.rules.AlphaBeta(alpha, beta)`
 Gamma           `zennit.rules.Gamma(gamma)`
 ==============  ==========================================================================
 
-All other steps of the canonical network carry their rule themselves (`objectives.attribution.operations`).
+All other steps of the canonical network carry their rule themselves (`objectives.attribution.operations`); that of
+attention is the composite's choice (`objectives.attribution.attention`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -22,13 +24,23 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook
 from zennit.rules import AlphaBeta, Epsilon, Gamma, ZPlus
 
+from objectives.attribution.attention import attention_rule
 from objectives.errors import UnsupportedNetworkError
 from objectives.network import CanonicalNetwork, canonize
-from search_spaces.composites import CompositeSpec
+from search_spaces.composites import ATTENTION_RULES, CompositeSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.rules import RuleSpec
 
-__all__ = ["CanonicalForm", "check_groups", "check_shape", "hook_of", "load_composite", "zennit_composite"]
+__all__ = [
+    "AttentionRule",
+    "CanonicalForm",
+    "check_attention",
+    "check_groups",
+    "check_shape",
+    "hook_of",
+    "load_composite",
+    "zennit_composite",
+]
 
 
 def hook_of(rule: RuleSpec) -> Hook:
@@ -66,7 +78,27 @@ def zennit_composite(
         group = layer_groups.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
         return None if group is None else hooks[group]
 
-    return Composite(module_map=module_map, canonizers=[canonical_form] if canonical_form is not None else None)
+    canonizers: list[Canonizer] = [] if canonical_form is None else [canonical_form]
+    # The canonical form first: it brings the attention that follows the rule.
+    return Composite(module_map=module_map, canonizers=[*canonizers, AttentionRule(composite.attention)])
+
+
+def check_attention(network: CanonicalNetwork, composite: CompositeSpec) -> None:
+    """Refuses a composite without a rule for the network's attention, or with one for a network without.
+
+    Raises:
+        UnsupportedNetworkError: one of these.
+    """
+    if network.is_transformer and composite.attention is None:
+        raise UnsupportedNetworkError(
+            f"The network has attention, but the composite has no rule for it; choose `--space vit`, or `--attention` "
+            f"{', '.join(ATTENTION_RULES)}."
+        )
+    if composite.attention is not None and not network.is_transformer:
+        raise UnsupportedNetworkError(
+            f"The composite has the attention rule {composite.attention}, but the network has no attention; choose "
+            "`--space cnn` and a composite without `attention`."
+        )
 
 
 def check_groups(network: CanonicalNetwork, layer_groups: Mapping[str, str]) -> None:
@@ -83,6 +115,32 @@ def check_groups(network: CanonicalNetwork, layer_groups: Mapping[str, str]) -> 
     for name in layer_groups:
         if name not in network.layers:
             raise UnsupportedNetworkError(f"The layer groups name {name!r}, which the network doesn't have.")
+
+
+class AttentionRule(Canonizer):  # type: ignore[misc] # zennit has no types
+    """A zennit canonizer that has all attention of a network follow a rule while it is registered."""
+
+    def __init__(self, rule: str | None) -> None:
+        self.rule = rule
+        self.active = ExitStack()
+
+    def apply(self, root_module: nn.Module) -> list[Canonizer]:
+        """Registers a copy of this canonizer on `root_module`."""
+        applied = self.copy()
+        applied.register(root_module)
+        return [applied]
+
+    def register(self, root_module: nn.Module) -> None:
+        """Puts the rule in place."""
+        self.active.enter_context(attention_rule(root_module, self.rule))
+
+    def remove(self) -> None:
+        """Puts the rules from before back."""
+        self.active.close()
+
+    def copy(self) -> AttentionRule:
+        """A canonizer of the same rule, not yet registered."""
+        return AttentionRule(self.rule)
 
 
 class CanonicalForm(Canonizer):  # type: ignore[misc] # zennit has no types
@@ -146,9 +204,10 @@ def load_composite(document: CompositeDocument, model: nn.Module) -> Composite:
     """
     height, width = document.preprocessing["size"]
     channels = len(document.preprocessing["mean"])
-    canonical = canonize(model, (channels, height, width))
+    canonical = canonize(model, (channels, height, width)).choosing(document.components)
     check_shape(canonical, canonical.n_outputs, document)
     check_groups(canonical, document.layer_groups)
+    check_attention(canonical, document.composite)
     return zennit_composite(document.composite, document.layer_groups, CanonicalForm(canonical))
 
 

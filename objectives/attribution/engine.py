@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from zennit.core import stabilize
 
-from objectives.attribution.composites import check_groups, zennit_composite
+from objectives.attribution.composites import check_attention, check_groups, zennit_composite
 from objectives.attribution.operations import STABILIZER
-from objectives.attribution.relevance import AbsScope, Relevance, moments
+from objectives.attribution.relevance import AbsScope, Relevance, moments, spread
 from objectives.datasets import LabelledImages
 from objectives.errors import RelevanceError
 from objectives.memory import Batches
@@ -107,6 +107,7 @@ class ZennitAttribution:
         """Does nothing: zennit attributes one composite at a time."""
 
     def _attribute(self, composite: CompositeSpec, batch_size: int) -> Relevance:
+        check_attention(self.network, composite)
         sums: dict[str, Tensor] = {}
         rules = zennit_composite(composite, self.layer_groups)
         with rules.context(self.network.module) as module, captured(module, self.network) as values:
@@ -114,7 +115,7 @@ class ZennitAttribution:
                 batch = slice(start, start + batch_size)
                 relevance = self._backward(module, values, self.references.images[batch], self.references.labels[batch])
                 for name, at_outputs in relevance.items():
-                    of_batch = moments(at_outputs, self.abs_scope)
+                    of_batch = moments(spread(self.network, name, at_outputs), self.abs_scope)
                     sums[name] = sums[name] + of_batch if name in sums else of_batch
         return Relevance(len(self.references), {name: of_all.cpu() for name, of_all in sums.items()})
 
@@ -149,7 +150,7 @@ class CapturedValues:
     """Tensors of the latest forward pass whose gradients are relevances.
 
     Attributes:
-        outputs: layer -> its output.
+        outputs: layer or attention that has components -> its output.
         sums: residual sum -> (its branches, its output).
     """
 
@@ -159,7 +160,7 @@ class CapturedValues:
 
 @contextmanager
 def captured(module: nn.Module, network: CanonicalNetwork) -> Iterator[CapturedValues]:
-    """Keeps the outputs of all layers and the operands of all residual sums of each forward pass."""
+    """Keeps the outputs of all that has components, and the operands of all residual sums of each forward pass."""
     values = CapturedValues({}, {})
 
     def keep_output(name: str) -> Any:
@@ -178,7 +179,7 @@ def captured(module: nn.Module, network: CanonicalNetwork) -> Iterator[CapturedV
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_hook(keep_output(name)) for name in network.layers]
+    handles = [module.get_submodule(name).register_forward_hook(keep_output(name)) for name in network.components]
     for name in network.residual_sums:
         residual_sum = module.get_submodule(name)
         handles.append(residual_sum.register_forward_pre_hook(part_branches))

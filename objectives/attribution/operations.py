@@ -1,14 +1,17 @@
 """Operations of a canonical network whose backward pass propagates relevance instead of gradients.
 
 Between hooked convolutions and dense layers, zennit's "gradient" is the relevance (design of zennit: Anders et al.
-2021). The operations here give every other step of a convolutional network its rule by an autograd function of its own,
-so that no hook is needed and every version of zennit behaves alike:
+2021). The operations here give every other step of a network its rule by an autograd function of its own, so that no
+hook is needed and every version of zennit behaves alike (attention has a module of its own):
 
 =====================  ============================================================================
 activation             relevance passes unchanged (the `Pass` rule)
 average pooling        in proportion to the contributions (the `Norm` rule)
 residual sum           in proportion to the summands (the `Norm` rule)
 constant gate          all relevance goes to the gated features, none to the gate
+constant sum           in proportion to the summands; the constant (a position embedding) keeps its share
+constant tokens        the constant (a class token) keeps what relevance it receives
+layer norm             a linear map whose standard deviation is held constant, by the Epsilon rule
 =====================  ============================================================================
 """
 
@@ -21,7 +24,17 @@ import torch
 from torch import Tensor, nn
 from zennit.core import stabilize
 
-__all__ = ["Activation", "AveragePool", "ConstantGate", "Operation", "ResidualSum", "STABILIZER"]
+__all__ = [
+    "Activation",
+    "AveragePool",
+    "ConstantGate",
+    "ConstantSum",
+    "ConstantTokens",
+    "LayerNorm",
+    "Operation",
+    "ResidualSum",
+    "STABILIZER",
+]
 
 STABILIZER = 1e-6
 """Added to every denominator with its sign, as zennit's rules do by default."""
@@ -89,6 +102,73 @@ class ConstantGate(Operation):
         return output
 
 
+class ConstantSum(nn.Module):
+    """Tokens plus a constant, such as a position embedding.
+
+    Args:
+        constant: (1, tokens, channels).
+    """
+
+    constant: Tensor
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("constant", constant.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` is (N, tokens, channels)."""
+        output: Tensor = _ConstantSumFunction.apply(x, self.constant)
+        return output
+
+
+class ConstantTokens(nn.Module):
+    """Constant tokens before those of the image.
+
+    Args:
+        tokens: (1, constant tokens, channels).
+    """
+
+    tokens: Tensor
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("tokens", tokens.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` is (N, tokens, channels)."""
+        return torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the last dimension, or over equal parts of it (each head's own)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` is (..., parts * normalized)."""
+        output: Tensor = _LayerNormFunction.apply(x, self)
+        return output
+
+    def relevance(self, x: Tensor, output: Tensor, relevance: Tensor) -> Tensor:
+        """Relevance of the inputs (rows * N, ...) from that of the outputs."""
+        inverse = (self.parts(x).var(dim=-1, correction=0, keepdim=True) + self.eps).rsqrt()
+        share = relevance.unflatten(0, (-1, len(x))) / stabilize(output, STABILIZER)
+        share = self.parts(share) * inverse
+        if self.weight is not None:
+            share = share * self.weight.detach()
+        share = share - share.mean(dim=-1, keepdim=True)
+        result: Tensor = share.flatten(-2) * x
+        return result.flatten(0, 1)
+
+    def parts(self, x: Tensor) -> Tensor:
+        """(..., parts * normalized) -> (..., parts, normalized)."""
+        size = self.normalized_shape[0]
+        parts: Tensor = x.unflatten(-1, (x.shape[-1] // size, size))
+        return parts
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The plain operation, without any relevance rule."""
+        return super().forward(self.parts(x)).flatten(-2)
+
+
 class _PassFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, operation: Operation) -> Tensor:
@@ -137,3 +217,28 @@ class _GateFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor, None]:
         return relevances[0], None
+
+
+class _ConstantSumFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, constant: Tensor) -> Tensor:
+        ctx.save_for_backward(x, constant)
+        return x + constant
+
+    @staticmethod
+    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor, None]:
+        x, constant = ctx.saved_tensors
+        return x * relevances[0] / stabilize(x + constant, STABILIZER), None
+
+
+class _LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: LayerNorm) -> Tensor:
+        output = norm.plain(x)
+        ctx.norm = norm
+        ctx.save_for_backward(x, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor, None]:
+        return ctx.norm.relevance(*ctx.saved_tensors, relevances[0]), None

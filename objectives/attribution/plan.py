@@ -2,7 +2,8 @@
 
 Relevance flows from the logits to the first layer that has components. The way is cut into segments: each begins at
 the first layer of a group that no layer before it belongs to, so two composites share all relevance up to the segment
-of the first group whose rules differ, also where a user's groups don't follow the depth.
+of the first group whose rules differ, also where a user's groups don't follow the depth. Attention counts as a group of
+its own, which begins where the first heads are met.
 """
 
 from __future__ import annotations
@@ -15,12 +16,25 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from objectives.attribution.operations import Activation, AveragePool, ConstantGate, Operation, ResidualSum
+from objectives.attribution.attention import AttentionProduct, AttentionWeights
+from objectives.attribution.operations import (
+    Activation,
+    AveragePool,
+    ConstantGate,
+    ConstantSum,
+    ConstantTokens,
+    LayerNorm,
+    Operation,
+    ResidualSum,
+)
 from objectives.network import CanonicalNetwork, shape_of
 
-__all__ = ["Plan", "RESHAPES", "Segment", "make_plan"]
+__all__ = ["ATTENTION", "Plan", "RESHAPES", "Segment", "make_plan"]
 
 aten = torch.ops.aten
+
+ATTENTION = "attention"
+"""The group of all attention, whose rule is the composite's `attention`."""
 
 RESHAPES = {
     aten.flatten.using_ints,
@@ -36,13 +50,27 @@ _SELECTIONS = RESHAPES | {
     aten.max_pool2d.default,
     aten.adaptive_max_pool2d.default,
     aten.slice.Tensor,
+    aten.select.int,
+    aten.transpose.int,
     aten.constant_pad_nd.default,
     aten.pad.default,
     aten.cat.default,
 }
 _RECTIFIERS = {aten.relu.default, aten.relu6.default}
 _CLIPPERS = {aten.hardtanh.default}
-_MODULES = (nn.Conv2d, nn.Linear, Activation, AveragePool, ConstantGate, ResidualSum)
+_ATTENTION = (AttentionProduct, AttentionWeights)
+_MODULES = (
+    nn.Conv2d,
+    nn.Linear,
+    Activation,
+    AveragePool,
+    ConstantGate,
+    ConstantSum,
+    ConstantTokens,
+    LayerNorm,
+    ResidualSum,
+    *_ATTENTION,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +100,7 @@ class Plan:
         module: the network's.
         logits: the node where relevance starts.
         segments: from the logits on.
-        layer_groups: group of every layer.
+        layer_groups: group of every layer and attention.
         wanted: nodes whose relevance is needed.
         non_negative: nodes whose values are never negative, whatever the images are.
         silent: nodes without relevance wherever their value isn't positive: their readers are rectifiers.
@@ -107,6 +135,8 @@ def make_plan(network: CanonicalNetwork, layer_groups: Mapping[str, str]) -> Pla
     for node in wanted:
         if not _is_known(module, node):
             return f"the step {node.name!r}"
+    attention = [str(node.target) for node in wanted if _is_attention(module, node)]
+    layer_groups = {**layer_groups, **dict.fromkeys(attention, ATTENTION)}
     non_negative = _non_negative(module, path)
     return Plan(
         module=module,
@@ -131,7 +161,8 @@ def _segments(
     for node in reversed(next(iter(wanted)).graph.nodes) if wanted else ():
         if node not in wanted:
             continue
-        if _is_linear(module, node) and not wanted.isdisjoint(_carriers(module, node)):
+        follows_rule = _is_linear(module, node) or _is_attention(module, node)
+        if follows_rule and not wanted.isdisjoint(_carriers(module, node)):
             group = layer_groups[str(node.target)]
             if group not in seen:
                 seen.add(group)
@@ -149,7 +180,7 @@ def _segments(
                 math.prod(shape_of(end))
                 for node in nodes
                 for source in _carriers(module, node)
-                if _is_linear(module, node) and source in wanted
+                if (_is_linear(module, node) or _is_attention(module, node)) and source in wanted
                 for end in (source, node)
             ),
         )
@@ -179,6 +210,10 @@ def _carriers(module: nn.Module, node: fx.Node) -> tuple[fx.Node, ...]:
 
 def _is_linear(module: nn.Module, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Conv2d | nn.Linear)
+
+
+def _is_attention(module: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), _ATTENTION)
 
 
 def _is_known(module: nn.Module, node: fx.Node) -> bool:
@@ -211,6 +246,19 @@ def _non_negative(module: nn.Module, path: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
+# Operations that give each input relevance in proportion to its value.
+_PROPORTIONAL = (
+    nn.Conv2d,
+    nn.Linear,
+    ResidualSum,
+    AveragePool,
+    ConstantSum,
+    LayerNorm,
+    AttentionProduct,
+    AttentionWeights,
+)
+
+
 def _silent(module: nn.Module, path: set[fx.Node]) -> set[fx.Node]:
     """Nodes without relevance where their value isn't positive.
 
@@ -226,7 +274,7 @@ def _silent(module: nn.Module, path: set[fx.Node]) -> set[fx.Node]:
         proportional, rectified = bool(readers), bool(readers)
         for reader in readers:
             operation: Any = module.get_submodule(str(reader.target)) if reader.op == "call_module" else None
-            passes_on = not isinstance(operation, nn.Conv2d | nn.Linear | ResidualSum | AveragePool)
+            passes_on = not isinstance(operation, _PROPORTIONAL)
             proportional &= not passes_on or reader in without_at_zero
             rectified &= isinstance(operation, Activation) and _rectifies(operation) and reader in without_at_zero
         if any(user.op == "output" for user in node.users):

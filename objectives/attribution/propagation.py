@@ -29,22 +29,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from objectives.attribution.operations import STABILIZER, Activation, ConstantGate, ResidualSum
+from objectives.attribution.attention import AttentionProduct, AttentionScores, AttentionWeights
+from objectives.attribution.operations import STABILIZER, Activation, ConstantGate, ConstantSum, LayerNorm, ResidualSum
 from objectives.attribution.plan import RESHAPES, Plan
 from search_spaces.rules import RuleSpec
 
-__all__ = ["Batch", "LinearStep", "Step"]
+__all__ = ["Batch", "LinearStep", "Rule", "Step"]
+
+Rule = RuleSpec | str | None
+"""A layer's rule, the name of attention's, or none."""
 
 
 class Step(Protocol):
     """One step of a forward pass on N images."""
 
-    def propagate(self, relevance: Tensor, rule: RuleSpec | None) -> tuple[Tensor, ...]:
-        """The relevance of each input.
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor | None, ...]:
+        """The relevance of each input; None for one that has none.
 
         Args:
             relevance: of the output, (rows * N, ...); it isn't changed.
-            rule: of the layer; None for other steps.
+            rule: of the layer or of attention; None for other steps.
         """
         ...
 
@@ -68,11 +72,12 @@ class Batch:
         """Runs the network on images (N, C, H, W)."""
         return _Forward(plan).run(images)
 
-    def propagate(self, node: fx.Node, relevance: Tensor, rule: RuleSpec | None) -> Sequence[tuple[fx.Node, Tensor]]:
-        """The relevance that a node gives each of its sources."""
+    def propagate(self, node: fx.Node, relevance: Tensor, rule: Rule) -> Sequence[tuple[fx.Node, Tensor]]:
+        """The relevance that a node gives each of its sources that has any."""
         if node not in self.steps:
             return ()
-        return tuple(zip(self.plan.sources(node), self.steps[node].propagate(relevance, rule), strict=True))
+        shares = zip(self.plan.sources(node), self.steps[node].propagate(relevance, rule), strict=True)
+        return tuple((source, share) for source, share in shares if share is not None)
 
 
 class _Forward:
@@ -119,6 +124,21 @@ class _Forward:
         elif isinstance(function, ResidualSum):
             output, self.steps[node] = function(*arguments), _Shares.of(*arguments, wanted=self._wanted(node))
             return output
+        elif isinstance(function, LayerNorm):
+            output = function.plain(*arguments)
+            self.steps[node] = _Norm(function, arguments[0], output)
+            return output
+        elif isinstance(function, ConstantSum):
+            output, self.steps[node] = function(*arguments), _Shares.of_constant(arguments[0], function.constant)
+            return output
+        elif isinstance(function, AttentionWeights):
+            scores = AttentionScores.of(function, *arguments)
+            self.steps[node] = _Weights(scores)
+            return scores.weights
+        elif isinstance(function, AttentionProduct):
+            output = function.plain(*arguments)
+            self.steps[node] = _Product(function, arguments[0], arguments[1], output)
+            return output
         elif isinstance(function, nn.Conv2d | nn.Linear):
             (source,) = sources
             output = function(*arguments)
@@ -157,9 +177,9 @@ class LinearStep:
     silent: bool = False
     _sums: dict[bool, Tensor] = field(default_factory=dict)
 
-    def propagate(self, relevance: Tensor, rule: RuleSpec | None) -> tuple[Tensor, ...]:
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
         """See `Step.propagate`."""
-        assert rule is not None
+        assert isinstance(rule, RuleSpec)
         parameters = rule.parameters
         match rule.name:
             case "Epsilon":
@@ -277,7 +297,7 @@ class LinearStep:
 class _Passage:
     """An activation: relevance passes unchanged."""
 
-    def propagate(self, relevance: Tensor, rule: RuleSpec | None) -> tuple[Tensor, ...]:
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
         return (relevance,)
 
 
@@ -293,7 +313,7 @@ class _Reshape:
         last = inputs.ndim == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
         return cls(inputs.shape, torch.channels_last if last else torch.contiguous_format)
 
-    def propagate(self, relevance: Tensor, rule: RuleSpec | None) -> tuple[Tensor, ...]:
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
         return (relevance.reshape(-1, *self.shape[1:]).contiguous(memory_format=self.memory_format),)
 
 
@@ -306,7 +326,7 @@ class _Gate:
 
     shape: torch.Size
 
-    def propagate(self, relevance: Tensor, rule: RuleSpec | None) -> tuple[Tensor, ...]:
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
         return (relevance.sum_to_size(len(relevance), *self.shape[1:]),)
 
 
@@ -321,8 +341,49 @@ class _Shares:
         reciprocal = _reciprocal(left + right)
         return cls(tuple(part * reciprocal for part, kept in zip((left, right), wanted, strict=True) if kept))
 
-    def propagate(self, relevance: Tensor, rule: RuleSpec | None) -> tuple[Tensor, ...]:
+    @classmethod
+    def of_constant(cls, x: Tensor, constant: Tensor) -> _Shares:
+        """Of a sum with a constant, which keeps its own share."""
+        return cls((x * _reciprocal(x + constant),))
+
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
         return tuple(_times(relevance, share) for share in self.shares)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Norm:
+    """A layer norm: a linear map whose standard deviation is held constant."""
+
+    norm: LayerNorm
+    inputs: Tensor
+    outputs: Tensor
+
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
+        return (self.norm.relevance(self.inputs, self.outputs, relevance),)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weights:
+    """Attention's weights; only AttnLRP gives them any relevance."""
+
+    attention: AttentionScores
+
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
+        return self.attention.at_inputs(relevance)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Product:
+    """Attention's product of weights and values."""
+
+    product: AttentionProduct
+    weights: Tensor
+    values: Tensor
+    outputs: Tensor
+
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor | None, ...]:
+        assert isinstance(rule, str)
+        return self.product.relevance(self.weights, self.values, self.outputs, relevance, rule)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -347,7 +408,7 @@ class _Recorded:
             output = function(*parted, **named)
         return cls(tuple(leaf for leaf, kept in zip(leaves, wanted, strict=True) if kept), output)
 
-    def propagate(self, relevance: Tensor, rule: RuleSpec | None) -> tuple[Tensor, ...]:
+    def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
         rows = [
             torch.autograd.grad(self.output, self.inputs, row, retain_graph=True)
             for row in relevance.split(len(self.output))

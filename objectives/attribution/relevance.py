@@ -10,12 +10,34 @@ import torch
 from torch import Tensor
 
 from objectives.errors import RelevanceError
+from objectives.network import CanonicalNetwork
 
-__all__ = ["AbsScope", "Relevance", "moments"]
+__all__ = ["AbsScope", "Relevance", "moments", "spread"]
 
 AbsScope = Literal["sum", "element"]
 """Where the absolute value is taken: of each sample's sum over space (Hatefi et al. 2024), or of every element before
 any sum (Yeom et al. 2021)."""
+
+
+def spread(network: CanonicalNetwork, name: str, relevance: Tensor) -> Tensor:
+    """The relevance of a layer's or an attention's outputs with its components in one dimension.
+
+    Args:
+        network: canonical.
+        name: of what has components.
+        relevance: (..., components), (..., components, height, width), of tokens (..., tokens, components), or of heads
+            (..., tokens, heads * head_dim).
+
+    Returns:
+        (..., components) or, where there are several values of a component, (..., components, height, width); of tokens
+        that is (..., components, tokens, 1), of heads (..., heads, tokens, head_dim).
+    """
+    if name in network.heads:
+        by_head: Tensor = relevance.unflatten(-1, (network.heads[name].n_heads, -1))
+        return by_head.transpose(-3, -2)
+    if len(network.layers[name].output_shape) == 2:
+        return relevance.transpose(-2, -1).unsqueeze(-1)
+    return relevance
 
 
 def moments(relevance: Tensor, abs_scope: AbsScope) -> Tensor:

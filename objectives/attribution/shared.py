@@ -21,17 +21,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from objectives.attribution.composites import check_groups
+from objectives.attribution.composites import check_attention, check_groups
 from objectives.attribution.engine import OutputRelevance, ZennitAttribution, start_relevance
-from objectives.attribution.plan import Plan, Segment, make_plan
-from objectives.attribution.propagation import Batch
-from objectives.attribution.relevance import AbsScope, Relevance, moments
+from objectives.attribution.plan import ATTENTION, Plan, Segment, make_plan
+from objectives.attribution.propagation import Batch, Rule
+from objectives.attribution.relevance import AbsScope, Relevance, moments, spread
 from objectives.datasets import LabelledImages
 from objectives.errors import OptionError
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
 from search_spaces.composites import CompositeSpec
-from search_spaces.rules import RuleSpec
 
 __all__ = ["DEFAULT_MEMORY", "SharedAttribution"]
 
@@ -49,7 +48,7 @@ _SAMPLES = {"cpu": (4, 16), "cuda": (1, 1024)}
 # Of the memory a stacked tensor may take: a dozen are alive at once at the deepest level, and the levels above wait.
 _OF_MEMORY = 64
 
-_Path = tuple[RuleSpec, ...]
+_Path = tuple[Rule, ...]
 _Pending = dict[fx.Node, Tensor]
 
 _log = logging.getLogger(__name__)
@@ -164,7 +163,9 @@ class SharedAttribution:
 
     def _path(self, composite: CompositeSpec) -> _Path:
         assert self._plan is not None
-        return tuple(composite.rules[segment.group] for segment in self._plan.segments)
+        check_attention(self.network, composite)
+        rules: dict[str, Rule] = {**composite.rules, ATTENTION: composite.attention}
+        return tuple(rules[segment.group] for segment in self._plan.segments)
 
     def _pass(self, samples: slice) -> Batch:
         """The forward pass of a chunk; the first ones are kept, as many as the memory holds."""
@@ -222,7 +223,7 @@ class SharedAttribution:
                 self._descend(depth + 1, reached, waiting, chunk)
 
     def _walk(
-        self, segment: Segment, rules: Mapping[str, RuleSpec], pending: _Pending, batch: Batch
+        self, segment: Segment, rules: Mapping[str, Rule], pending: _Pending, batch: Batch
     ) -> tuple[_Pending, Tensor]:
         """Propagates stacked rows through a segment under one rule a group.
 
@@ -232,18 +233,22 @@ class SharedAttribution:
         pending = dict(pending)
         n_samples = len(batch.logits)
         layer_groups = batch.plan.layer_groups
+        n_rows = 0
         sums: list[Tensor] = []
         for node in segment.nodes:
-            relevance = pending.pop(node)
+            relevance = pending.pop(node, None)
+            if relevance is None:  # queries and keys where attention is a constant
+                continue
+            n_rows = len(relevance) // n_samples
             if node.target in segment.components:
-                sums.append(moments(relevance.unflatten(0, (-1, n_samples)), self.abs_scope))
+                rows = spread(self.network, str(node.target), relevance.unflatten(0, (-1, n_samples)))
+                sums.append(moments(rows, self.abs_scope))
             group = layer_groups.get(str(node.target))
             for source, share in batch.propagate(node, relevance, None if group is None else rules.get(group)):
                 if source in pending:  # a layer's share is a new tensor, that of another step may be the relevance
                     waiting = pending[source]
                     share = share.add_(waiting) if group is not None else waiting + share
                 pending[source] = share
-        n_rows = len(relevance) // n_samples
         return pending, torch.cat(sums, dim=-1) if sums else torch.empty(n_rows, 3, 0, dtype=torch.float64)
 
     def _relevance(self, sums: list[Tensor]) -> Relevance:
@@ -270,7 +275,7 @@ class _Branch:
     """A node of the tree of composites: the rules so far, and the moments of the latest segment's components."""
 
     path: _Path
-    children: dict[RuleSpec, _Branch] = field(default_factory=dict)
+    children: dict[Rule, _Branch] = field(default_factory=dict)
     sums: Tensor | None = None
 
     def grow(self, path: _Path) -> None:
@@ -278,7 +283,7 @@ class _Branch:
             rule = path[len(self.path)]
             self.children.setdefault(rule, _Branch((*self.path, rule))).grow(path)
 
-    def rule(self, plan: Plan, group: str) -> RuleSpec:
+    def rule(self, plan: Plan, group: str) -> Rule:
         return next(rule for rule, segment in zip(self.path, plan.segments, strict=False) if segment.group == group)
 
     def add(self, sums: Tensor) -> None:
@@ -351,7 +356,12 @@ class _Stacks:
         """All rows in stacks of at most `most`; those that came together are parted only where they must be."""
         while self.branches:
             n_stacks, n_rows = 1, len(self.branches[0])
-            while n_stacks < len(self.branches) and n_rows + len(self.branches[n_stacks]) <= most:
+            while (
+                n_stacks < len(self.branches)
+                and n_rows + len(self.branches[n_stacks]) <= most
+                # Where a border parts q or k from its attention, relevance waits there under AttnLRP alone.
+                and self.pending[n_stacks].keys() == self.pending[0].keys()
+            ):
                 n_rows += len(self.branches[n_stacks])
                 n_stacks += 1
             branches = [branch for stack in self.branches[:n_stacks] for branch in stack]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from torch import Tensor
-
-from objectives.pruning.ranking import Masks, rank
-from objectives.pruning.rates import n_pruned
+from objectives.pruning.ranking import Masks, Ranking
 
 __all__ = ["one_shot"]
 
 
-def one_shot(score: Callable[[], Mapping[str, Tensor]], rates: Sequence[float]) -> Iterator[Masks]:
+def one_shot(ranking: Callable[[], Ranking], rates: Sequence[float]) -> Iterator[Masks]:
     """Yields the masks of each rate, from a single ranking.
 
     Args:
-        score: scores of all components on the unpruned network, layer -> (components,).
+        ranking: of all components on the unpruned network.
         rates: increasing from 0.
     """
-    ranking = rank(score())
+    ranked = ranking()
     for rate in rates:
-        yield ranking.masks(n_pruned(rate, len(ranking)))
+        yield ranked.masks(ranked.n_pruned(rate))

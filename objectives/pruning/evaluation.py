@@ -19,6 +19,8 @@ from objectives.network import CanonicalNetwork
 from objectives.pruning.fusion import fused, largest_step
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, cost, depends_on_images, draft
+from objectives.repair.repairer import Repairer
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = ["Evaluator", "KnownMeasurement", "Measurement", "News", "correct_predictions"]
 
@@ -48,7 +50,7 @@ class KnownMeasurement:
     """A measurement in the form in which it is sent and stored.
 
     Attributes:
-        mask: hexadecimal digest of the masks.
+        mask: hexadecimal digest of the masks, and of the repair where there is one.
         n_images: evaluation images.
         correct: one bit an image, the first in the highest bit of the first byte.
         cost: size of the exact slim network.
@@ -115,7 +117,7 @@ def correct_predictions(
 
 
 class Evaluator:
-    """Measures masks of one network on fixed images, each distinct mask on each image once.
+    """Measures masks of one network on fixed images, each distinct mask and repair on each image once.
 
     Accuracy is counted on the exact slim network, which equals the masked one. So all composites share what is measured
     of the unpruned network and of the one without components; the least recently used masks are forgotten where there
@@ -129,15 +131,22 @@ class Evaluator:
             where it has room for them.
         batches: images a forward pass, at most; on a CPU fewer where its caches hold fewer.
         dtype: of weights and images.
+        repairer: of this network; needed to measure repaired networks only.
     """
 
     def __init__(
-        self, network: CanonicalNetwork, images: LabelledImages, batches: Batches, dtype: torch.dtype = torch.float32
+        self,
+        network: CanonicalNetwork,
+        images: LabelledImages,
+        batches: Batches,
+        dtype: torch.dtype = torch.float32,
+        repairer: Repairer | None = None,
     ) -> None:
         self.network = network
         self.images = images
         self.batches = batches
         self.dtype = dtype
+        self.repairer = repairer
         self._measured: OrderedDict[str, Measurement] = OrderedDict()
         self._learnt: dict[str, KnownMeasurement] = {}
         self._new: list[str] = []
@@ -145,7 +154,10 @@ class Evaluator:
 
     @cached_property
     def origin(self) -> str:
-        """Hexadecimal digest of everything but the masks that a measurement depends on, rounding included."""
+        """Hexadecimal digest of everything that a measurement depends on, rounding included.
+
+        But for the masks, the repair and the references that it is made with, which stand in each measurement's key.
+        """
         module, images = self.network.module, self.images
         content = [
             module.code,
@@ -156,22 +168,25 @@ class Evaluator:
             _processor(images.labels.device),
             torch.get_num_threads(),
             self.batches.asked,
+            # Masks don't say whose they are.
+            *([] if self.network.choice == "all" else [self.network.choice]),
         ]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
-    def measure(self, masks: Masks, n_images: int | None = None) -> Measurement:
+    def measure(self, masks: Masks, n_images: int | None = None, repair: RepairSpec = NO_REPAIR) -> Measurement:
         """Accuracy and size under masks.
 
         Args:
             masks: of components that are kept.
             n_images: how many images to measure on, the first ones; all by default.
+            repair: of the pruned network, before it is measured.
 
         Raises:
+            RepairError: the pruned network can't be repaired.
             OutOfMemoryError: not even a single image fits on the device.
         """
         wanted = len(self.images) if n_images is None else n_images
-        kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
-        mask = hashlib.blake2b(np.packbits(kept).tobytes(), digest_size=16).hexdigest()
+        mask = self._key(masks, repair)
         known = self._measured.get(mask)
         if known is None and (learnt := self._learnt.get(mask)) is not None:
             known = learnt.measurement(self.images.labels.device)
@@ -179,11 +194,13 @@ class Evaluator:
         n_known = 0 if known is None else len(known.correct)
         self._asked.setdefault(mask, n_known >= wanted)
         if known is None or n_known < wanted:
-            new = self._measure(masks, slice(n_known, wanted))
+            new = self._measure(masks, repair, slice(n_known, wanted))
             known = new if known is None else Measurement(torch.cat([known.correct, new.correct]), new.cost)
             self._keep(mask, known)
             # Other batches round in another way, and elsewhere it would be measured at once.
-            if n_known == 0 and wanted == len(self.images) and self.batches.size == self.batches.asked:
+            batches = [self.batches, *([self._repairer.batches] if repair else [])]
+            as_asked = all(each.size == each.asked for each in batches)
+            if n_known == 0 and wanted == len(self.images) and as_asked:
                 self._new.append(mask)
         self._measured.move_to_end(mask)
         return known if len(known.correct) == wanted else Measurement(known.correct[:wanted], known.cost)
@@ -203,14 +220,28 @@ class Evaluator:
         self._new, self._asked = [], {}
         return news
 
+    def _key(self, masks: Masks, repair: RepairSpec) -> str:
+        kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
+        content = np.packbits(kept).tobytes()
+        if repair and not kept.all():  # a repair changes nothing where nothing is pruned
+            content += f"{repair} {self._repairer.fingerprint}".encode()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    @property
+    def _repairer(self) -> Repairer:
+        if self.repairer is None:
+            raise ValueError("An evaluator without a `repairer` measures no repaired networks.")
+        return self.repairer
+
     def _keep(self, mask: str, measurement: Measurement) -> None:
         self._measured[mask] = measurement
         if len(self._measured) * (len(self.images) + _BYTES_BESIDE) > _BYTES_KEPT:
             self._measured.popitem(last=False)
 
-    def _measure(self, masks: Masks, part: slice) -> Measurement:
+    def _measure(self, masks: Masks, repair: RepairSpec, part: slice) -> Measurement:
         """On a part of the images."""
-        exact = draft(self.network, masks)
+        network = self._repairer.repaired(masks, repair) if repair else self.network
+        exact = draft(network, masks)
         size, is_alive = cost(exact), depends_on_images(exact)
         module = fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
         images = LabelledImages(self.images.images[part], self.images.labels[part])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from objectives.attribution.attention import Heads
 from objectives.network import Layer
 from objectives.pruning.ranking import Masks
 
@@ -15,15 +16,16 @@ __all__ = ["masked"]
 
 
 @contextmanager
-def masked(network: nn.Module, layers: Mapping[str, Layer], masks: Masks) -> Iterator[nn.Module]:
+def masked(network: nn.Module, prunable: Mapping[str, Layer | Heads], masks: Masks) -> Iterator[nn.Module]:
     """The user's own network with the pruned components' outputs zero.
 
     Zeroes the rows of the convolution or dense layer and of the batch norm behind it (else its shift leaks), its
-    running mean included. On exit every tensor is bit for bit what it was, and every Parameter the same object.
+    running mean included; of an attention head the rows of its values. On exit every tensor is bit for bit what it
+    was, and every Parameter the same object.
 
     Args:
         network: in evaluation mode.
-        layers: of its canonical form.
+        prunable: layers and heads of its canonical form, by name.
         masks: which components are kept.
     """
     saved: list[tuple[Tensor, Tensor]] = []
@@ -33,7 +35,10 @@ def masked(network: nn.Module, layers: Mapping[str, Layer], masks: Masks) -> Ite
                 pruned = (~mask).nonzero().flatten()
                 if len(pruned) == 0:
                     continue
-                for tensor in _rows(network, layers[name]):
+                part = prunable[name]
+                if isinstance(part, Heads):  # the joint layer has the rows of q first, then those of k
+                    pruned = 2 * part.n_heads * part.head_dim + part.rows(pruned)
+                for tensor in _tensors(network, part):
                     saved.append((tensor, tensor.detach().clone()))
                     tensor[pruned.to(tensor.device)] = 0
         yield network
@@ -43,9 +48,11 @@ def masked(network: nn.Module, layers: Mapping[str, Layer], masks: Masks) -> Ite
                 tensor.copy_(original)
 
 
-def _rows(network: nn.Module, layer: Layer) -> list[Tensor]:
-    tensors = [getattr(network.get_submodule(layer.name), key) for key in ("weight", "bias")]
-    if layer.norm is not None:
-        norm = network.get_submodule(layer.norm)
+def _tensors(network: nn.Module, part: Layer | Heads) -> list[Tensor]:
+    """Whose rows belong to its components."""
+    name = part.projection if isinstance(part, Heads) else part.name
+    tensors = [getattr(network.get_submodule(name), key) for key in ("weight", "bias")]
+    if isinstance(part, Layer) and part.norm is not None:
+        norm = network.get_submodule(part.norm)
         tensors += [norm.weight, norm.bias, norm.running_mean]
     return [tensor.data for tensor in tensors if tensor is not None]

@@ -1,8 +1,8 @@
 """Downstream pruning: from an export document to a smaller network on disk, with a report.
 
-Relevance is computed anew from the document's composite, the pruned components are removed physically, and three things
-are reported apart: the user's network with the components masked, the exact slim network, and, if wanted, the coupled
-network of the user's own class.
+Relevance is computed anew from the document's composite, the pruned components are removed physically, what is left is
+repaired from the reference images, and three things are reported apart: the user's network with the components masked,
+the exact slim network, and, if wanted, the coupled network of the user's own class, which isn't repaired.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from objectives.objective import Columns, Objective, ObjectiveOptions
 from objectives.pruning.curve import keeps
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.masking import masked
-from objectives.pruning.ranking import Ranking, rank
-from objectives.pruning.rates import n_pruned
+from objectives.pruning.ranking import Ranking
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
 from objectives.pruning.slimming import cost, depends_on_images, draft, slim
-from objectives.pruning.structured import prune_coupled
+from objectives.pruning.structured import prune_coupled, resize_transformer
+from objectives.repair.own import repaired
+from objectives.repair.repairer import with_layers
 from search_spaces.documents import CompositeDocument
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
-__all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "prune"]
+__all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "RepairFigures", "prune"]
 
 AmountKind = Literal["rate", "keep_accuracy", "parameters", "flops"]
 
@@ -98,6 +100,31 @@ class NetworkFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairFigures:
+    """What the repair of the exact slim network did.
+
+    Agreement is the share of reference images whose prediction is the unpruned network's; no labels are used for it.
+
+    Attributes:
+        method: of `search_spaces.repairs.REPAIRS`.
+        strength: given, or chosen from the reference images; None of `none`.
+        n_references: images that it was made with.
+        seconds: that it took.
+        accuracy_without: of the slim network without it, on the report's images.
+        agreement: of the slim network.
+        agreement_without: of the slim network without it.
+    """
+
+    method: str
+    strength: float | None
+    n_references: int
+    seconds: float
+    accuracy_without: float
+    agreement: float
+    agreement_without: float
+
+
+@dataclass(frozen=True, slots=True)
 class PruneReport:
     """Result of `prune`.
 
@@ -107,8 +134,9 @@ class PruneReport:
         n_pruned: components removed.
         images: which images accuracy was measured on, and how many.
         unpruned: the user's network.
-        masked_accuracy: of the user's network with the components masked.
-        exact: the exact slim network.
+        masked_accuracy: of the user's network with the components masked and the same repair.
+        exact: the exact slim network, repaired.
+        repair: what the repair did.
         coupled: the coupled network, if asked for.
         n_removed_coupled: components that it lost.
         warnings: what differs from the document.
@@ -122,6 +150,7 @@ class PruneReport:
     unpruned: NetworkFigures
     masked_accuracy: float
     exact: NetworkFigures
+    repair: RepairFigures
     coupled: NetworkFigures | None
     n_removed_coupled: int | None
     warnings: tuple[str, ...]
@@ -142,6 +171,7 @@ def prune(
     coupled: bool = False,
     device: str = "auto",
     batch_size: int = 100,
+    repair: RepairSpec | None = None,
 ) -> PruneReport:
     """Prunes a network with a document's composite and writes the result.
 
@@ -154,32 +184,39 @@ def prune(
         coupled: also remove coupled groups by torch-pruning.
         device: to compute on.
         batch_size: images a pass.
+        repair: of the exact slim network, from the reference images; by default it is refitted, a transformer isn't
+            repaired. Neither is the coupled network.
 
     Raises:
+        RepairError: the pruned network can't be repaired.
         UnsupportedNetworkError: the network isn't the document's, or can't be pruned.
         SlimFileError: the output exists or can't be written.
         OptionError: the amount can't be reached.
     """
+    if repair is None:
+        repair = RepairSpec("refit") if document.composite.attention is None else NO_REPAIR
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure,
+        components=document.components,
+        ranking=document.ranking,
         abs_scope=document.abs_scope,
         output_relevance=document.output_relevance,
         batch_size=batch_size,
         device=device,
+        repair=repair,
     )
     with new_directory(output) as directory:
         objective = Objective(model, task, options, document)
-        ranking = rank(objective.scores(document.composite))
+        ranking = objective.ranking(document.composite)
         n = _n_pruned(objective, ranking, amount)
         return _Pruning(objective, document, ranking, n).write(directory, output, amount, coupled)
 
 
 def _n_pruned(objective: Objective, ranking: Ranking, amount: PruneAmount) -> int:
-    n = len(ranking)
     match amount.kind:
         case "rate":
-            return n_pruned(amount.value, n)
+            return ranking.n_pruned(amount.value)
         case "keep_accuracy":
             return _most_that_keep(objective, ranking, amount.value)
         case _:
@@ -188,11 +225,11 @@ def _n_pruned(objective: Objective, ranking: Ranking, amount: PruneAmount) -> in
 
 def _most_that_keep(objective: Objective, ranking: Ranking, share: float) -> int:
     """The largest number, in steps of 1 %, up to which every step keeps a share of the unpruned accuracy."""
-    measure = objective.evaluator("search").measure
+    evaluator, repair = objective.evaluator("search"), objective.options.repair
     kept, start = 0, None
     for step in range(_ACCURACY_STEPS):
         n = step * len(ranking) // _ACCURACY_STEPS
-        accuracy = float(measure(ranking.masks(n)).correct.double().mean())
+        accuracy = float(evaluator.measure(ranking.masks(n), repair=repair).correct.double().mean())
         start = accuracy if start is None else start
         if not keeps(accuracy, share, start):
             break
@@ -226,18 +263,31 @@ class _Pruning:
     def write(self, directory: Path, target: Path, amount: PruneAmount, coupled: bool) -> PruneReport:
         objective, network = self.objective, self.objective.network
         masks = self.ranking.masks(self.n_pruned)
-        slim_network = slim(network, masks)
+        repair, repairer = objective.options.repair, objective.repairer
+        unrepaired = slim(network, masks)
+        start = time.perf_counter()
+        layers = repairer.layers(masks, repair)
+        seconds = time.perf_counter() - start
+        slim_network = slim(with_layers(network, layers), masks)
         input_shape = network.input_shape
         write_program(_on_cpu(slim_network), input_shape, directory / "slim.pt2")
-        write_weights(slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors")
+        used = RepairSpec(repair.method, repairer.strength(repair))
+        write_weights(
+            slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors", used, layers
+        )
         own = on_device(objective.model.network, objective.device)
         original = self._restricted(own)
-        with masked(own, network.layers, masks):
+        with (
+            repaired(own, network.layers, layers, objective.kept_outputs),
+            masked(own, network.prunable, masks),
+        ):
             masked_accuracy = self._accuracy(original)
         coupled_figures, n_removed = None, None
         if coupled:
-            scores = objective.scores(self.document.composite)
-            result = prune_coupled(own, network, scores, self.n_pruned)
+            if network.is_transformer:
+                result = resize_transformer(own, network, masks)
+            else:
+                result = prune_coupled(own, network, objective.scores(self.document.composite), self.n_pruned)
             write_state(result.network, directory / "coupled.safetensors")
             restricted = self._restricted(result.network)
             write_program(_on_cpu(restricted), input_shape, directory / "coupled.pt2")
@@ -253,6 +303,15 @@ class _Pruning:
             unpruned=self._figures(original, network.module),
             masked_accuracy=masked_accuracy,
             exact=self._figures(slim_network, slim_network),
+            repair=RepairFigures(
+                method=repair.method,
+                strength=used.strength,
+                n_references=len(repairer.images),
+                seconds=seconds,
+                accuracy_without=self._accuracy(unrepaired),
+                agreement=self._agreement(slim_network),
+                agreement_without=self._agreement(unrepaired),
+            ),
             coupled=coupled_figures,
             n_removed_coupled=n_removed,
             warnings=tuple(self._warnings(slim_network)),
@@ -276,6 +335,15 @@ class _Pruning:
         images = self._images().to(self.objective.device)
         correct = correct_predictions(network, images, self.objective.batches)
         return float(correct.double().mean())
+
+    def _agreement(self, network: nn.Module) -> float:
+        """Share of the reference images on which a network predicts what the unpruned one does."""
+        images = self.objective.repairer.images
+        with torch.inference_mode():
+            batches = images.split(self.objective.batches.size)
+            predictions = torch.cat([self.objective.network.module(batch).argmax(dim=1) for batch in batches])
+        wanted = LabelledImages(images, predictions)
+        return float(correct_predictions(network, wanted, self.objective.batches).double().mean())
 
     def _figures(self, network: nn.Module, canonical: fx.GraphModule) -> NetworkFigures:
         size = cost(canonical)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from objectives.pruning.rates import n_pruned
+
 __all__ = ["Masks", "Ranking", "rank"]
 
 Masks = Mapping[str, Tensor]
@@ -21,13 +23,19 @@ class Ranking:
     Attributes:
         order: (n,) positions in the concatenation of all layers, least relevant first.
         widths: components of each layer, in forward order.
+        kinds: number of components of each kind that is ranked within itself; one where all are ranked together.
     """
 
     order: Tensor
     widths: dict[str, int]
+    kinds: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def n_pruned(self, rate: float) -> int:
+        """Components pruned at a rate: floor(rate * n) of each kind."""
+        return sum(n_pruned(rate, n) for n in self.kinds)
 
     def masks(self, n_pruned: int) -> dict[str, Tensor]:
         """Masks with the `n_pruned` least relevant components pruned; nested for growing numbers."""
@@ -36,14 +44,28 @@ class Ranking:
         return dict(zip(self.widths, kept.split(list(self.widths.values())), strict=True))
 
 
-def rank(scores: Mapping[str, Tensor]) -> Ranking:
-    """Ranks components by score over the whole network.
+def rank(scores: Mapping[str, Tensor], kinds: Mapping[str, str] | None = None) -> Ranking:
+    """Ranks components by score over the whole network, or each kind of them within itself.
+
+    Kinds that are ranked apart take turns in the one order, so that each has lost its share at
+    `Ranking.n_pruned(rate)`.
 
     Args:
         scores: layer -> (components,), in forward order.
+        kinds: layer -> kind, where each is ranked within itself.
 
     Returns:
         The stable order: ties follow layer order, then index.
     """
-    order = torch.cat([values.detach().cpu().double() for values in scores.values()]).argsort(stable=True)
-    return Ranking(order, {name: len(values) for name, values in scores.items()})
+    values = torch.cat([values.detach().cpu().double() for values in scores.values()])
+    widths = {name: len(values) for name, values in scores.items()}
+    order = values.argsort(stable=True)
+    if kinds is None:
+        return Ranking(order, widths, (len(values),))
+    known = list(dict.fromkeys(kinds[name] for name in widths))
+    kind = torch.cat([torch.full((width,), known.index(kinds[name])) for name, width in widths.items()])
+    sizes = torch.bincount(kind, minlength=len(known))
+    share = torch.empty_like(values)  # of its kind that is gone with a component
+    for index, size in enumerate(sizes.tolist()):
+        share[order[kind[order] == index]] = torch.arange(1, size + 1, dtype=torch.float64) / size
+    return Ranking(share.argsort(stable=True), widths, tuple(sizes.tolist()))

@@ -2,7 +2,7 @@
 
 =====================  ==============================================================================================
 `slim.pt2`             loads with `torch.export.load(path).module()` and runs without this product, for any batch size
-`slim.safetensors`     weights, with the kept components and the export document as metadata; `load_slim` reads it
+`slim.safetensors`     weights, with kept components, export document and repair as metadata; `load_slim` reads it
 `coupled.pt2`          the coupled network as an exported program
 `coupled.safetensors`  state dict of the user's own class, resized; `load_coupled` reads it into a network of that class
 =====================  ==============================================================================================
@@ -15,7 +15,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError
 from objectives.network import canonize
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import slim
+from objectives.repair.repairer import with_biases
 from search_spaces.documents import CompositeDocument
 from search_spaces.reasons import message_of
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = [
     "load_coupled",
@@ -86,14 +88,32 @@ def write_program(module: nn.Module, input_shape: tuple[int, int, int], path: Pa
 
 
 def write_weights(
-    module: nn.Module, masks: Masks, document: CompositeDocument, classes: tuple[int, ...] | None, path: Path
+    module: nn.Module,
+    masks: Masks,
+    document: CompositeDocument,
+    classes: tuple[int, ...] | None,
+    path: Path,
+    repair: RepairSpec = NO_REPAIR,
+    repaired: Iterable[str] = (),
 ) -> None:
-    """Writes a slim network's weights, with what `load_slim` needs to rebuild it."""
+    """Writes a slim network's weights, with what `load_slim` needs to rebuild it.
+
+    Args:
+        module: the slim network.
+        masks: that it was made with.
+        document: that says how components were ranked.
+        classes: outputs that it keeps; None for all.
+        path: of the file.
+        repair: of its weights.
+        repaired: names of the layers that have other weights, and a bias, by it.
+    """
     metadata = {
         "format": _FORMAT,
         "kept": json.dumps({name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}),
         "classes": json.dumps(None if classes is None else list(classes)),
         "document": json.dumps(document.to_json()),
+        "repair": json.dumps(repair.to_json()),
+        "repaired": json.dumps(list(repaired)),
     }
     write_state(module, path, metadata)
 
@@ -129,15 +149,15 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         network = _build(model)
     height, width = document.preprocessing["size"]
     input_shape = (len(document.preprocessing["mean"]), height, width)
-    canonical = canonize(network, input_shape)
+    canonical = canonize(network, input_shape).choosing(document.components)
     check_shape(canonical, canonical.n_outputs, document)
     classes = json.loads(metadata["classes"])
     if classes is not None:
-        canonical = canonize(network, input_shape, classes)
+        canonical = canonize(network, input_shape, classes).choosing(document.components)
     masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in canonical.components.items()}
     for name, indices in json.loads(metadata["kept"]).items():
         masks[name][indices] = True
-    module = slim(canonical, masks)
+    module = slim(with_biases(canonical, json.loads(metadata.get("repaired", "[]"))), masks)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -192,6 +212,9 @@ def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
             f"({len(differing)} such); pass a network of the class that was pruned."
         )
     for name, module in network.named_modules():
+        if {"num_heads", "head_dim", "attn_dim"} <= vars(module).keys() and f"{name}.qkv.weight" in state:
+            module.attn_dim = state[f"{name}.qkv.weight"].shape[0] // 3
+            module.num_heads = module.attn_dim // module.head_dim
         weight = state.get(f"{name}.weight")
         if weight is None:
             continue

@@ -1,5 +1,7 @@
 """Slimming: the physically smaller network that computes exactly what the masked one computes.
 
+Of a pruned attention head the rows of q, k and v go, and the columns that read it.
+
 Each value in the canonical graph carries a layout: which of its channels are stored. Rows of pruned filters are gone,
 the residual stream holds alive channels only, branches are added by index, and a layer whose inputs are all pruned
 still emits its bias. No layers need to be coupled. Where a step's effect on channels isn't known (in a gate, say) the
@@ -18,8 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from objectives.attribution.operations import Activation, AveragePool, ConstantGate, Operation, ResidualSum
-from objectives.network import CanonicalNetwork, shape_of
+from objectives.attribution.attention import AttentionProduct, AttentionWeights
+from objectives.attribution.operations import (
+    Activation,
+    AveragePool,
+    ConstantGate,
+    ConstantSum,
+    ConstantTokens,
+    Operation,
+    ResidualSum,
+)
+from objectives.network import CanonicalNetwork, channel_axis, n_channels, shape_of
 from objectives.pruning.ranking import Masks
 
 __all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "slim"]
@@ -29,6 +40,7 @@ aten = torch.ops.aten
 _POOLS = {aten.max_pool2d.default, aten.adaptive_max_pool2d.default}
 _GATE_ACTIVATIONS = {aten.sigmoid.default, aten.hardsigmoid.default}
 _READ_SIZES_ONLY = {aten.sym_size.int, aten.new_zeros.default}
+_PARTS = {aten.slice.Tensor, aten.select.int}
 _PADS = {aten.constant_pad_nd.default, aten.pad.default}
 _SQUEEZES = {aten.squeeze.dims, aten.squeeze.dim}
 _FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
@@ -39,8 +51,9 @@ class Cost:
     """Size of a network.
 
     Attributes:
-        parameters: weights and biases of convolutions and dense layers, batch norm folded.
-        flops: multiply-adds for one image.
+        parameters: weights and biases of convolutions, dense layers and layer norms, and constants such as position
+            embeddings; batch norm and LayerScale folded.
+        flops: multiply-adds for one image, of convolutions, dense layers and attention.
     """
 
     parameters: int
@@ -71,8 +84,20 @@ def cost(module: fx.GraphModule | Draft) -> Cost:
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, nn.Conv2d | nn.Linear):
             parameters += layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
-            flops += layer.weight.numel() * math.prod(shape_of(node)[1:])
-        elif node.op == "get_attr" and node.meta.get("bias_only"):
+            flops += layer.weight.numel() * (math.prod(shape_of(node)) // max(1, n_channels(shape_of(node))))
+        elif isinstance(layer, nn.LayerNorm):
+            parameters += sum(tensor.numel() for tensor in layer.parameters())
+        elif isinstance(layer, ConstantSum | ConstantTokens):
+            parameters += sum(tensor.numel() for tensor in layer.buffers())
+        elif isinstance(
+            layer, AttentionWeights | AttentionProduct
+        ):  # of each head (T, d) by (d, T), or (T, T) by (T, d)
+            n_tokens, width = shape_of(node.all_input_nodes[-1])
+            flops += n_tokens**2 * width
+        elif node.target is aten.scaled_dot_product_attention.default:
+            n_heads, n_tokens, head_dim = shape_of(node)
+            flops += 2 * n_heads * n_tokens**2 * head_dim
+        elif node.op == "get_attr" and node.meta.get("is_parameter"):
             parameters += math.prod(getattr(module, str(node.target)).shape)
     return Cost(parameters, flops)
 
@@ -96,7 +121,7 @@ def slim(network: CanonicalNetwork, masks: Masks) -> fx.GraphModule:
 
     Args:
         network: canonical; it isn't changed.
-        masks: kept components of every layer that has any pruned.
+        masks: kept components of every layer or attention that has any pruned.
 
     Returns:
         (N, C, H, W) -> logits (N, classes), equal to the masked network's up to rounding.
@@ -123,6 +148,16 @@ class _Value:
     channels: Tensor
     shape: tuple[int, ...]
 
+    @property
+    def axis(self) -> int:
+        """Of the channels, the batch dimension included."""
+        return channel_axis(self.shape)
+
+    def shape_of(self, n: int) -> tuple[int, ...]:
+        """The shape with `n` channels."""
+        place = self.axis - 1
+        return (*self.shape[:place], n, *self.shape[place + 1 :])
+
 
 class _Slimmer:
     def __init__(self, network: CanonicalNetwork, masks: Masks) -> None:
@@ -136,12 +171,17 @@ class _Slimmer:
         self.demanded: set[fx.Node] = set()
         self.n_buffers = 0
         self.images: fx.Node | None = None
+        self.heads = network.heads
+        self.of_heads = {
+            layer: heads for heads in network.heads.values() for layer in (heads.query, heads.key, heads.value)
+        }
+        self.queries_and_keys: dict[fx.Node, tuple[_Value, _Value, float]] = {}
 
     def build(self) -> Draft:
         for node in self.source.graph.nodes:
             if node.op == "placeholder":
                 self.images = self.graph.placeholder("images")
-                self._store(node, _Value(self.images, torch.arange(shape_of(node)[0]), shape_of(node)))
+                self._store(node, _Value(self.images, torch.arange(n_channels(shape_of(node))), shape_of(node)))
             elif node.op == "output":
                 self.graph.output(self._full(node.args[0]))
             elif node.op == "call_module":
@@ -156,18 +196,18 @@ class _Slimmer:
 
     def _store(self, old: fx.Node, value: _Value) -> None:
         if value.node is not None:
-            value.node.meta["shape"] = (len(value.channels), *value.shape[1:])
+            value.node.meta["shape"] = value.shape_of(len(value.channels))
         self.values[old] = value
 
     def _emit(self, operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> fx.Node:
         return self.graph.call_function(operator, arguments, keywords)
 
-    def _buffer(self, tensor: Tensor, *, bias_only: bool = False) -> fx.Node:
+    def _buffer(self, tensor: Tensor, *, is_parameter: bool = False) -> fx.Node:
         name = f"buffer_{self.n_buffers}"
         self.n_buffers += 1
         self.root.register_buffer(name, tensor.clone())
         node = self.graph.get_attr(name)
-        node.meta["bias_only"] = bias_only
+        node.meta["is_parameter"] = is_parameter
         return node
 
     def _index(self, indices: Tensor) -> fx.Node:
@@ -183,30 +223,31 @@ class _Slimmer:
         if value.node is not None and torch.equal(value.channels, channels):
             return value.node
         kept = torch.isin(value.channels, channels)
-        node, n_kept, space = value.node, int(kept.sum()), value.shape[1:]
+        node, n_kept, shape = value.node, int(kept.sum()), value.shape_of(len(channels))
         if node is not None and 0 < n_kept < len(kept):
-            node = self._emit(aten.index_select.default, node, 1, self._index(kept.nonzero().flatten()))
-            node.meta["shape"] = (n_kept, *space)
+            node = self._emit(aten.index_select.default, node, value.axis, self._index(kept.nonzero().flatten()))
+            node.meta["shape"] = value.shape_of(n_kept)
         if node is None or n_kept < len(channels):
             batch = self._emit(aten.sym_size.int, self.images, 0)
-            zeros = self._emit(aten.new_zeros.default, self.images, [batch, len(channels), *space])
-            zeros.meta["shape"] = (len(channels), *space)
+            zeros = self._emit(aten.new_zeros.default, self.images, [batch, *shape])
+            zeros.meta["shape"] = shape
             if node is None or n_kept == 0:
                 return zeros
             places = self._index(torch.searchsorted(channels, value.channels[kept]))
-            node = self._emit(aten.index_copy.default, zeros, 1, places, node)
-            node.meta["shape"] = (len(channels), *space)
+            node = self._emit(aten.index_copy.default, zeros, value.axis, places, node)
+            node.meta["shape"] = shape
         return node
 
     def _full(self, old: fx.Node) -> fx.Node:
         value = self.values[old]
-        return self._with_channels(value, torch.arange(value.shape[0]))
+        return self._with_channels(value, torch.arange(n_channels(value.shape)))
 
     # Modules.
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         operands: Any = node.args
-        inputs = [self.values[operand] for operand in operands]
+        # Attention's weights are no value of their own: they stay inside the attention.
+        inputs = [self.values.get(operand, _NOTHING) for operand in operands]
         match module:
             case nn.Conv2d() if module.groups > 1:
                 self._grouped_convolution(node, module, inputs[0])
@@ -220,17 +261,30 @@ class _Slimmer:
                 self._pool(node, module, inputs[0])
             case Activation():
                 self._channelwise(node, module, inputs[0])
+            case nn.LayerNorm():
+                self._norm(node, module, inputs[0])
+            case ConstantSum():
+                constant = self._buffer(module.constant, is_parameter=True)
+                self._store_full(node, self._emit(aten.add.Tensor, self._full(operands[0]), constant))
+            case ConstantTokens():
+                self._tokens(node, module)
+            case AttentionWeights():
+                self.queries_and_keys[node] = (inputs[0], inputs[1], module.scale)
+            case AttentionProduct():
+                self._attention(node, inputs[1])
             case _:
                 raise TypeError(f"A canonical network holds no {type(module).__name__}.")
 
     def _kept(self, node: fx.Node) -> Tensor:
         """Indices of the rows to keep: unmasked components, and of a gate only what its features still need."""
         mask = self.masks.get(str(node.target))
+        if (heads := self.of_heads.get(str(node.target))) is not None:
+            return heads.rows(self._kept_heads(heads.name))
         if mask is not None:
             return mask.nonzero().flatten()
         features = self._gated_by(node)
         if features is None:
-            return torch.arange(shape_of(node)[0])
+            return torch.arange(n_channels(shape_of(node)))
         self.demanded.add(node)
         return self.values[features].channels
 
@@ -268,8 +322,10 @@ class _Slimmer:
             self._store(node, _Value(None, rows[:0], shape))
             return
         batch = self._emit(aten.sym_size.int, self.images, 0)
-        column = self._buffer(bias.detach().reshape(1, -1, *[1] * (len(shape) - 1)), bias_only=True)
-        new = self._emit(aten.expand.default, column, [batch, len(rows), *shape[1:]])
+        value = _Value(None, rows, shape)
+        places = [len(rows) if axis == value.axis else 1 for axis in range(len(shape) + 1)]
+        column = self._buffer(bias.detach().reshape(places), is_parameter=True)
+        new = self._emit(aten.expand.default, column, [batch, *value.shape_of(len(rows))])
         self._store(node, _Value(new, rows, shape))
 
     def _grouped_convolution(self, node: fx.Node, layer: nn.Conv2d, value: _Value) -> None:
@@ -320,7 +376,7 @@ class _Slimmer:
             new = self._emit(aten.add.Tensor, left.node, right.node)
         else:
             places = self._index(torch.searchsorted(left.channels, right.channels))
-            new = self._emit(aten.index_add.default, left.node, 1, places, right.node)
+            new = self._emit(aten.index_add.default, left.node, left.axis, places, right.node)
         self._store(node, _Value(new, left.channels, shape))
 
     def _gate(self, node: fx.Node, features: _Value, gate: _Value) -> None:
@@ -332,7 +388,7 @@ class _Slimmer:
         self._store(node, _Value(self._emit(aten.mul.Tensor, features.node, factor), features.channels, shape_of(node)))
 
     def _pool(self, node: fx.Node, module: Operation, value: _Value) -> None:
-        if module.operator is aten.mean.dim and not _averages_space_only(module, len(value.shape)):
+        if module.operator is aten.mean.dim and not _averages_space_only(module, value):
             self._dense(node)
             return
         self._channelwise(node, module, value)
@@ -342,6 +398,57 @@ class _Slimmer:
         if value.node is not None:
             new = self._emit(module.operator, value.node, *module.arguments, **module.keywords)
         self._store(node, _Value(new, value.channels, shape_of(node)))
+
+    # Transformers.
+
+    def _store_full(self, old: fx.Node, new: fx.Node) -> None:
+        self._store(old, _Value(new, torch.arange(n_channels(shape_of(old))), shape_of(old)))
+
+    def _tokens(self, node: fx.Node, module: ConstantTokens) -> None:
+        batch = self._emit(aten.sym_size.int, self.images, 0)
+        constant = self._buffer(module.tokens, is_parameter=True)
+        spread = self._emit(aten.expand.default, constant, [batch, *module.tokens.shape[1:]])
+        self._store_full(node, self._emit(aten.cat.default, [spread, self._full(node.all_input_nodes[0])], 1))
+
+    def _norm(self, node: fx.Node, module: nn.LayerNorm, value: _Value) -> None:
+        """A layer norm over all channels, zeros included, or over those of each head."""
+        width, (size,) = n_channels(value.shape), module.normalized_shape
+        if size < width and value.node is None:
+            self._store(node, value)
+            return
+        norm = nn.LayerNorm(size, eps=module.eps, elementwise_affine=False)
+        for key in ("weight", "bias"):
+            tensor = getattr(module, key)
+            setattr(norm, key, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False))
+        self._add_layer(str(node.target), norm)
+        if size == width:
+            self._store_full(node, self.graph.call_module(str(node.target), (self._full(node.all_input_nodes[0]),)))
+            return
+        parted = self._emit(aten.unflatten.int, value.node, -1, [len(value.channels) // size, size])
+        normed = self.graph.call_module(str(node.target), (parted,))
+        self._store(node, _Value(self._emit(aten.flatten.using_ints, normed, -2), value.channels, value.shape))
+
+    def _kept_heads(self, name: str) -> Tensor:
+        mask = self.masks.get(name)
+        return torch.arange(self.heads[name].n_heads) if mask is None else mask.nonzero().flatten()
+
+    def _attention(self, node: fx.Node, value: _Value) -> None:
+        heads, shape = self.heads[str(node.target)], shape_of(node)
+        kept = self._kept_heads(heads.name)
+        if len(kept) == 0:
+            self._store(node, _Value(None, kept, shape))
+            return
+        query, key, scale = self.queries_and_keys[node.all_input_nodes[0]]
+        by_head = [
+            self._emit(
+                aten.transpose.int, self._emit(aten.unflatten.int, part.node, -1, [len(kept), heads.head_dim]), 1, 2
+            )
+            for part in (query, key, value)
+        ]
+        product = self._emit(aten.scaled_dot_product_attention.default, *by_head, scale=scale)
+        product.meta["shape"] = (len(kept), shape[0], heads.head_dim)
+        joined = self._emit(aten.flatten.using_ints, self._emit(aten.transpose.int, product, 1, 2), 2)
+        self._store(node, _Value(joined, heads.rows(kept), shape))
 
     # Functions.
 
@@ -375,7 +482,7 @@ class _Slimmer:
         self._store(node, _Value(new, channels, shape_of(node)))
 
     def _slices_space(self, node: fx.Node, value: _Value) -> bool:
-        return node.target is aten.slice.Tensor and len(node.args) > 1 and _is_spatial(node.args[1], value)
+        return node.target in _PARTS and len(node.args) > 1 and _is_spatial(node.args[1], value)
 
     def _squeezes_space(self, node: fx.Node, value: _Value) -> bool:
         if node.target not in _SQUEEZES:
@@ -388,7 +495,7 @@ class _Slimmer:
         return node.target in _PADS and len(value.shape) == 3 and fills <= {"constant", None, 0}
 
     def _is_flatten(self, node: fx.Node, value: _Value) -> bool:
-        return len(shape_of(node)) == 1 and math.prod(shape_of(node)) == math.prod(value.shape)
+        return value.axis == 1 and len(shape_of(node)) == 1 and math.prod(shape_of(node)) == math.prod(value.shape)
 
     def _flatten(self, node: fx.Node, value: _Value) -> None:
         area = math.prod(value.shape[1:])
@@ -407,7 +514,8 @@ class _Slimmer:
         self._store(node, _Value(new, value.channels + before, shape_of(node)))
 
     def _concatenates_channels(self, node: fx.Node) -> bool:
-        return len(node.args) > 1 and node.args[1] in (1, -len(shape_of(node)))
+        shape = shape_of(node)
+        return channel_axis(shape) == 1 and len(node.args) > 1 and node.args[1] in (1, -len(shape))
 
     def _concatenate(self, node: fx.Node) -> None:
         operands: Any = node.args[0]
@@ -438,17 +546,20 @@ class _Slimmer:
         else:
             new = self.graph.node_copy(node, convert)
         if "shape" in node.meta and len(shape_of(node)) > 0:
-            self._store(node, _Value(new, torch.arange(shape_of(node)[0]), shape_of(node)))
+            self._store_full(node, new)
         else:
             self.other[node] = new
 
 
+_NOTHING = _Value(None, torch.arange(0), (0,))
+
+
 def _is_spatial(dimension: Any, value: _Value) -> bool:
-    return int(dimension) % (len(value.shape) + 1) >= 2
+    return int(dimension) % (len(value.shape) + 1) not in (0, value.axis)
 
 
-def _averages_space_only(module: Operation, n_dimensions: int) -> bool:
-    return all(int(dimension) % (n_dimensions + 1) >= 2 for dimension in module.arguments[0])
+def _averages_space_only(module: Operation, value: _Value) -> bool:
+    return all(_is_spatial(dimension, value) for dimension in module.arguments[0])
 
 
 class Convolution(nn.Conv2d):

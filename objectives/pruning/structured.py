@@ -4,6 +4,10 @@ The result is another function than the network masked by the ranking: writers o
 channels, though their rankings differ. Its accuracy is therefore measured, never derived. In exchange it is an ordinary
 network of the user's own class.
 
+In a vision transformer nothing needs to be coupled but the residual stream, whose channels the layer norms mix, so that
+none can go: neurons inside the MLPs and heads are removed, the rows of pruned writers of the stream become zero, and
+the result computes what the masked network computes.
+
 What must hold is that it equals the network whose coupled channels are masked, since they are zero wherever they were
 written. That is checked on every result, so that a coupling which torch-pruning misses is noticed.
 """
@@ -19,13 +23,16 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from objectives.attribution.attention import Heads
+from objectives.attribution.operations import Activation
 from objectives.errors import UnsupportedNetworkError
 from objectives.network import CanonicalNetwork
 from objectives.pruning.masking import masked
+from objectives.pruning.ranking import Masks
 
-__all__ = ["CoupledNetwork", "prune_coupled"]
+__all__ = ["CoupledNetwork", "prune_coupled", "resize_transformer"]
 
 _LOGIT_TOLERANCE = 1e-3
 
@@ -36,8 +43,9 @@ class CoupledNetwork:
 
     Attributes:
         network: of the user's own class, with resized layers; the user's network isn't touched.
-        n_removed: components removed, those that went along with a coupled one included.
-        widths: components left in each layer.
+        n_removed: components removed, those that went along with a coupled one included; of a transformer also those
+            whose rows became zero.
+        widths: components left in each layer, and heads in each attention.
     """
 
     network: nn.Module
@@ -101,6 +109,79 @@ def prune_coupled(
     return CoupledNetwork(pruned, len(removed), widths)
 
 
+def resize_transformer(network: nn.Module, canonical: CanonicalNetwork, masks: Masks) -> CoupledNetwork:
+    """Removes a transformer's pruned heads, all of a block included, and the pruned neurons inside its MLPs.
+
+    Args:
+        network: the user's own, in evaluation mode; a copy is resized.
+        canonical: its canonical form.
+        masks: which components are kept.
+
+    Raises:
+        UnsupportedNetworkError: attention doesn't say how many heads it has as timm's does, or the resized network
+            computes something else.
+    """
+    pruned = copy.deepcopy(network).requires_grad_(False)
+    removed = []
+    for name, mask in masks.items():
+        lost = (~mask.cpu()).nonzero().flatten()
+        removed += [(name, index) for index in lost.tolist()]
+        if len(lost) == 0:
+            continue
+        readers = _readers(canonical, name)
+        if name in canonical.heads:
+            _remove_heads(pruned, canonical.heads[name], lost, readers)
+        elif readers is None:
+            layer = pruned.get_submodule(name)
+            for tensor in (layer.weight, layer.bias):
+                if isinstance(tensor, Tensor):
+                    tensor.data[lost] = 0
+        else:
+            tp.prune_linear_out_channels(pruned.get_submodule(name), lost.tolist())
+            _remove_columns(pruned, readers, lost)
+    _check_equal(pruned, network, canonical, removed)
+    widths = {name: int(mask.sum()) for name, mask in masks.items()}
+    return CoupledNetwork(pruned, len(removed), widths)
+
+
+def _readers(canonical: CanonicalNetwork, name: str) -> list[str] | None:
+    """The layers that alone read a layer or attention, value by value; None where something mixes its values."""
+    (node,) = (node for node in canonical.module.graph.nodes if node.target == name)
+    readers, queue = [], list(node.users)
+    while queue:
+        user: fx.Node = queue.pop()
+        module = canonical.module.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(module, nn.Linear):
+            readers.append(str(user.target))
+        elif isinstance(module, Activation):
+            queue.extend(user.users)
+        else:
+            return None
+    return readers
+
+
+def _remove_heads(network: nn.Module, heads: Heads, lost: Tensor, readers: list[str] | None) -> None:
+    attention = network.get_submodule(heads.projection.rpartition(".")[0])
+    if readers is None or not {"num_heads", "head_dim"} <= vars(attention).keys():
+        raise UnsupportedNetworkError(
+            f"The attention in module {heads.projection.rpartition('.')[0]!r} can't be resized: it isn't built as "
+            "timm's; prune without `--coupled`."
+        )
+    rows = heads.rows(lost)
+    width = heads.n_heads * heads.head_dim
+    joint = torch.cat([rows + part * width for part in range(3)])
+    tp.prune_linear_out_channels(network.get_submodule(heads.projection), joint.tolist())
+    _remove_columns(network, readers, rows)
+    for name, value in (("num_heads", heads.n_heads - len(lost)), ("attn_dim", width - len(rows))):
+        if name in vars(attention):
+            setattr(attention, name, value)
+
+
+def _remove_columns(network: nn.Module, readers: list[str], lost: Tensor) -> None:
+    for reader in readers:
+        tp.prune_linear_in_channels(network.get_submodule(reader), lost.tolist())
+
+
 def _least_relevant(units: Iterable[_Unit], widths: Sequence[int], n_pruned: int) -> list[_Unit]:
     """As many units as fit, none of which is its group's last."""
     chosen = []
@@ -149,7 +230,7 @@ def _check_equal(
             logits = pruned(images)
     except Exception as error:  # whatever layers of sizes that don't match raise
         raise _missed_coupling(network, f"doesn't run ({_first_line(error)})") from error
-    with torch.inference_mode(), masked(copy.deepcopy(network), canonical.layers, masks) as reference:
+    with torch.inference_mode(), masked(copy.deepcopy(network), canonical.prunable, masks) as reference:
         expected = reference(images)
     difference, scale = float((logits - expected).abs().max()), float(expected.abs().max())
     if not difference <= _LOGIT_TOLERANCE * max(scale, 1.0):

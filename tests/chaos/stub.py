@@ -152,6 +152,10 @@ class StubProblem(StubWorker):
     class_names = ("cat", "dog")
     n_confirmation_images = N_IMAGES
 
+    @property
+    def has_attention(self) -> bool:
+        return False
+
     def identity(self) -> dict[str, Any]:
         return {"data": self._settings.data, "rates": list(self._settings.rates)}
 

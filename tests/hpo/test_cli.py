@@ -15,7 +15,7 @@ from hpo.cli import cli
 from hpo.config import OPTIONS
 from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
-from search_spaces.heuristics import HEURISTICS
+from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS
 
 COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "db", "gc", "spaces"]
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
@@ -252,6 +252,33 @@ def test_evaluate_prints_a_table(study):
     assert [line for line in lines if line.startswith(" 0.5 ")]
 
 
+def test_evaluate_repairs_and_says_so():
+    plain, repaired = (
+        json.loads(hpo("evaluate", "--heuristic", "zplus", *QUICK, *options, "--json").stdout)
+        for options in ((), ("--repair", "refit", "--repair-strength", 0.1))
+    )
+    assert plain["repair"] == {"method": "none", "strength": None}
+    assert repaired["repair"] == {"method": "refit", "strength": 0.1}
+    assert repaired["auc"] > plain["auc"]
+    lines = hpo("evaluate", "--heuristic", "zplus", *QUICK, "--repair", "bn").stdout.splitlines()
+    assert lines[0] == "ZPlus/ZPlus/ZPlus/ZPlus on 40 search images, repaired by bn"
+    assert "must be one of none, bn, refit" in refused("evaluate", "--heuristic", "zplus", "--repair", "glue", *QUICK)
+
+
+def test_prune_repairs_unless_told_otherwise(document, tmp_path):
+    repaired, plain = (
+        json.loads(hpo("prune", document, "--rate", 0.5, "-o", tmp_path / name, *options, "--json").stdout)
+        for name, options in (("slim", ()), ("plain", ("--repair", "none")))
+    )
+    assert repaired["repair"]["method"] == "refit"
+    assert plain["repair"]["method"] == "none"
+    assert repaired["repair"]["accuracy_without"] == plain["exact"]["accuracy"]
+    assert repaired["repair"]["agreement"] > plain["repair"]["agreement"]
+    text = hpo("prune", document, "--rate", 0.5, "--repair-strength", 2, "-o", tmp_path / "text").stdout
+    assert "Repaired by refit, strength 2, in " in text
+    assert "The exact slim network agrees with the unpruned one on " in text
+
+
 def test_prune_writes_a_smaller_network(document, tmp_path):
     result = hpo("prune", document, "--rate", 0.3, "-o", tmp_path / "slim", "--json")
     report = json.loads(result.stdout)
@@ -274,7 +301,7 @@ def test_spaces():
     assert " cnn " in text
     assert "1,212" in text
     names = json.loads(hpo("spaces", "--json").stdout)
-    assert set(names["heuristics"]) == set(HEURISTICS)
+    assert set(names["heuristics"]) == {*HEURISTICS, *TRANSFORMER_HEURISTICS}
     assert names["metrics"] == list(FIGURES)
     assert {"grid", "tpe", "random"} <= set(names["samplers"])
 
@@ -354,7 +381,9 @@ def test_evaluate_refuses(arguments, message):
 
 def test_evaluate_wants_one_composite():
     assert "Give one of --composite, --heuristic and --rules." in refused("evaluate", code=2)
-    assert "--abs and --epsilon go with --rules." in refused("evaluate", "--heuristic", "zplus", "--abs", code=2)
+    assert "--abs, --epsilon and --attention go with --rules." in refused(
+        "evaluate", "--heuristic", "zplus", "--abs", code=2
+    )
 
 
 @pytest.mark.parametrize(

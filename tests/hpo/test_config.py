@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> Path:
 def test_defaults_are_the_embedded_digits():
     configuration = resolve({})
     assert (configuration.study, configuration.model, configuration.data) == ("digits", "digits_cnn", "digits")
-    assert (configuration.sampler, configuration.n_trials, configuration.space) == ("tpe", 60, "cnn")
+    assert (configuration.sampler, configuration.n_trials, configuration.space) == ("tpe", 60, None)
     assert (configuration.metric, configuration.references_per_class) == ("auc", 10)
     assert (configuration.confirmation_share, configuration.evaluation_images) == (0.5, None)
     assert configuration.rates == tuple(round(0.05 * step, 2) for step in range(20))
@@ -71,6 +71,8 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         metric = "auc"
         pruner = "race"
         race-risk = 0.05
+        components = "all"
+        ranking = "global"
         executor = "ray"
         workers = 2
         gpus-per-trial = 0.5
@@ -99,6 +101,8 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         abs-scope = "element"
         output-relevance = "logit"
         dtype = "bf16"
+        repair = "refit"
+        repair-strength = 0.1
         batch-size = 7
         attribution = "zennit"
         attribution-memory = 64

@@ -15,6 +15,7 @@ from hpo.report import StudyReport
 from hpo.trials import best, composite_of, curve_of, role
 from objectives.errors import RelevanceError
 from search_spaces.composites import CompositeSpec
+from search_spaces.errors import RepairSpecError
 from search_spaces.heuristics import HEURISTICS
 from storage.errors import StudyIdentityError, TrialAlreadyFinishedError
 from storage.store import StudyStore
@@ -239,6 +240,19 @@ def test_a_study_of_before_there_was_repair_goes_on(drive, load, make_problem, u
         )
     assert not drive(make_problem(), space=narrow, n_trials=2)
     assert drive(make_problem(), space=narrow, n_trials=3)
+
+
+def test_another_repair_is_another_search(drive, load, make_problem, narrow):
+    drive(make_problem(), space=narrow, n_trials=2, repair="refit", repair_strength=0.1)
+    assert load().user_attrs["identity"]["repair"] == "refit(0.1)"
+    assert not drive(make_problem(), space=narrow, n_trials=2, repair="refit", repair_strength=0.1)
+    with pytest.raises(StudyIdentityError, match=r"repair: .*refit\(0\.1\).* -> .*refit"):
+        drive(make_problem(), space=narrow, n_trials=2, repair="refit")
+
+
+def test_a_strength_without_a_repair_is_refused(drive, make_problem, narrow):
+    with pytest.raises(RepairSpecError, match=r"^Repair none takes no strength, but got 0\.1; choose bn or refit\.$"):
+        drive(make_problem(), space=narrow, n_trials=2, repair_strength=0.1)
 
 
 def test_the_best_is_confirmed_on_other_images(drive, load, make_problem):

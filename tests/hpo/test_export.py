@@ -9,6 +9,7 @@ from hpo.problem import refuse_imports
 from hpo.progress import LogProgress
 from search_spaces.documents import load_document, write_document
 from search_spaces.heuristics import HEURISTICS
+from search_spaces.spaces import RepairedSpace, load_space
 from storage.errors import StudyIdentityError
 from storage.store import StudyStore
 
@@ -80,6 +81,25 @@ def test_only_what_this_command_line_names_may_run_code(field):
 @pytest.mark.parametrize(("count", "names"), [(1, ["best.json"]), (3, ["best-1.json", "best-2.json", "best-3.json"])])
 def test_output_names(tmp_path, count, names):
     assert [path.name for path in export_paths(tmp_path / "best.json", count)] == names
+
+
+def test_a_document_says_how_its_trial_is_repaired(drive, load, make_problem):
+    """In one place, also where a composite brings its own repair."""
+    drive(make_problem(), space=RepairedSpace(load_space("cnn"), ("bn",), (0.3,)), sampler_name="random", n_trials=9)
+    exported = {}
+    for trial in load().get_trials():
+        if f"confirmed:{trial.number}" in load().user_attrs:
+            (document,) = export_trials(load(), [trial], {}, LogProgress("auc"))
+            assert document.composite.repair is None
+            exported[trial.user_attrs["role"]] = document
+    assert exported["heuristic"].repair == {"method": "none", "strength": None}
+    if "search" in exported:
+        assert exported["search"].repair == {"method": "bn", "strength": 0.3}
+        assert document_options(exported["search"])["repair_strength"] == 0.3
+    options = document_options(load_document(exported["heuristic"].to_json() | {"repair": {"method": "refit"}}))
+    assert options["repair"] == "refit"
+    assert options.get("repair_strength") is None
+    assert "repair" not in document_options(exported["heuristic"])
 
 
 def test_a_document_gives_its_options(study):

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, fx, nn
 
 import objectives.cifar_resnets  # noqa: F401 (registers its networks with timm)
@@ -24,6 +26,14 @@ _ZOO: dict[str, tuple[int, dict[str, Any]]] = {
     "efficientnet_b0": (64, {}),
     "regnety_002": (64, {}),
     "cifar_resnet20": (32, {}),
+}
+_TRANSFORMERS: dict[str, tuple[type[VisionTransformer], dict[str, Any]]] = {
+    "class-token": (VisionTransformer, {}),
+    "average": (VisionTransformer, {"global_pool": "avg", "fc_norm": True}),
+    "no-class-token": (VisionTransformer, {"global_pool": "avg", "class_token": False, "qkv_bias": False}),
+    "layer-scale": (VisionTransformer, {"init_values": 0.1, "qk_norm": True, "depth": 5}),
+    "registers": (VisionTransformer, {"reg_tokens": 2, "no_embed_class": True, "pre_norm": True}),
+    "distilled": (VisionTransformerDistilled, {}),
 }
 
 
@@ -67,6 +77,12 @@ def _lively(network: nn.Module, seed: int) -> nn.Module:
                 uniform(module.bias, -0.3, 0.3)
             elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 uniform(module.bias, -0.2, 0.2)
+            elif isinstance(module, nn.LayerNorm):
+                uniform(module.weight, 0.5, 1.5)
+                uniform(module.bias, -0.3, 0.3)
+        for name, parameter in network.named_parameters():
+            if name.endswith(("pos_embed", "_token", ".gamma")):
+                uniform(parameter, -0.5, 0.5)
     return network.double().eval()
 
 
@@ -98,6 +114,38 @@ def classifier(
     before = snapshot(network)
     canonical = canonize(network, (3, size, size))
     return Classifier(request.param, network, before, canonical, images, torch.tensor([3, 7]))
+
+
+@pytest.fixture(scope="session")
+def build_transformer() -> Callable[..., nn.Module]:
+    """Builds a small vision transformer by the name of its variant, with random weights, in float64."""
+
+    def build(variant: str, **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        kind, own = _TRANSFORMERS[variant]
+        sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2}
+        network = _lively(kind(**{**sizes, "num_classes": 10, **own, **options}), seed=0)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if "qkv.weight" in name:  # timm's own weights attend to all tokens nearly alike
+                    parameter *= 10
+        return network
+
+    return build
+
+
+@pytest.fixture(scope="session", params=list(_TRANSFORMERS))
+def transformer(
+    request: pytest.FixtureRequest,
+    build_transformer: Callable[..., nn.Module],
+    snapshot: Callable[[nn.Module], list[Any]],
+) -> Classifier:
+    """Every kind of vision transformer that the product promises to attribute correctly."""
+    network = build_transformer(request.param)
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    before = snapshot(network)
+    canonical = canonize(network, (3, 16, 16))
+    return Classifier(request.param, network, before, canonical, images, torch.tensor([3, 7, 1]))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from search_spaces import (
     ATTENTION_RULES,
     GROUPS,
     NORMALIZATIONS,
+    REPAIRS,
     RULE_DEFAULTS,
     CompositeDocument,
     CompositeSpec,
@@ -50,6 +52,7 @@ def content() -> dict[str, Any]:
         "output_relevance": "one",
         "procedure": "one_shot",
         "rates": [0.0, 0.25, 0.5],
+        "repair": {"method": "refit", "strength": None},
         "preprocessing": {"size": [32, 32], "mean": [0.5], "std": [0.25], "crop": 1.0, "interpolation": "bicubic"},
         "references": {"per_class": 10, "seed": 0, "sha256": "0" * 64, "source": "digits"},
         "model": {
@@ -88,14 +91,35 @@ def changed(path: tuple[str | int, ...], value: object) -> dict[str, Any]:
     return document
 
 
+def test_documents_of_before_there_was_repair_repair_nothing() -> None:
+    document = CompositeDocument.from_json(changed(("repair",), ...))
+    assert document.repair == {"method": "none", "strength": None}
+
+
+@pytest.mark.parametrize(
+    ("repair", "message"),
+    [
+        ({"method": "rifit"}, "$.repair.method has the unknown value 'rifit'. Did you mean 'refit'?"),
+        ({"method": "refit", "strength": 0}, "$.repair.strength is 0, which breaks"),
+        ({"method": "none", "strength": 0.1}, "$.repair cannot be used: Repair none takes no strength"),
+        ({"strength": 0.1}, "$.repair lacks 'method'."),
+        ({"method": "bn", "images": 3}, "$.repair has the unknown key 'images'."),
+    ],
+)
+def test_repairs_that_cannot_be_used_are_refused(repair: dict[str, Any], message: str) -> None:
+    with pytest.raises(DocumentError, match=f"^{re.escape(message)}"):
+        CompositeDocument.from_json(changed(("repair",), repair))
+
+
 def test_schema_is_valid_and_names_what_the_code_knows() -> None:
     schema = document_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$id"] == "urn:pruning-hpo:schema:composite:1"
     assert schema["additionalProperties"] is False
     assert schema["properties"]["version"] == {"const": 1}
-    assert schema["properties"].keys() == content().keys()
+    assert schema["properties"].keys() == content().keys() | {"components", "ranking"}
     assert schema["$defs"]["rule"]["properties"]["name"]["enum"] == list(RULE_DEFAULTS)
+    assert schema["properties"]["repair"]["properties"]["method"]["enum"] == list(REPAIRS)
     composite = schema["properties"]["composite"]["properties"]
     assert composite["attention"]["enum"] == list(ATTENTION_RULES)
     assert composite["aggregate"]["enum"] == list(AGGREGATES)
@@ -105,6 +129,15 @@ def test_schema_is_valid_and_names_what_the_code_knows() -> None:
 
 def test_the_example_is_valid_for_any_json_schema_reader() -> None:
     jsonschema.validate(content(), document_schema(), cls=jsonschema.Draft202012Validator)
+
+
+def test_the_choice_of_components_is_written_where_it_is_not_the_usual_one() -> None:
+    document = load_document({**content(), "components": "mlp", "ranking": "kind"})
+    assert (document.components, document.ranking) == ("mlp", "kind")
+    assert document.to_json() == {**content(), "components": "mlp", "ranking": "kind"}
+    assert (load_document(content()).components, load_document(content()).ranking) == ("all", "global")
+    with pytest.raises(DocumentError, match=r"\$.components has the unknown value 'head'. Did you mean 'heads'"):
+        load_document({**content(), "components": "head"})
 
 
 def test_round_trip(tmp_path: Path) -> None:

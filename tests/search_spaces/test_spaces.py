@@ -1,6 +1,7 @@
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from search_spaces import (
     ContinuousSpace,
     DiscreteSpace,
     OutsideSpaceError,
+    RepairedSpace,
+    RepairSpec,
     RuleSpec,
     SearchSpace,
     SpaceError,
@@ -36,9 +39,71 @@ FCL = ["Epsilon"]
 """
 
 
+class TestRepairedSpace:
+    SPACE = RepairedSpace(load_space("cnn"), ("none", "refit"), (0.1, 1.0))
+
+    def test_every_repair_is_a_neighbour(self) -> None:
+        grid = self.SPACE.grid()
+        assert self.SPACE.size() == len(grid) == len(set(grid)) == 3 * 1212
+        assert [str(point.repair) for point in grid[:3]] == ["none", "refit(0.1)", "refit(1)"]
+        assert len({point.attribution_key for point in grid[:3]}) == 1
+
+    def test_suggests_points_and_finds_their_parameters_again(self) -> None:
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        repairs = set()
+        for _ in range(50):
+            trial = study.ask(self.SPACE.distributions())
+            composite = self.SPACE.suggest(trial)
+            assert trial.params.keys() == self.SPACE.distributions().keys()
+            parameters = self.SPACE.parameters(composite)
+            assert parameters.keys() == trial.params.keys()
+            assert self.SPACE.suggest(FixedTrial(parameters)) == composite
+            repairs.add(str(composite.repair))
+        assert repairs == {"none", "refit(0.1)", "refit(1)"}
+
+    def test_a_registered_space_is_repaired_by_its_suffix(self) -> None:
+        space = load_space("cnn-extended+repair")
+        assert space == RepairedSpace(load_space("cnn-extended"), ("none", "bn", "refit"))
+        assert space.name == "cnn-extended+repair"
+        assert space.to_json()["parameters"]["repair"] == ["none", "bn", "refit"]
+        assert load_space("cnn-continuous+repair").size() is None
+        with pytest.raises(UnknownSpaceError, match="cnm"):
+            load_space("cnm+repair")
+
+    def test_a_file_lists_repairs(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "mine.toml", RULES + 'repair = ["refit", "bn"]\nrepair_strength = [0.1, 1]\n')
+        space = load_space(path)
+        assert isinstance(space, RepairedSpace)
+        assert (space.repair, space.repair_strength) == (("refit", "bn"), (0.1, 1.0))
+        assert load_space(write(tmp_path / "mine.toml", RULES)) == space.base
+
+    def test_other_composites_are_outside(self) -> None:
+        base = self.SPACE.base.grid()[0]
+        for composite in (base, replace(base, repair=RepairSpec("bn"))):
+            with pytest.raises(OutsideSpaceError):
+                self.SPACE.parameters(composite)
+        for name in ("cnn", "cnn-continuous"):
+            with pytest.raises(OutsideSpaceError):
+                load_space(name).parameters(self.SPACE.grid()[0])
+
+    @pytest.mark.parametrize(
+        ("repair", "strength"), [((), ()), (("rifit",), ()), (("bn", "bn"), ()), (("bn",), (0.0,)), (("bn",), (1, 1.0))]
+    )
+    def test_lists_that_cannot_be_searched_are_refused(
+        self, repair: tuple[str, ...], strength: tuple[float, ...]
+    ) -> None:
+        with pytest.raises(SpaceError, match=r"^Parameter repair"):
+            RepairedSpace(self.SPACE.base, repair, strength)
+
+
 @pytest.fixture(params=sorted(SPACES))
 def space(request: pytest.FixtureRequest) -> SearchSpace:
     return load_space(request.param)
+
+
+def attention_of(space: SearchSpace) -> str | None:
+    """A rule that its composites can have for attention."""
+    return "CP" if "attention" in space.distributions() else None
 
 
 def write(path: Path, text: str) -> str:
@@ -61,7 +126,9 @@ class TestEveryRegisteredSpace:
             assert space.suggest(FixedTrial(space.parameters(composite))) == composite
 
     def test_parameters_make_trials_for_the_store(self, space: SearchSpace) -> None:
-        composite = CompositeSpec.parse_rules("LLR=ZPlus,MLL=AlphaBeta,HLL=Gamma,FCL=Epsilon")
+        composite = CompositeSpec.parse_rules(
+            "LLR=ZPlus,MLL=AlphaBeta,HLL=Gamma,FCL=Epsilon", attention=attention_of(space)
+        )
         trial = create_trial(
             state=TrialState.COMPLETE,
             value=0.5,
@@ -72,10 +139,13 @@ class TestEveryRegisteredSpace:
 
     def test_refuses_composites_that_it_does_not_contain(self, space: SearchSpace) -> None:
         for rules in ("LLR=AlphaBeta(3,2)", "LLR=Gamma(1000)", "LLR=Epsilon(1e-12)"):
-            composite = CompositeSpec.parse_rules(f"{rules},MLL=ZPlus,HLL=ZPlus,FCL=ZPlus")
+            composite = CompositeSpec.parse_rules(
+                f"{rules},MLL=ZPlus,HLL=ZPlus,FCL=ZPlus", attention=attention_of(space)
+            )
             with pytest.raises(OutsideSpaceError, match=space.name):
                 space.parameters(composite)
-        composite = CompositeSpec(*[RuleSpec("ZPlus")] * 4, abs=True, attention="CP")
+        other = "CP" if attention_of(space) is None else None
+        composite = CompositeSpec(*[RuleSpec("ZPlus")] * 4, abs=True, attention=other)
         with pytest.raises(OutsideSpaceError, match=space.name):
             space.parameters(composite)
         composite = CompositeSpec.parse_rules("LLR=Epsilon(0.1),MLL=Epsilon(0.01),HLL=ZPlus,FCL=ZPlus")
@@ -90,6 +160,7 @@ class TestEveryRegisteredSpace:
 
 class TestCnn:
     def test_grid_holds_each_distinct_point_once(self) -> None:
+        assert load_space("vit").size() == 3 * load_space("cnn").size() == 3636
         space = load_space("cnn")
         points = space.grid()
         combinations = [

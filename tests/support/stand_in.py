@@ -44,6 +44,10 @@ class StandInProblem:
         self.failing: dict[str, str | Exception] = {}
         self.evaluating = threading.Event()
 
+    @property
+    def has_attention(self) -> bool:
+        return False
+
     def identity(self) -> dict[str, Any]:
         return {"data": self.data, "rates": list(RATES)}
 
@@ -185,7 +189,7 @@ def drive_study(
 ) -> bool:
     """Run a driver on study `s` of the store at `url`."""
     configuration = resolve({"study": "s", "storage": url, "sampler": sampler_name, **options})
-    space = space or load_space(configuration.space)
+    space = space or load_space(configuration.space or "cnn")
     with (
         StudyStore.open(url, patience=patience) as store,
         store.lease(configuration.study),

@@ -231,7 +231,7 @@ def test_hidden_dense_neurons_have_scores():
 def test_captured_values_are_let_go(engine):
     with captured(engine.network.module, engine.network) as values:
         engine.network.module(engine.references.images[:1])
-        assert values.outputs.keys() == engine.network.layers.keys()
+        assert values.outputs.keys() == engine.network.components.keys()
         assert list(values.sums) == list(engine.network.residual_sums)
     assert not values.outputs
     assert not values.sums

@@ -23,7 +23,7 @@ from objectives.layer_groups import group_layers
 from objectives.network import CanonicalNetwork, canonize
 from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
-from search_spaces.composites import CompositeSpec
+from search_spaces.composites import ATTENTION_RULES, CompositeSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 
 RULES = [
@@ -38,6 +38,8 @@ RULES = [
 VARIED = [CompositeSpec(*(RULES[(i + i * k + k) % 6] for k in range(4)), abs=True) for i in range(6)]
 GRID = [CompositeSpec(*rules, abs=True) for rules in itertools.product(map(RuleSpec, RULE_DEFAULTS), repeat=4)]
 RATES = parse_rates(DEFAULT_RATES)
+# The same with every rule of attention.
+OF_TRANSFORMERS = [replace(spec, attention=rule) for rule in ATTENTION_RULES for spec in VARIED]
 
 
 def engines(
@@ -349,3 +351,67 @@ def test_engine_refuses_groups_that_leave_a_layer_out_and_memory_of_nothing(cano
 def test_defaults_are_bounded():
     assert shared.DEFAULT_MEMORY == 2**30
     assert set(GROUPS) == {"LLR", "MLL", "HLL", "FCL"}
+
+
+# Transformers.
+
+
+@pytest.mark.parametrize("components", ["all", "heads", "mlp"])
+def test_scores_are_zennits_on_every_transformer(transformer, components):
+    canonical = transformer.canonical.choosing(components)
+    zennit, engine = engines(canonical, transformer.images, transformer.labels)
+    assert engine._plan is not None
+    engine.prepare(OF_TRANSFORMERS)
+    for spec in OF_TRANSFORMERS:
+        expected, found = zennit.attribute(spec), engine.attribute(spec)
+        assert difference(expected, found) < 1e-10
+        differing_masks(expected, found, 1e-10)
+
+
+def test_composites_of_a_transformer_asked_one_at_a_time_and_in_chunks(build_transformer):
+    canonical = canonize(build_transformer("class-token"), (3, 16, 16)).choosing("all")
+    images = torch.randn(7, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(7)
+    together, alone = (engines(canonical, images, labels)[1] for _ in range(2))
+    small = engines(canonical, images, labels, memory=2**20, abs_scope="element")
+    together.prepare(OF_TRANSFORMERS)
+    for spec in OF_TRANSFORMERS:
+        assert difference(together.attribute(spec), alone.attribute(spec)) < 1e-10
+        assert difference(*(engine.attribute(spec) for engine in small)) < 1e-10
+
+
+def test_borders_of_groups_that_part_query_and_key_from_their_attention(build_transformer):
+    canonical = canonize(build_transformer("class-token"), (3, 16, 16)).choosing("all")
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    groups = dict.fromkeys(canonical.layers, "HLL") | {"head": "FCL", "patch_embed.proj": "LLR"}
+    groups |= {"blocks.3.attn.qkv.v": "MLL", "blocks.3.attn.qkv.k": "LLR", "blocks.1.attn.qkv.q": "LLR"}
+    zennit, engine = engines(canonical, images, torch.tensor([1, 2]), groups)
+    engine.prepare(OF_TRANSFORMERS)
+    for spec in OF_TRANSFORMERS:
+        assert difference(zennit.attribute(spec), engine.attribute(spec)) < 1e-10
+
+
+def test_queries_and_keys_cost_nothing_where_attention_is_a_constant(build_transformer, monkeypatch):
+    canonical = canonize(build_transformer("class-token"), (3, 16, 16))
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    passed: list[str] = []
+    own = Batch.propagate
+
+    def propagate(self, node, relevance, rule):
+        passed.append(str(node.target))
+        return own(self, node, relevance, rule)
+
+    monkeypatch.setattr(Batch, "propagate", propagate)
+    for attention in ATTENTION_RULES:
+        passed.clear()
+        _, engine = engines(canonical, images, torch.tensor([1, 2]))
+        engine.attribute(replace(VARIED[0], attention=attention))
+        parts = {name for name in passed if name.endswith((".q", ".k", ".weights"))}
+        assert bool(parts) == (attention == "AttnLRP")
+
+
+def test_attention_needs_a_rule(build_transformer):
+    canonical = canonize(build_transformer("class-token"), (3, 16, 16))
+    _, engine = engines(canonical, torch.zeros(1, 3, 16, 16).double(), torch.tensor([1]))
+    with pytest.raises(UnsupportedNetworkError, match="the composite has no rule for it"):
+        engine.attribute(VARIED[0])

@@ -6,6 +6,8 @@ from objectives.memory import Batches
 from objectives.pruning.evaluation import Evaluator, News, correct_predictions
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import cost, slim
+from objectives.repair.repairer import Repairer
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 
 class Counting(torch.nn.Module):
@@ -47,7 +49,7 @@ def test_counts_equal_those_of_the_masked_network(evaluator):
     for n in (0, 30, 200, 688):
         masks = ranking.masks(n)
         measurement = evaluate.measure(masks)
-        with masked(subject.network, subject.canonical.layers, masks) as network:
+        with masked(subject.network, subject.canonical.prunable, masks) as network:
             expected = network(labelled.images.double()).argmax(1) == labelled.labels
         assert torch.equal(measurement.correct, expected)
         assert measurement.cost == cost(slim(subject.canonical, masks))
@@ -71,7 +73,7 @@ def test_a_network_that_no_image_reaches_is_run_on_one(prunable, evaluator, monk
     cut = {**subject.ranking().masks(0), "features.8": everything["features.8"]}
     for masks in (everything, cut):
         measurement = evaluate.measure(masks)
-        with masked(subject.network, subject.canonical.layers, masks) as network:
+        with masked(subject.network, subject.canonical.prunable, masks) as network:
             expected = network(labelled.images.double()).argmax(1) == labelled.labels
         assert torch.equal(measurement.correct, expected)
 
@@ -122,6 +124,34 @@ def test_what_smaller_batches_have_measured_is_no_news(evaluator):
     assert halved.news() == News((), 1, 0)
     halved.measure(masks)
     assert halved.news() == News((), 1, 1)
+
+
+def test_a_repair_is_part_of_what_is_measured(evaluator):
+    subject, labelled = evaluator
+    images = labelled.to("cpu", torch.float64)
+
+    def make(references):
+        repairer = Repairer(subject.canonical, references, Batches("a test", 16))
+        return Evaluator(subject.canonical, images, Batches("a test", 16), torch.float64, repairer)
+
+    first, other = make(subject.images), make(subject.images + 1)
+    masks, all_kept = subject.ranking().masks(100), subject.ranking().masks(0)
+    repairs = [NO_REPAIR, RepairSpec("bn"), RepairSpec("refit", 0.1), RepairSpec("refit", 1.0)]
+    measured = [first.measure(masks, repair=repair) for repair in repairs]
+    assert all(first.measure(masks, repair=repair) is known for repair, known in zip(repairs, measured, strict=True))
+    assert first.measure(masks, 5, repairs[2]).correct.tolist() == measured[2].correct[:5].tolist()
+    # Nothing is repaired where nothing is pruned, so that is measured once.
+    assert len({id(first.measure(all_kept, repair=repair)) for repair in repairs}) == 1
+    keys = [known.mask for known in first.news().measurements]
+    assert len(keys) == len(set(keys)) == len(repairs) + 1
+    other.measure(masks, repair=repairs[0])
+    other.measure(masks, repair=repairs[2])
+    ours, theirs = (known.mask for known in other.news().measurements)
+    assert ours in keys  # no repair, no references
+    assert theirs not in keys
+    assert first.origin == other.origin == Evaluator(subject.canonical, images, Batches("a test", 16)).origin
+    with pytest.raises(ValueError, match="repairer"):
+        Evaluator(subject.canonical, images, Batches("a test", 16)).measure(masks, repair=repairs[1])
 
 
 def test_an_origin_is_all_but_the_masks(evaluator, prunable):

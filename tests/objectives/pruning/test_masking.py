@@ -58,9 +58,9 @@ def test_pruned_outputs_are_zero_and_nothing_else_changes(prunable, name):
     for n_tenths in (1, 3, 6):
         ranking = subject.ranking(n_tenths)
         masks = ranking.masks(n_tenths * len(ranking) // 10)
-        with hooked(subject.network, subject.canonical.layers, masks) as network:
+        with hooked(subject.network, subject.canonical.prunable, masks) as network:
             expected = network(subject.images)
-        with masked(subject.network, subject.canonical.layers, masks) as network:
+        with masked(subject.network, subject.canonical.prunable, masks) as network:
             assert network is subject.network
             logits = network(subject.images)
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12 * float(expected.abs().max()))
@@ -80,7 +80,7 @@ def test_nothing_leaks_through_batch_norm(prunable, name):
         subject.network.get_submodule(subject.canonical.layers[name].norm or name).register_forward_hook(check(mask))
         for name, mask in masks.items()
     ]
-    with masked(subject.network, subject.canonical.layers, masks) as network:
+    with masked(subject.network, subject.canonical.prunable, masks) as network:
         network(subject.images)
     for handle in handles:
         handle.remove()
@@ -95,13 +95,13 @@ def test_everything_is_restored_bit_for_bit(prunable, name):
     state, identity = _state(network), _identity(network)
     everything = {name: torch.zeros(n, dtype=torch.bool) for name, n in subject.canonical.components.items()}
     half = subject.ranking().masks(len(subject.ranking()) // 2)
-    with masked(network, subject.canonical.layers, half):
+    with masked(network, subject.canonical.prunable, half):
         assert not _bits_equal(_state(network), state)
-        with masked(network, subject.canonical.layers, everything):
+        with masked(network, subject.canonical.prunable, everything):
             pass
         inside = _state(network)
     assert _bits_equal(_state(network), state)
-    with masked(network, subject.canonical.layers, half):
+    with masked(network, subject.canonical.prunable, half):
         assert _bits_equal(_state(network), inside)
     assert _bits_equal(_state(network), state)
     after = _identity(network)
@@ -116,7 +116,7 @@ def test_an_error_in_the_block_restores_too(prunable):
     masks = subject.ranking().masks(1000)
 
     def fail():
-        with masked(subject.network, subject.canonical.layers, masks):
+        with masked(subject.network, subject.canonical.prunable, masks):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -130,7 +130,7 @@ def test_an_unknown_layer_restores_what_came_before(prunable):
     masks = {"conv1": torch.zeros(16, dtype=torch.bool), "no_such_layer": torch.zeros(1, dtype=torch.bool)}
 
     def enter():
-        with masked(subject.network, subject.canonical.layers, masks):
+        with masked(subject.network, subject.canonical.prunable, masks):
             raise AssertionError
 
     with pytest.raises(KeyError, match="no_such_layer"):
@@ -147,7 +147,7 @@ def test_odd_bits_survive():
         network[0].bias.copy_(odd)
         network[1].running_mean.copy_(odd)
     state = _state(network)
-    with masked(network, canonical.layers, {"0": torch.zeros(3, dtype=torch.bool)}):
+    with masked(network, canonical.prunable, {"0": torch.zeros(3, dtype=torch.bool)}):
         assert network(torch.randn(2, 1, 2, 2)).isfinite().all()
         assert network[0].weight.requires_grad
     assert _bits_equal(_state(network), state)
@@ -159,7 +159,7 @@ def test_a_batch_norm_without_weights_leaks_nothing():
     ).eval()
     network[1].running_mean.fill_(-1.0)
     canonical = canonize(network, (1, 2, 2))
-    with masked(network, canonical.layers, {"0": torch.tensor([True, False, False])}):
+    with masked(network, canonical.prunable, {"0": torch.tensor([True, False, False])}):
         features = network[:2](torch.randn(2, 1, 2, 2))
     assert (features[:, 1:] == 0).all()
     assert (features[:, 0] != 0).all()

@@ -20,6 +20,7 @@ from objectives.pruning.ranking import rank
 from objectives.pruning.slim_files import load_coupled, load_slim
 from objectives.pruning.slimming import cost, slim
 from search_spaces.heuristics import HEURISTICS
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 COMPOSITE = HEURISTICS["epsilon-abs"]
 
@@ -46,6 +47,7 @@ def run(digits_model, digits_task, document, tmp_path):
     def run(kind, value, **changed):
         given = {"model": digits_model, "task": digits_task, "document": document}
         given |= {"amount": PruneAmount(kind, value), "output": tmp_path / "slim", "device": "cpu"}
+        given |= {"repair": NO_REPAIR}
         return prune(**(given | changed))
 
     return run
@@ -65,7 +67,7 @@ def test_a_rate_removes_that_share_and_everything_is_measured(
     assert (report.n_components, report.n_pruned) == (336, 134)
     masks = ranking.masks(134)
     images = digits_task.confirmation
-    with masked(digits_model.network, objective.network.layers, masks) as network:
+    with masked(digits_model.network, objective.network.prunable, masks) as network:
         accuracy = _accuracy(network, images)
         with torch.inference_mode():
             logits = network(images.images)
@@ -99,13 +101,41 @@ def test_a_rate_removes_that_share_and_everything_is_measured(
     assert {name: id(parameter) for name, parameter in digits_model.network.named_parameters()} == identity
 
 
+def test_a_network_is_repaired_by_default(run, digits_model, digits_task, document, objective, ranking, tmp_path):
+    before = copy.deepcopy(digits_model.network.state_dict())
+    unrepaired = run("rate", 0.6, output=tmp_path / "unrepaired")
+    amount, output = PruneAmount("rate", 0.6), tmp_path / "slim"
+    report = prune(digits_model, digits_task, document, amount=amount, output=output, device="cpu")
+    assert (report.repair.method, report.repair.n_references) == ("refit", 100)
+    assert report.repair.strength == objective.repairer.strength(RepairSpec("refit"))
+    assert report.repair.accuracy_without == unrepaired.exact.accuracy == unrepaired.repair.accuracy_without
+    assert report.repair.agreement_without == unrepaired.repair.agreement
+    assert report.exact.accuracy > unrepaired.exact.accuracy + 0.1
+    assert report.repair.agreement > report.repair.agreement_without + 0.1
+    assert report.masked_accuracy == pytest.approx(report.exact.accuracy, abs=1.5 / report.images["n_images"])
+    assert (unrepaired.repair.method, unrepaired.repair.strength) == ("none", None)
+    assert (report.n_pruned, report.exact.flops) == (unrepaired.n_pruned, unrepaired.exact.flops)
+    # What is on disk is what was measured.
+    images = digits_task.confirmation
+    masks = ranking.masks(report.n_pruned)
+    expected = slim(objective.repairer.repaired(masks, RepairSpec("refit")), masks)
+    for network in (torch.export.load(output / "slim.pt2").module(), load_slim(output / "slim.safetensors")):
+        assert _accuracy(network, images) == report.exact.accuracy
+        torch.testing.assert_close(network(images.images), expected(images.images), rtol=1e-4, atol=1e-3)
+    with safetensors.safe_open(output / "slim.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["repair"]) == {"method": "refit", "strength": report.repair.strength}
+    assert json.loads((output / "report.json").read_text())["repair"]["agreement"] == report.repair.agreement
+    after = digits_model.network.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("share", [0.9, 1.0])
 def test_kept_accuracy_is_kept_up_to_every_percent(run, digits_model, digits_task, objective, ranking, share):
     report = run("keep_accuracy", share)
     images = digits_task.search
 
     def accuracy(n):
-        with masked(digits_model.network, objective.network.layers, ranking.masks(n)) as network:
+        with masked(digits_model.network, objective.network.prunable, ranking.masks(n)) as network:
             return _accuracy(network, images)
 
     steps = [step * 336 // 100 for step in range(100)]
@@ -179,6 +209,18 @@ def test_the_coupled_network_is_reported_apart(run, digits_model, digits_task, t
     size = cost(canonical.module)
     assert (report.coupled.parameters, report.coupled.flops) == (size.parameters, size.flops)
     assert report.coupled.parameters < report.unpruned.parameters
+
+
+def test_some_classes_only_are_repaired(run, digits_model, make_document):
+    task = load_task("digits", digits_model, classes=[7, 2, 5])
+    before = copy.deepcopy(digits_model.network.state_dict())
+    document = make_document(digits_model, task, COMPOSITE)
+    report = run("rate", 0.7, task=task, document=document, repair=RepairSpec("refit"))
+    assert report.masked_accuracy == pytest.approx(report.exact.accuracy, abs=1.5 / report.images["n_images"])
+    assert report.repair.n_references == 30
+    assert report.repair.agreement >= report.repair.agreement_without
+    after = digits_model.network.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_some_classes_only(run, digits_model, make_document, tmp_path):

@@ -65,3 +65,22 @@ def test_scores_are_left_alone(dtype):
 
 def test_no_layer_no_ranking():
     assert len(rank({"a": torch.zeros(0)})) == 0
+
+
+@given(SCORES, st.data())
+def test_kinds_ranked_apart_lose_their_share_each(scores, data):
+    kinds = {name: data.draw(st.sampled_from(["heads", "mlp"])) for name in scores}
+    ranking = rank(scores, kinds)
+    parts = {kind: {name: scores[name] for name in scores if kinds[name] == kind} for kind in set(kinds.values())}
+    for percent in range(0, 100, 5):
+        masks = ranking.masks(ranking.n_pruned(percent / 100))
+        for part in parts.values():
+            own = rank(part)
+            expected = own.masks(n_pruned(percent / 100, len(own)))
+            assert {name: masks[name].tolist() for name in part} == {n: m.tolist() for n, m in expected.items()}
+
+
+def test_one_kind_is_ranked_as_all_are():
+    scores = {"a": torch.tensor([0.5, 0.1, 0.3]), "b": torch.tensor([0.2, 0.4])}
+    assert torch.equal(rank(scores, dict.fromkeys(scores, "mlp")).order, rank(scores).order)
+    assert rank(scores).n_pruned(0.5) == 2

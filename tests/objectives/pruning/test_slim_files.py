@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError, UnsupportedNetworkError
+from objectives.memory import Batches
 from objectives.network import canonize
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
@@ -24,8 +25,10 @@ from objectives.pruning.slim_files import (
 )
 from objectives.pruning.slimming import slim
 from objectives.pruning.structured import prune_coupled
+from objectives.repair.repairer import Repairer, with_layers
 from search_spaces.documents import CompositeDocument
 from search_spaces.heuristics import HEURISTICS
+from search_spaces.repairs import RepairSpec
 
 NETWORKS = ["cifar_resnet20", "mobilenetv3_small_100", "regnety_002"]
 SIZE = 256 * 1024
@@ -90,7 +93,7 @@ def test_programs_run_without_this_product(tmp_path):
         canonical = canonize(network, (3, 32, 32))
         masks = _ranking(canonical).masks(sum(canonical.components.values()) // 2)
         write_program(slim(canonical, masks), canonical.input_shape, tmp_path / f"{name}.pt2")
-        with masked(network, canonical.layers, masks):
+        with masked(network, canonical.prunable, masks):
             expected[name] = network(_images())
     torch.save(_images(), tmp_path / "images.pt")
     # Isolated: neither this directory nor PYTHONPATH is searched.
@@ -132,6 +135,31 @@ def test_weights_come_back(tmp_path, name, classes):
     assert CompositeDocument.from_json(json.loads(metadata["document"])) == document
     kept = json.loads(metadata["kept"])
     assert {layer: len(indices) for layer, indices in kept.items()} == {n: int(m.sum()) for n, m in masks.items()}
+
+
+@pytest.mark.parametrize("all_of_a_layer", [False, True])
+def test_repaired_weights_come_back_with_biases_that_were_not_there(tmp_path, all_of_a_layer):
+    def build():
+        return nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10, bias=False)),
+        ).eval()
+
+    torch.manual_seed(0)
+    canonical = canonize(build(), (3, 32, 32))
+    masks = _ranking(canonical).masks(6)
+    if all_of_a_layer:
+        masks["0"][:] = False
+    repair = RepairSpec("refit", 0.1)
+    layers = Repairer(canonical, _images(), Batches("a test", 4)).layers(masks, repair)
+    module = slim(with_layers(canonical, layers), masks)
+    document, path = _document("own:build", canonical), tmp_path / "slim.safetensors"
+    write_weights(module, masks, document, None, path, repair, layers)
+    assert torch.equal(load_slim(path, build())(_images()), module(_images()))
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["repair"]) == {"method": "refit", "strength": 0.1}
+    assert set(json.loads(metadata["repaired"])) == {"2", "6"}
 
 
 def test_options_of_the_model_are_used(tmp_path):

@@ -28,7 +28,7 @@ def check_equal(subject, masks):
     """Slim logits equal masked logits, and so do predictions wherever the top two logits differ by more."""
     module = slim(subject.canonical, masks)
     logits = module(subject.images)
-    with masked(subject.network, subject.canonical.layers, masks) as network:
+    with masked(subject.network, subject.canonical.prunable, masks) as network:
         expected = network(subject.images)
     bound = TOLERANCE * expected.abs().amax(dim=1, keepdim=True)
     assert ((logits - expected).abs() <= bound).all()
@@ -118,7 +118,7 @@ def test_restricted_classes_lose_their_rows():
     images = torch.randn(5, 3, 4, 4, dtype=torch.float64)
     masks = {"0": torch.tensor([True, False, True, True])}
     module = slim(canonical, masks)
-    with masked(network, canonical.layers, masks):
+    with masked(network, canonical.prunable, masks):
         torch.testing.assert_close(module(images), network(images)[:, [4, 1]], rtol=1e-12, atol=1e-12)
     assert cost(module) == Cost(3 * 27 + 3 + 12 * 2 + 2, 4 * 3 * 27 + 12 * 2)
 
@@ -143,7 +143,7 @@ def test_a_value_may_be_read_twice_by_one_step():
     canonical = canonize(network, (3, 4, 4))
     images = torch.randn(5, 3, 4, 4, dtype=torch.float64)
     masks = {"conv": torch.tensor([False, True, False, True])}
-    with masked(network, canonical.layers, masks):
+    with masked(network, canonical.prunable, masks):
         torch.testing.assert_close(slim(canonical, masks)(images), network(images), rtol=1e-12, atol=1e-12)
 
 
@@ -240,7 +240,7 @@ def test_grouped_convolutions_lose_dead_groups_only(pruned, groups, shape, n_dea
     rows = shape[0]
     assert cost(module) == Cost((12 + 4) + rows * 19 + (rows * 2 + 2), 12 * 16 + rows * 18 * 16 + rows * 2)
     images = torch.randn(3, 3, 4, 4, dtype=torch.float64)
-    with masked(network, canonical.layers, masks):
+    with masked(network, canonical.prunable, masks):
         torch.testing.assert_close(module(images), network(images), rtol=1e-12, atol=1e-12)
 
 
@@ -255,7 +255,7 @@ def test_depthwise_convolutions(bias, multiplier):
     def check(pruned):
         masks = kept(canonical, pruned)
         module = slim(canonical, masks)
-        with masked(network, canonical.layers, masks):
+        with masked(network, canonical.prunable, masks):
             torch.testing.assert_close(module(images), network(images), rtol=1e-12, atol=1e-12)
         return module
 

@@ -113,7 +113,7 @@ def test_a_coupled_channel_has_the_mean_score_of_its_writers():
         "inner": torch.tensor([True, False, True]),
         "outer": torch.tensor([True, True, False, True]),
     }
-    with masked(network, canonical.layers, masks):
+    with masked(network, canonical.prunable, masks):
         torch.testing.assert_close(result.network(images), network(images), rtol=1e-12, atol=1e-12)
 
 

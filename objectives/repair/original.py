@@ -1,0 +1,125 @@
+"""What the original network computes on the reference images: the targets of every repair, computed once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from objectives.repair.order import OrderedNetwork
+from objectives.repair.rows import LinearLayer
+
+__all__ = ["MomentSums", "Moments", "Targets", "observe"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Mean and variance of each output over all positions; (outputs,) in float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class MomentSums:
+    """Sums over positions, from which moments are made; in float64."""
+
+    def __init__(self) -> None:
+        self._n_positions = 0
+        self._total: Tensor | float = 0.0
+        self._square: Tensor | float = 0.0
+
+    def add(self, outputs: Tensor) -> None:
+        """Takes (positions, outputs) in."""
+        rows = outputs.double()
+        self._n_positions += len(rows)
+        self._total = self._total + rows.sum(dim=0)
+        self._square = self._square + rows.square().sum(dim=0)
+
+    def moments(self) -> Moments:
+        """Of all that has been added."""
+        mean, square = torch.as_tensor(self._total) / self._n_positions, torch.as_tensor(self._square)
+        return Moments(mean, (square / self._n_positions - mean.square()).clamp(min=0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Targets:
+    """Of one layer.
+
+    Attributes:
+        positions: (P,) those that are sampled, ascending.
+        values: (P, outputs) of the original at these: the layer's outputs, or of a layer that ends a branch the sum's.
+        moments: of the layer's outputs.
+    """
+
+    positions: Tensor
+    values: Tensor
+    moments: Moments
+
+
+def observe(
+    network: OrderedNetwork, images: Tensor, batch_size: int, n_positions: int, seed: int
+) -> dict[str, Targets]:
+    """Runs the original network once.
+
+    Args:
+        network: the original.
+        images: (N, C, H, W) reference images.
+        batch_size: images a pass.
+        n_positions: most that are sampled of each layer, unless it has more columns than half of that.
+        seed: of the sampling.
+    """
+    positions = {
+        name: _sample(layer, len(images), max(n_positions, 2 * layer.n_columns), seed).to(images.device)
+        for name, layer in network.layers.items()
+    }
+    observer = _Observer(network, positions)
+    with torch.inference_mode():
+        for first in range(0, len(images), batch_size):
+            observer.observe(images[first : first + batch_size], first)
+    return {
+        name: Targets(positions[name], torch.cat(observer.values[name]), observer.sums[name].moments())
+        for name in network.layers
+    }
+
+
+def _sample(layer: LinearLayer, n_images: int, n_positions: int, seed: int) -> Tensor:
+    """Positions of a layer, ascending: all where there are no more, else drawn without replacement."""
+    n_all = layer.n_places * n_images
+    if n_all <= n_positions:
+        return torch.arange(n_all)
+    return torch.randperm(n_all, generator=torch.Generator().manual_seed(seed))[:n_positions].sort().values
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, network: OrderedNetwork, positions: dict[str, Tensor]) -> None:
+        super().__init__(network.module)
+        self.network = network
+        self.positions = positions
+        self.first = 0
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.sums: dict[str, MomentSums] = defaultdict(MomentSums)
+        self.ended_by = {node.name: name for name, node in network.sums.items()}
+
+    def observe(self, images: Tensor, first: int) -> None:
+        self.first = first
+        self.run(images)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_module" and n.target in self.network.layers:
+            name = str(n.target)
+            self.sums[name].add(self.network.layers[name].outputs_by_position(value))
+            if name not in self.network.sums:
+                self._take(name, value)
+        elif n.name in self.ended_by:
+            self._take(self.ended_by[n.name], value)
+        return value
+
+    def _take(self, name: str, value: Tensor) -> None:
+        layer = self.network.layers[name]
+        positions = self.positions[name] - self.first * layer.n_places
+        here = positions[(positions >= 0) & (positions < len(value) * layer.n_places)]
+        self.values[name].append(layer.outputs_at(value, here))

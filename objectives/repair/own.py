@@ -1,0 +1,83 @@
+"""The user's own network with repaired layers, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from objectives.network import Layer
+from objectives.repair.rows import Linear
+
+__all__ = ["repaired"]
+
+
+@contextmanager
+def repaired(
+    network: nn.Module,
+    layers: Mapping[str, Layer],
+    new_layers: Mapping[str, Linear],
+    kept_outputs: Sequence[int] | None = None,
+) -> Iterator[nn.Module]:
+    """The user's own network with the weights of repaired layers.
+
+    A batch norm behind a layer adds the new bias and else does nothing, as it is folded into the new weights; other
+    outputs of the classifier than the task's are as they were. On exit every tensor is bit for bit what it was, and
+    every Parameter the same object. Masks go inside: `with repaired(...) as network, masked(network, ...)`.
+
+    Args:
+        network: in evaluation mode.
+        layers: of its canonical form.
+        new_layers: as `Repairer.layers` gives them.
+        kept_outputs: the network's outputs that the canonical form keeps; all by default.
+    """
+    saved: list[tuple[Tensor, Tensor]] = []
+    given: list[nn.Conv2d | nn.Linear] = []
+
+    def put(tensor: Tensor, value: Tensor | float) -> None:
+        saved.append((tensor, tensor.detach().clone()))
+        if isinstance(value, Tensor) and len(value) < len(tensor):
+            assert kept_outputs is not None, "only a classifier has other rows"
+            tensor[list(kept_outputs)] = value
+        else:
+            tensor.copy_(value if isinstance(value, Tensor) else torch.full_like(tensor, value))
+
+    try:
+        with torch.no_grad():
+            for name, new in new_layers.items():
+                own = network.get_submodule(name)
+                assert isinstance(own, nn.Conv2d | nn.Linear), "its canonical form says so"
+                assert new.bias is not None, "every repaired layer has one"
+                put(own.weight.data, new.weight)
+                norm = _norm(network, layers.get(name))
+                if own.bias is None and norm is None:
+                    own.bias = nn.Parameter(own.weight.new_zeros(len(own.weight)), requires_grad=False)
+                    given.append(own)
+                if own.bias is not None:
+                    put(own.bias.data, 0.0 if norm is not None else new.bias)
+                if norm is not None:
+                    assert norm.running_var is not None, "its canonical form says so"
+                    assert norm.running_mean is not None, "its canonical form says so"
+                    put(norm.running_var, 1 - norm.eps)
+                    put(norm.running_mean, 0.0 if norm.affine else -new.bias)
+                    if norm.affine:
+                        put(norm.weight.data, 1.0)
+                        put(norm.bias.data, new.bias)
+        yield network
+    finally:
+        with torch.no_grad():
+            for tensor, original in reversed(saved):
+                tensor.copy_(original)
+        for module in given:
+            module.bias = None
+
+
+def _norm(network: nn.Module, layer: Layer | None) -> nn.BatchNorm2d | None:
+    """The batch norm behind a layer, of whatever class."""
+    if layer is None or layer.norm is None:
+        return None
+    norm: Any = network.get_submodule(layer.norm)
+    return norm  # type: ignore[no-any-return]

@@ -1,0 +1,100 @@
+"""One pass through a pruned network in which each layer is repaired before it computes.
+
+So the inputs of every layer are those of the network as it is repaired up to there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from objectives.errors import RepairError
+from objectives.pruning.ranking import Masks
+from objectives.repair.order import OrderedNetwork
+from objectives.repair.original import Targets
+from objectives.repair.rows import Linear
+
+__all__ = ["RepairPass"]
+
+
+class RepairPass(fx.Interpreter, ABC):
+    """Repairs the layers that pruning reaches; the others stay as they are, so where nothing is pruned nothing changes.
+
+    To be used once.
+
+    Args:
+        network: the original.
+        targets: of each layer.
+        masks: kept components.
+        batch_size: images a layer computes at once.
+    """
+
+    def __init__(self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int) -> None:
+        super().__init__(network.module)
+        self.extra_traceback = False  # or it would be added to the messages of our errors
+        self.network = network
+        self.targets = targets
+        self.masks = masks
+        self.batch_size = batch_size
+        self.repaired: dict[str, Linear] = {}
+        self._reached: set[fx.Node] = set()
+
+    def repair(self, images: Tensor) -> dict[str, Linear]:
+        """The layers that have changed, by name.
+
+        Args:
+            images: those that the targets were observed on.
+
+        Raises:
+            RepairError: a layer's values aren't finite.
+        """
+        with torch.no_grad():
+            self.run(images)
+        return self.repaired
+
+    @abstractmethod
+    def new_layer(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Linear:
+        """The repaired layer.
+
+        Args:
+            name: of the layer.
+            inputs: in the pruned network.
+            shortcut: what will be added to the outputs, of a layer that ends a branch.
+        """
+
+    def kept(self, name: str) -> Tensor:
+        """(outputs,) of bool: a layer's components that aren't pruned."""
+        layer = self.network.layers[name]
+        mask = self.masks.get(name)
+        device = layer.module.weight.device
+        return torch.ones(layer.n_outputs, dtype=torch.bool, device=device) if mask is None else mask.to(device)
+
+    def computed(self, module: Linear, inputs: Tensor) -> Tensor:
+        """A layer's outputs, a batch at a time."""
+        return torch.cat([module(part) for part in inputs.split(self.batch_size)])
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One step; a layer is repaired first."""
+        if not self._reached.isdisjoint(n.all_input_nodes):
+            self._reached.add(n)
+        if n.op != "call_module" or n.target not in self.network.layers:
+            return super().run_node(n)
+        name = str(n.target)
+        (inputs,), _ = self.fetch_args_kwargs_from_env(n)
+        layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
+        module = layer.module
+        if (n in self._reached or shortcut in self._reached) and bool(kept.any()):
+            if not bool(inputs.isfinite().all()):
+                raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
+            module = self.new_layer(name, inputs, None if shortcut is None else self.env[shortcut])
+            self.repaired[name] = module
+            self._reached.add(n)
+        outputs = self.computed(module, inputs)
+        if bool(kept.all()):
+            return outputs
+        self._reached.add(n)
+        return layer.silenced(outputs, kept)

@@ -1,0 +1,229 @@
+"""Ridge regression in closed form, from rows that are added chunk by chunk.
+
+Of rows x, each with what is left to explain e, the change of the weights D and of the bias b minimise
+
+    sum |e - D x - b|^2 + penalty |D|^2,        penalty = strength * mean of the diagonal of the centred Gram matrix
+
+so that the penalty pulls towards the old weights, of which e is the residual. The bias isn't penalised. Where there are
+more rows than columns the normal equations are added up; where there are fewer, as before a dense layer that reads a
+whole image, the rows are kept and the equations have their number (the kernel form of the same solution).
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Change", "Equations", "KernelEquations", "NormalEquations", "equations", "left_out_errors", "total"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What is added to a layer.
+
+    Attributes:
+        weight: (groups, outputs, columns).
+        bias: (groups, outputs).
+        is_least_norm: whether the equations were singular, so that of many solutions the smallest was taken.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    is_least_norm: bool
+
+
+class Equations(ABC):
+    """What rows say about a change, for several regressions (groups) at once; float64."""
+
+    @abstractmethod
+    def add(self, inputs: Tensor, residuals: Tensor) -> None:
+        """Takes rows in: (groups, P, columns) and (groups, P, outputs)."""
+
+    @abstractmethod
+    def plus(self, other: Self) -> Self:
+        """Of both's rows."""
+
+    @property
+    @abstractmethod
+    def square(self) -> float:
+        """Sum of all e^2."""
+
+    @abstractmethod
+    def solve(self, strength: float) -> Change:
+        """The change that minimises the penalised error; `strength` is at least 0."""
+
+    @abstractmethod
+    def error(self, change: Change) -> float:
+        """Sum over these rows of |e - D x - b|^2."""
+
+
+class NormalEquations(Equations):
+    """Sums over rows.
+
+    Attributes:
+        gram: (groups, columns, columns), of x x'.
+        cross: (groups, columns, outputs), of x e'.
+        inputs: (groups, columns), of x.
+        residuals: (groups, outputs), of e.
+        squares: (groups,), of e^2.
+        n_rows: added up.
+    """
+
+    def __init__(
+        self, gram: Tensor, cross: Tensor, inputs: Tensor, residuals: Tensor, squares: Tensor, n_rows: int = 0
+    ) -> None:
+        self.gram = gram
+        self.cross = cross
+        self.inputs = inputs
+        self.residuals = residuals
+        self.squares = squares
+        self.n_rows = n_rows
+
+    @classmethod
+    def zeros(cls, n_groups: int, n_columns: int, n_outputs: int, device: torch.device) -> NormalEquations:
+        """Of no rows."""
+
+        def zeros(*sizes: int) -> Tensor:
+            return torch.zeros(n_groups, *sizes, dtype=torch.float64, device=device)
+
+        gram, cross = zeros(n_columns, n_columns), zeros(n_columns, n_outputs)
+        return cls(gram, cross, zeros(n_columns), zeros(n_outputs), zeros())
+
+    def add(self, inputs: Tensor, residuals: Tensor) -> None:
+        """See `Equations.add`."""
+        self.gram.baddbmm_(inputs.mT, inputs)
+        self.cross.baddbmm_(inputs.mT, residuals)
+        self.inputs += inputs.sum(dim=1)
+        self.residuals += residuals.sum(dim=1)
+        self.squares += residuals.square().sum(dim=(1, 2))
+        self.n_rows += inputs.shape[1]
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """See `Equations.plus`."""
+        return NormalEquations(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.inputs + other.inputs,
+            self.residuals + other.residuals,
+            self.squares + other.squares,
+            self.n_rows + other.n_rows,
+        )
+
+    @property
+    def square(self) -> float:
+        """See `Equations.square`."""
+        return float(self.squares.sum())
+
+    def solve(self, strength: float) -> Change:
+        """See `Equations.solve`."""
+        mean, residual = self.inputs / self.n_rows, self.residuals / self.n_rows
+        gram = self.gram - self.n_rows * mean[:, :, None] * mean[:, None, :]
+        cross = self.cross - self.n_rows * mean[:, :, None] * residual[:, None, :]
+        penalty = strength * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+        change, is_singular = _solved(gram, penalty, strength, cross)
+        bias = residual - (mean[:, None, :] @ change).squeeze(1)
+        return Change(change.mT, bias, is_singular)
+
+    def error(self, change: Change) -> float:
+        """See `Equations.error`."""
+        weight, bias = change.weight, change.bias
+        explained = (self.cross.mT * weight).sum() + (self.residuals * bias).sum()
+        square = ((weight @ self.gram) * weight).sum() + self.n_rows * bias.square().sum()
+        mixed = (weight @ self.inputs[:, :, None]).squeeze(2).mul(bias).sum()
+        return self.square + float(square + 2 * mixed - 2 * explained)
+
+
+class KernelEquations(Equations):
+    """The rows themselves.
+
+    Attributes:
+        inputs: (groups, P, columns), in chunks.
+        residuals: (groups, P, outputs), in chunks.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor] = (), residuals: Sequence[Tensor] = ()) -> None:
+        self.inputs = list(inputs)
+        self.residuals = list(residuals)
+
+    def add(self, inputs: Tensor, residuals: Tensor) -> None:
+        """See `Equations.add`."""
+        self.inputs.append(inputs)
+        self.residuals.append(residuals)
+
+    def plus(self, other: KernelEquations) -> KernelEquations:
+        """See `Equations.plus`."""
+        return KernelEquations([*self.inputs, *other.inputs], [*self.residuals, *other.residuals])
+
+    @property
+    def square(self) -> float:
+        """See `Equations.square`."""
+        return sum(float(chunk.square().sum()) for chunk in self.residuals)
+
+    @functools.cached_property
+    def _kernel(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Centred rows, their products, centred residuals and both means; asked for when all rows are there."""
+        inputs, residuals = torch.cat(self.inputs, dim=1), torch.cat(self.residuals, dim=1)
+        mean, residual = inputs.mean(dim=1, keepdim=True), residuals.mean(dim=1, keepdim=True)
+        centred = inputs - mean
+        return centred, centred @ centred.mT, residuals - residual, mean, residual
+
+    def solve(self, strength: float) -> Change:
+        """See `Equations.solve`."""
+        centred, kernel, residuals, mean, residual = self._kernel
+        penalty = strength * kernel.diagonal(dim1=1, dim2=2).sum(dim=1) / centred.shape[2]
+        shares, is_singular = _solved(kernel, penalty, strength, residuals)
+        change = centred.mT @ shares
+        bias = (residual - mean @ change).squeeze(1)
+        return Change(change.mT, bias, is_singular)
+
+    def error(self, change: Change) -> float:
+        """See `Equations.error`."""
+        return sum(
+            float((wanted - rows @ change.weight.mT - change.bias[:, None, :]).square().sum())
+            for rows, wanted in zip(self.inputs, self.residuals, strict=True)
+        )
+
+
+def equations(n_groups: int, n_columns: int, n_outputs: int, n_rows: int, device: torch.device) -> Equations:
+    """Of no rows yet, in the form that is smaller for as many as will come in all."""
+    if n_rows < n_columns:
+        return KernelEquations()
+    return NormalEquations.zeros(n_groups, n_columns, n_outputs, device)
+
+
+def _solved(matrix: Tensor, penalty: Tensor, strength: float, right: Tensor) -> tuple[Tensor, bool]:
+    """Solution of (matrix + penalty) x = right, and whether that is singular so that the smallest is taken.
+
+    A group whose inputs never vary has nothing to fit; any penalty leaves it as it is.
+    """
+    added = torch.where(penalty > 0, penalty, float(strength > 0))
+    penalised = matrix + torch.diag_embed(added[:, None].expand(-1, matrix.shape[1]))
+    factor, failed = torch.linalg.cholesky_ex(penalised)
+    is_singular = bool(failed.any()) or not bool(factor.isfinite().all())
+    if is_singular:
+        return torch.linalg.pinv(penalised, hermitian=True) @ right, True
+    return torch.cholesky_solve(right, factor), False
+
+
+def total(parts: Sequence[Equations]) -> Equations:
+    """Of the rows of all parts."""
+    return functools.reduce(lambda left, right: left.plus(right), parts)
+
+
+def left_out_errors(parts: Sequence[Equations], strengths: Sequence[float]) -> list[float]:
+    """For each strength, the squared error on each part of the change that all other parts give, added up.
+
+    Nothing is read again for it.
+    """
+    errors = [0.0] * len(strengths)
+    for index, part in enumerate(parts):
+        others = total([*parts[:index], *parts[index + 1 :]])
+        for position, strength in enumerate(strengths):
+            errors[position] += part.error(others.solve(strength))
+    return errors

@@ -1,0 +1,151 @@
+"""A convolution or dense layer as a linear map of rows: one row a position, one column a weight.
+
+A position is a place of one image: (image, y, x) of a convolution's output, (image, token) of a dense layer's on a
+sequence, the image alone of a dense layer's on a vector. Positions are numbered image by image, places in memory's
+order. Groups of a convolution are maps of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Linear", "LinearLayer"]
+
+Linear = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearLayer:
+    """A layer whose rows can be read.
+
+    Attributes:
+        module: the layer; it isn't changed.
+        output_shape: without the batch dimension.
+    """
+
+    module: Linear
+    output_shape: tuple[int, ...]
+
+    @property
+    def n_places(self) -> int:
+        """Positions of one image."""
+        return math.prod(self.output_shape) // self.n_outputs
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of the weight, over all groups."""
+        return int(self.module.weight.shape[0])
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of the convolution; 1 for others."""
+        return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+
+    @property
+    def n_columns(self) -> int:
+        """Weights of one output."""
+        return self.module.weight[0].numel()
+
+    def weight(self) -> Tensor:
+        """(groups, outputs of a group, columns) of the module's weight, columns in the order of `inputs_at`."""
+        weight: Tensor = self.module.weight.detach()
+        if isinstance(self.module, nn.Conv2d):
+            weight = weight.permute(0, 2, 3, 1).contiguous()
+        return weight.view(self.n_groups, -1, self.n_columns)
+
+    def bias(self) -> Tensor:
+        """(groups, outputs of a group) of the module's bias; zeros where it has none."""
+        weight = self.module.weight
+        bias: Tensor = weight.new_zeros(len(weight)) if self.module.bias is None else self.module.bias.detach()
+        return bias.view(self.n_groups, -1)
+
+    def replaced(self, weight: Tensor, bias: Tensor) -> Linear:
+        """The layer with other values, given as `weight` and `bias` return them; they are rounded to its dtype."""
+        own = self.module.weight
+        weight = weight.flatten(0, 1)
+        if isinstance(self.module, nn.Conv2d):
+            weight = weight.unflatten(1, (*own.shape[2:], own.shape[1])).permute(0, 3, 1, 2)
+        module = copy.copy(self.module)
+        module._parameters = {
+            name: nn.Parameter(value.to(own).contiguous(), requires_grad=False)
+            for name, value in (("weight", weight), ("bias", bias.flatten()))
+        }
+        return module
+
+    def outputs_at(self, outputs: Tensor, positions: Tensor) -> Tensor:
+        """(P, outputs) of a value of the output's shape, (N, *output_shape), at some positions."""
+        image, place = positions // self.n_places, positions % self.n_places
+        if isinstance(self.module, nn.Conv2d):
+            return outputs.flatten(2)[image, :, place]
+        return outputs.reshape(len(outputs), self.n_places, -1)[image, place]
+
+    def outputs_by_position(self, outputs: Tensor) -> Tensor:
+        """(positions, outputs) of a value of the output's shape, at all of them."""
+        if isinstance(self.module, nn.Conv2d):
+            outputs = outputs.movedim(1, -1)
+        return outputs.reshape(-1, self.n_outputs)
+
+    def silenced(self, outputs: Tensor, kept: Tensor) -> Tensor:
+        """A value of the output's shape with pruned components zero; `kept` is (outputs,) of bool."""
+        shape = (-1, *[1] * (outputs.ndim - 2)) if isinstance(self.module, nn.Conv2d) else (-1,)
+        return outputs * kept.to(outputs.dtype).reshape(shape)
+
+    def live_inputs(self, inputs: Tensor) -> Tensor:
+        """(inputs,) of bool: which input channels are anywhere other than zero."""
+        dimension = 1 if isinstance(self.module, nn.Conv2d) else inputs.ndim - 1
+        return (inputs != 0).any(dim=[axis for axis in range(inputs.ndim) if axis != dimension])
+
+    def columns_of(self, channels: Tensor) -> Tensor:
+        """(columns,) of bool: the columns of some input channels, of a layer without groups."""
+        return channels.repeat(self.n_columns // len(channels))
+
+    def inputs_at(self, inputs: Tensor, positions: Tensor, channels: Tensor | None = None) -> Tensor:
+        """(groups, P, columns) in float64: what the weights are multiplied with at some positions.
+
+        Args:
+            inputs: (N, *input_shape).
+            positions: (P,), ascending.
+            channels: (inputs,) of bool: only the columns of these, of a layer without groups.
+        """
+        image, place = positions // self.n_places, positions % self.n_places
+        if isinstance(self.module, nn.Linear):
+            rows = inputs.reshape(len(inputs), self.n_places, -1)[image, place]
+            return (rows if channels is None else rows[:, channels]).double()[None]
+        first, end = int(image[0]), int(image[-1]) + 1
+        part = inputs[first:end] if channels is None else inputs[first:end, channels]
+        padding = _padding(self.module)
+        padded = (nn.functional.pad(part, padding) if any(padding) else part).movedim(1, -1)
+        steps, width = self.module.stride, self.output_shape[2]
+        across, down = place % width * steps[1], place // width * steps[0]
+        offsets_down, offsets_across = (
+            torch.arange(size, device=inputs.device) * dilation
+            for size, dilation in zip(self.module.kernel_size, self.module.dilation, strict=True)
+        )
+        # (P, height, width, inputs)
+        patches = padded[
+            (image - first)[:, None, None],
+            down[:, None, None] + offsets_down[:, None],
+            across[:, None, None] + offsets_across,
+        ]
+        n_positions, height, width, n_inputs = patches.shape
+        grouped = patches.reshape(n_positions, height * width, self.n_groups, n_inputs // self.n_groups)
+        return grouped.permute(2, 0, 1, 3).flatten(2).double()
+
+
+def _padding(convolution: nn.Conv2d) -> list[int]:
+    """Of zeros: left, right, top, bottom."""
+    padding: list[int] = []
+    for axis in (1, 0):
+        if convolution.padding == "valid":
+            padding += [0, 0]
+        elif isinstance(convolution.padding, str):  # "same"
+            total = convolution.dilation[axis] * (convolution.kernel_size[axis] - 1)
+            padding += [total // 2, total - total // 2]
+        else:
+            padding += [int(convolution.padding[axis])] * 2
+    return padding

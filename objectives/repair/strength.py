@@ -1,0 +1,64 @@
+"""The strength of the refit's penalty, chosen on the reference images by leaving some of them out.
+
+On one pruned network, half of whose components are gone at random, every layer is fitted without a fifth of the images
+and its error is taken on that fifth. The equations without some images are sums of the others' (closed form): nothing
+is computed again. What is chosen has the least error of all layers, each in relation to what pruning does to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from objectives.pruning.ranking import Masks
+from objectives.repair.order import OrderedNetwork
+from objectives.repair.original import Targets
+from objectives.repair.refit import Refit
+from objectives.repair.ridge import Equations, left_out_errors
+
+__all__ = ["STRENGTHS", "choose_strength"]
+
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Those that are tried, in relation to the mean of the Gram matrix's diagonal."""
+
+_N_PARTS = 5
+
+
+def choose_strength(
+    network: OrderedNetwork, targets: Mapping[str, Targets], images: Tensor, masks: Masks, batch_size: int
+) -> float:
+    """One of `STRENGTHS`; the largest where there is only one image.
+
+    Args:
+        network: the original.
+        targets: of each layer.
+        images: reference images (N, C, H, W).
+        masks: of the pruned network to choose it on.
+        batch_size: images a layer computes at once.
+    """
+    if len(images) == 1:
+        return STRENGTHS[-1]
+    choice = _Choice(network, targets, masks, batch_size, min(_N_PARTS, len(images)))
+    choice.repair(images)
+    return STRENGTHS[min(range(len(STRENGTHS)), key=choice.errors.__getitem__)]
+
+
+class _Choice(Refit):
+    """A pass that goes on with what is best for each layer, and adds up what all strengths are worth."""
+
+    def __init__(
+        self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int, n_parts: int
+    ) -> None:
+        super().__init__(network, targets, masks, batch_size, STRENGTHS[-1])
+        self.n_parts = n_parts
+        self.errors = [0.0] * len(STRENGTHS)
+
+    def chosen(self, name: str, parts: Sequence[Equations]) -> float:
+        """See `Refit.chosen`."""
+        unrepaired = sum(part.square for part in parts)
+        if unrepaired == 0:
+            return STRENGTHS[-1]
+        errors = [error / unrepaired for error in left_out_errors(parts, STRENGTHS)]
+        self.errors = [before + error for before, error in zip(self.errors, errors, strict=True)]
+        return STRENGTHS[min(range(len(STRENGTHS)), key=errors.__getitem__)]

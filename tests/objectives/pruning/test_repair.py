@@ -1,0 +1,230 @@
+"""Repaired networks, in float64: what is exact, what stays as it is, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from objectives.errors import RepairError
+from objectives.memory import Batches
+from objectives.network import canonize
+from objectives.pruning.masking import masked
+from objectives.pruning.slimming import slim
+from objectives.repair.moments import MatchMoments
+from objectives.repair.order import order
+from objectives.repair.original import observe
+from objectives.repair.own import repaired
+from objectives.repair.refit import Refit
+from objectives.repair.repairer import Repairer, with_layers
+from objectives.repair.strength import STRENGTHS
+from search_spaces.repairs import NO_REPAIR, RepairSpec
+
+NETWORKS = ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "inception", "cifar_resnet20"]
+REFIT, BN = RepairSpec("refit", 0.1), RepairSpec("bn", 0.1)
+
+
+def repairer_of(subject, batch_size=3):
+    return Repairer(subject.canonical, subject.images, Batches("a test", batch_size))
+
+
+def close(given, expected, tolerance=1e-9):
+    torch.testing.assert_close(given, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("repair", [REFIT, BN], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_slim_with_repair_is_masked_with_repair(name, repair, prunable):
+    """Design section 9: logits to 1e-9 relative, equal predictions wherever the top two logits differ by more."""
+    subject = prunable(name)
+    repairer = repairer_of(subject)
+    ranking = subject.ranking()
+    modules = (subject.network, subject.canonical.module)
+    before = [copy.deepcopy(module.state_dict()) for module in modules]
+    parameters = [id(parameter) for module in modules for parameter in module.parameters()]
+    for n in (len(ranking) // 3, len(ranking)):
+        masks = ranking.masks(n)
+        layers = repairer.layers(masks, repair)
+        small = slim(repairer.repaired(masks, repair), masks)(subject.images)
+        with (
+            repaired(subject.network, subject.canonical.layers, layers) as own,
+            masked(own, subject.canonical.layers, masks),
+        ):
+            large = subject.network(subject.images)
+        close(small, large)
+        top = large.topk(2).values
+        differ = top[:, 0] - top[:, 1] > 1e-9 * large.abs().max()
+        assert torch.equal(small.argmax(1)[differ], large.argmax(1)[differ])
+    for module, state in zip(modules, before, strict=True):
+        assert module.state_dict().keys() == state.keys()
+        assert all(torch.equal(module.state_dict()[key], value) for key, value in state.items())
+    assert [id(parameter) for module in modules for parameter in module.parameters()] == parameters
+
+
+@pytest.mark.parametrize("repair", [REFIT, BN, RepairSpec("refit"), RepairSpec("bn"), NO_REPAIR], ids=str)
+def test_where_nothing_is_pruned_nothing_changes(repair, prunable):
+    subject = prunable("cifar_resnet20")
+    masks = subject.ranking().masks(0)
+    assert repairer_of(subject).repaired(masks, repair) is subject.canonical
+    assert repairer_of(subject).layers(subject.ranking().masks(99), NO_REPAIR) == {}
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenetv3_small_100"])
+def test_layers_before_what_is_pruned_stay_as_they_are(name, prunable):
+    subject = prunable(name)
+    masks = subject.ranking().masks(0)
+    last = list(masks)[-1]
+    masks[last][::2] = False
+    changed = repairer_of(subject).layers(masks, REFIT)
+    assert list(changed) == [subject.canonical.classifier] or subject.canonical.classifier in changed
+    assert not set(changed) & set(list(masks)[: len(masks) // 2])
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "cifar_resnet20", "mobilenetv3_small_100"])
+def test_repair_brings_the_logits_nearer(name, prunable):
+    subject = prunable(name)
+    repairer, masks = repairer_of(subject), subject.ranking().masks(len(subject.ranking()) // 4)
+    wanted = subject.network(subject.images)
+
+    def error(spec):
+        return float((slim(repairer.repaired(masks, spec), masks)(subject.images) - wanted).norm())
+
+    unrepaired = error(NO_REPAIR)
+    assert error(REFIT) < 0.5 * unrepaired
+    assert error(BN) < unrepaired
+    assert error(RepairSpec("refit", 1e9)) < unrepaired  # biases are fitted whatever the penalty
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenetv3_small_100", "vgg11_bn"])
+def test_chunks_and_batches_make_no_difference(name, prunable):
+    subject = prunable(name)
+    network = order(subject.canonical.module)
+    masks = subject.ranking().masks(len(subject.ranking()) // 2)
+    logits = []
+    for batch_size, n_rows in ((4, 10_000), (1, 37)):
+        targets = observe(network, subject.images, batch_size, n_positions=300, seed=0)
+        layers = Refit(network, targets, masks, batch_size, 0.1, n_rows).repair(subject.images)
+        logits.append(slim(with_layers(subject.canonical, layers), masks)(subject.images))
+    close(*logits, tolerance=1e-8)
+
+
+class Linearly(nn.Module):
+    """Two convolutions and a classifier without activations; the second half of the filters repeats the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 3, stride=2, bias=False)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.fc(self.second(self.first(x)).mean((2, 3)))
+
+
+def linear_network():
+    torch.manual_seed(0)
+    network = Linearly().double().eval()
+    with torch.no_grad():
+        mixing = torch.randn(4, 4, dtype=torch.float64)
+        network.first.weight[4:] = torch.einsum("ij,jchw->ichw", mixing, network.first.weight[:4])
+        network.first.bias[4:] = mixing @ network.first.bias[:4] + 1  # what a bias alone makes up for
+    return network.requires_grad_(False)
+
+
+def test_on_a_linear_network_dependent_inputs_are_recovered_exactly():
+    network = linear_network()
+    canonical = canonize(network, (3, 9, 9))
+    references, others = (torch.randn(n, 3, 9, 9, dtype=torch.float64) for n in (60, 5))
+    masks = {name: torch.ones(width, dtype=torch.bool) for name, width in canonical.components.items()}
+    masks["first"][4:] = False
+    repairer = Repairer(canonical, references, Batches("a test", 100))
+    small = slim(repairer.repaired(masks, RepairSpec("refit", 1e-13)), masks)
+    close(small(others), network(others), tolerance=1e-8)
+    unrepaired = slim(canonical, masks)(others)
+    assert float((unrepaired - network(others)).abs().max()) > 0.1
+
+
+def test_dead_inputs_leave_a_fitted_bias():
+    network = linear_network()
+    canonical = canonize(network, (3, 9, 9))
+    references = torch.randn(20, 3, 9, 9, dtype=torch.float64)
+    masks = {name: torch.ones(width, dtype=torch.bool) for name, width in canonical.components.items()}
+    masks["first"][:] = False
+    repairer = Repairer(canonical, references, Batches("a test", 100))
+    small = slim(repairer.repaired(masks, REFIT), masks)(references)
+    close(small[0], network(references).mean(0))
+    close(small[1], small[0])
+
+
+def test_the_last_layer_of_a_block_makes_up_for_its_shortcut(prunable):
+    """The sum is nearer to the original's than with the layer fitted to its own outputs."""
+    subject = prunable("cifar_resnet20")
+    network = order(subject.canonical.module)
+    assert set(network.sums) == {f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)}
+    masks = subject.ranking().masks(0)
+    masks["layer1.0.conv2"][::2] = False
+    targets = observe(network, subject.images, 4, 10_000, seed=0)
+    layers = Refit(network, targets, masks, 4, 1e-4).repair(subject.images)
+    assert "layer1.1.conv2" in layers
+    # A shortcut that lacks channels is made up for by a layer whose inputs alone aren't touched, too.
+    masks = subject.ranking().masks(0)
+    masks["conv1"][:] = False
+    assert "layer1.0.conv2" in Refit(network, targets, masks, 4, 1e-4).repair(subject.images)
+
+
+def test_moments_are_those_of_the_original(prunable):
+    subject = prunable("vgg11_bn")
+    network = order(subject.canonical.module)
+    targets = observe(network, subject.images, 3, 10, seed=0)
+    masks = subject.ranking().masks(len(subject.ranking()) // 4)
+    layers = MatchMoments(network, targets, masks, 2, 1e-9).repair(subject.images)
+    small = with_layers(subject.canonical, layers).module
+    name = next(iter(layers))
+    seen = {}
+    small.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.update(value=output))
+    first = next(iter(masks))
+    silence = masks[first].double()[None, :, None, None]
+    small.get_submodule(first).register_forward_hook(lambda module, inputs, output: output * silence)
+    small(subject.images)
+    variance, mean = torch.var_mean(seen["value"], dim=(0, 2, 3), correction=0)
+    close(mean, targets[name].moments.mean, tolerance=1e-6)
+    close(variance, targets[name].moments.variance, tolerance=1e-6)
+
+
+def test_few_references_choose_a_larger_strength(prunable):
+    subject = prunable("cifar_resnet20")
+    images = torch.randn(40, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    chosen = [
+        Repairer(subject.canonical, images[:n], Batches("a test", 100)).strength(RepairSpec("refit"))
+        for n in (1, 2, 40)
+    ]
+    assert chosen[0] == STRENGTHS[-1] >= chosen[1] >= chosen[2]
+    assert set(chosen) <= set(STRENGTHS)
+    repairer = repairer_of(subject)
+    assert repairer.strength(RepairSpec("bn")) == 0.25
+    assert (repairer.strength(REFIT), repairer.strength(NO_REPAIR)) == (0.1, None)
+
+
+def test_what_is_repaired_is_kept_for_the_next_look(prunable):
+    subject = prunable("cifar_resnet20")
+    repairer, masks = repairer_of(subject), subject.ranking().masks(300)
+    assert repairer.layers(masks, REFIT) is repairer.layers(masks, REFIT)
+    assert repairer.layers(masks, REFIT) is not repairer.layers(masks, BN)
+    assert repairer.layers(masks, REFIT) is not repairer.layers(subject.ranking().masks(301), REFIT)
+
+
+@pytest.mark.parametrize("repair", [REFIT, BN], ids=str)
+def test_values_that_are_not_finite_are_refused(repair, prunable):
+    subject = prunable("cifar_resnet20")
+    images = subject.images.clone()
+    images[0, 0, 0, 0] = float("nan")
+    repairer = Repairer(subject.canonical, images, Batches("a test", 4))
+    with pytest.raises(RepairError, match=r"^The layer '[\w.]+' can't be repaired: its .* aren't finite\.$"):
+        repairer.layers(subject.ranking().masks(200), repair)
+
+
+def test_memory_limits_the_references(prunable, monkeypatch):
+    subject = prunable("cifar_resnet20")
+    monkeypatch.setattr("objectives.repair.repairer._BYTES_KEPT", 1)
+    assert len(repairer_of(subject).images) == 1
+    assert repairer_of(subject).layers(subject.ranking().masks(200), REFIT)

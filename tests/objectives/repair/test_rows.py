@@ -1,0 +1,71 @@
+"""Rows of a layer against the layer itself, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from objectives.repair.rows import LinearLayer
+
+LAYERS = {
+    "plain": (nn.Conv2d(4, 6, 3, padding=1), (4, 7, 5)),
+    "strided": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (4, 8, 9)),
+    "same": (nn.Conv2d(4, 6, (5, 3), padding="same", dilation=(1, 2)), (4, 6, 7)),
+    "valid": (nn.Conv2d(4, 6, 2, padding="valid", bias=False), (4, 6, 7)),
+    "pointwise": (nn.Conv2d(4, 6, 1), (4, 3, 3)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 5)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, stride=2), (4, 7, 7)),
+    "dense": (nn.Linear(4, 6), (4,)),
+    "tokens": (nn.Linear(4, 6), (5, 4)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def case(request):
+    torch.manual_seed(0)
+    module, input_shape = LAYERS[request.param]
+    module = module.double().requires_grad_(False)
+    inputs = torch.randn(3, *input_shape, dtype=torch.float64)
+    outputs = module(inputs)
+    return LinearLayer(module, tuple(outputs.shape[1:])), inputs, outputs
+
+
+def test_rows_times_weights_are_the_outputs(case):
+    layer, inputs, outputs = case
+    positions = torch.arange(0, 3 * layer.n_places, 2 if layer.n_places > 1 else 1)
+    rows = layer.inputs_at(inputs, positions)
+    assert rows.shape == (layer.n_groups, len(positions), layer.n_columns)
+    made = (rows @ layer.weight().mT + layer.bias()[:, None, :]).movedim(0, 1).flatten(1)
+    torch.testing.assert_close(made, layer.outputs_at(outputs, positions), rtol=1e-12, atol=1e-12)
+    assert torch.equal(layer.outputs_by_position(outputs)[positions], layer.outputs_at(outputs, positions))
+
+
+def test_a_layer_takes_new_values(case):
+    layer, inputs, outputs = case
+    before = {name: value.clone() for name, value in layer.module.state_dict().items()}
+    new = layer.replaced(2 * layer.weight(), 2 * layer.bias())
+    torch.testing.assert_close(new(inputs), 2 * outputs, rtol=1e-12, atol=1e-12)
+    assert new.weight.dtype == torch.float64
+    assert all(torch.equal(layer.module.state_dict()[name], value) for name, value in before.items())
+
+
+def test_columns_of_live_inputs(case):
+    layer, inputs, _ = case
+    if layer.n_groups > 1:
+        pytest.skip("groups have all their columns")
+    channel = inputs.movedim(1 if isinstance(layer.module, nn.Conv2d) else -1, 0)[2]
+    channel.zero_()
+    live = layer.live_inputs(inputs)
+    assert live.tolist() == [True, True, False, True]
+    positions = torch.arange(3 * layer.n_places)
+    rows = layer.inputs_at(inputs, positions)
+    assert torch.equal(rows[:, :, layer.columns_of(live)], layer.inputs_at(inputs, positions, live))
+    assert not bool(rows[:, :, ~layer.columns_of(live)].any())
+
+
+def test_silenced_outputs_are_zero(case):
+    layer, _, outputs = case
+    kept = torch.ones(layer.n_outputs, dtype=torch.bool)
+    kept[1] = False
+    rows = layer.outputs_by_position(layer.silenced(outputs, kept))
+    assert not bool(rows[:, 1].any())
+    assert torch.equal(rows[:, kept], layer.outputs_by_position(outputs)[:, kept])
