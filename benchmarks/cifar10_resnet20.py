@@ -4,38 +4,32 @@
 
 A resumable study through the command line: stop it and start it again as you like. It needs the data pack
 (`HPO_DATA_PACK`, by default `../shared/data` beside the repository) and about an hour of one core; the search evaluates
-in bfloat16, confirmation in float32. Prints the ten best, the heuristics and the confirmation, and writes them to
-`benchmarks/results/cifar10_resnet20.json`.
+in bfloat16, confirmation in float32. Prints the ten best, and writes them, the heuristics, the confirmation and the AUC
+of every composite to `benchmarks/results/cifar10_resnet20.json`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
+
+from data_pack import data_pack
 
 HERE = Path(__file__).resolve().parent
 STUDY = "cifar10_resnet20"
 N_BEST = 10
 
 
-def data_pack() -> Path:
-    """The directory of the data pack."""
-    pack = Path(os.environ.get("HPO_DATA_PACK", HERE.parent.parent / "shared" / "data"))
-    if not (pack / "cifar10" / "train_10k.npz").exists():
-        sys.exit(f"There is no data pack in {pack}; set HPO_DATA_PACK.")
-    return pack
-
-
 def main() -> None:
     """Runs the study, or what is left of it, and prints its results."""
     from hpo.cli import cli
+    from search_spaces.composites import CompositeSpec
     from storage.store import StudyStore
 
     pack = data_pack()
     url = f"sqlite:///{HERE / 'results' / STUDY}.db"
-    launch = ["launch", "--study", STUDY, "--storage", url, "--sampler", "grid"]
+    launch = ["launch", "--study", STUDY, "--storage", url, "--sampler", "grid", "--exact"]
     launch += ["--space", str(HERE / f"{STUDY}.toml"), "--dtype", "bf16", "--evaluation-images", "1000"]
     launch += ["--model", "cifar_resnet20", "--checkpoint", str(pack / "weights" / "cifar10_resnet20.safetensors")]
     launch += ["--data", f"npz:{pack / 'cifar10' / 'train_10k.npz'},{pack / 'cifar10' / 'test_dev.npz'}"]
@@ -51,6 +45,7 @@ def main() -> None:
             "confirmation": study.user_attrs.get("confirmation"),
             "n_searched": len(searched),
             "median_auc": searched[len(searched) // 2].value,
+            "auc": {CompositeSpec.from_json(t.user_attrs["composite"]).label: t.value for t in searched},
         }
     (HERE / "results" / f"{STUDY}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"The {N_BEST} best of {len(searched)} composites:")

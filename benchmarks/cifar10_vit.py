@@ -12,9 +12,10 @@ confirmation to `benchmarks/results/cifar10_vit_mlp.json` or `..._heads.json`.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
+
+from data_pack import data_pack
 
 HERE = Path(__file__).resolve().parent
 NETWORK = {
@@ -28,14 +29,6 @@ NETWORK = {
 }
 COMPONENTS = ("mlp", "heads")
 N_BEST = 10
-
-
-def data_pack() -> Path:
-    """The directory of the data pack."""
-    pack = Path(os.environ.get("HPO_DATA_PACK", HERE.parent.parent / "shared" / "data"))
-    if not (pack / "cifar10" / "train_10k.npz").exists():
-        sys.exit(f"There is no data pack in {pack}; set HPO_DATA_PACK.")
-    return pack
 
 
 def main(components: str) -> None:

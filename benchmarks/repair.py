@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from data_pack import data_pack
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "repair.json"
@@ -62,14 +62,6 @@ CASES = [
     *(Case("cifar_resnet20", f"epsilon-alpha2-beta1{suffix}", 10) for suffix in ("", "-abs")),
     *(Case("mobilenetv2_100", "epsilon-abs", n, "0:0.9:0.1") for n in (1, 5, 50)),
 ]
-
-
-def data_pack() -> Path:
-    """The directory of the data pack."""
-    pack = Path(os.environ.get("HPO_DATA_PACK", HERE.parent.parent / "shared" / "data"))
-    if not (pack / "cifar10" / "train_10k.npz").exists():
-        sys.exit(f"There is no data pack in {pack}; set HPO_DATA_PACK.")
-    return pack
 
 
 def make_objective(case: Case) -> Any:

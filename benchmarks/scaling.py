@@ -27,18 +27,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from data_pack import data_pack
+from timed_launch import Stopwatch, timed_launch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # The root first: the tests of a package lie in a directory of its name.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
-
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
-    from hpo.progress import TrialReport
 
 WORKERS = (1, 2, 4, 8, 16)
 N_TRIALS = 64
@@ -64,36 +61,6 @@ FCL = ["Epsilon", "ZPlus"]
 abs = [false]
 """,
 }
-
-
-class Stopwatch:
-    """A `Progress` that notes when each phase began, and what CPU time this process had taken by then."""
-
-    def __init__(self) -> None:
-        self.began: dict[str, tuple[float, float]] = {}
-
-    def phase(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """See `Progress.phase`."""
-        self.began[name.partition(",")[0]] = (time.monotonic(), time.process_time())
-
-    def trial(self, report: TrialReport) -> None:
-        """See `Progress.trial`."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-
-    def cpu_s(self) -> float:
-        """CPU seconds of the search."""
-        return self.began["Confirmation"][1] - self.began["Search"][1]
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each phase."""
-        moments = [*(moment for moment, _ in self.began.values()), time.monotonic()]
-        return {name: round(end - start, 2) for name, start, end in zip(self.began, moments, moments[1:], strict=False)}
 
 
 def time_study(n_workers: int, n_trials: int, trial_s: float, url: str) -> dict[str, float]:
@@ -123,11 +90,12 @@ def time_study(n_workers: int, n_trials: int, trial_s: float, url: str) -> dict[
     )
     stopwatch = Stopwatch()
     hpo.study.launch(configuration, stopwatch)
+    _, cpu_s = stopwatch.seconds()["Search"]
     with StudyStore.open(url, read_only=True) as store:
         search = [trial for trial in store.load("scaling").get_trials() if trial.user_attrs["role"] == "search"]
     assert len(search) == n_trials, "each trial is evaluated"
     seconds = max(trial.datetime_complete for trial in search) - min(trial.datetime_start for trial in search)
-    return figures(n_workers, n_trials, trial_s, seconds.total_seconds(), stopwatch.cpu_s())
+    return figures(n_workers, n_trials, trial_s, seconds.total_seconds(), cpu_s)
 
 
 def time_executor(n_workers: int, n_trials: int, trial_s: float, url: str) -> dict[str, float]:
@@ -297,9 +265,7 @@ def compare_real() -> None:
     """The second part."""
     from storage.store import StudyStore
 
-    pack = Path(os.environ.get("HPO_DATA_PACK", ROOT.parent / "shared" / "data"))
-    if not (pack / "cifar10" / "train_10k.npz").exists():
-        sys.exit(f"There is no data pack in {pack}; set HPO_DATA_PACK.")
+    pack = data_pack()
     with tempfile.TemporaryDirectory() as directory:
         space = Path(directory, "twelve.toml")
         space.write_text(SPACES["real"])
@@ -313,14 +279,8 @@ def compare_real() -> None:
         values = {}
         for name, executor in executors.items():
             url = f"sqlite:///{directory}/{name}.db"
-            done = subprocess.run(
-                [sys.executable, __file__, "--launch", *options, *executor, "--storage", url],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            results[name] = json.loads(done.stdout.splitlines()[-1])
+            phases = timed_launch([*options, *executor, "--storage", url])["phases"]
+            results[name] = {phase: round(wall_s, 2) for phase, (wall_s, _) in phases.items()}
             with StudyStore.open(url, read_only=True) as store:
                 stored = store.load("s").get_trials()
             values[name] = {
@@ -336,17 +296,6 @@ def compare_real() -> None:
         sys.exit("The executors' values differ.")
 
 
-def launch(arguments: list[str]) -> None:
-    """`hpo launch`, timed by phase."""
-    import hpo.progress
-    from hpo.cli import cli
-
-    stopwatch = Stopwatch()
-    hpo.progress.make_progress = lambda *arguments: stopwatch
-    cli(["launch", *arguments], prog_name="hpo", standalone_mode=False)
-    print(json.dumps(stopwatch.seconds()))
-
-
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -354,11 +303,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--workers", nargs="+", type=int, default=list(WORKERS))
     parser.add_argument("--one", nargs=4, metavar=("WAY", "WORKERS", "TRIALS", "SECONDS"), help=argparse.SUPPRESS)
-    parser.add_argument("--launch", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.launch:
-        launch(given.launch)
-    elif given.one:
+    if given.one:
         way, n_workers, n_trials, trial_s = given.one
         result = WAYS[way](int(n_workers), int(n_trials), float(trial_s), os.environ.get("HPO_STORAGE", ""))
         print(json.dumps(result))
