@@ -257,8 +257,7 @@ def scale(ways: list[str], workers: list[int]) -> None:
         for way in ways:
             results[way] = [run_apart(way, n, N_TRIALS, TRIAL_S, server.new_database()) for n in workers]
             results[f"{way} ceiling"] = run_apart(way, 8, N_CEILING_TRIALS, 0.0, server.new_database())
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+            path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def compare_real() -> None:

@@ -14,13 +14,18 @@ from s3_server import running_s3_server
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-# Read when torch is imported; the tests run in as many processes as there are cores.
+# Read when torch is imported; the tests run in several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # A shell that starts the tests in the background lets them and their children ignore Ctrl-C, which some are about.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: many a test waits for a server, a signal or Ray."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session", autouse=True)
