@@ -272,7 +272,7 @@ def compare_real() -> None:
         options += ["--model", "cifar_resnet20", "--checkpoint", str(pack / "weights" / "cifar10_resnet20.safetensors")]
         options += ["--data", f"npz:{pack / 'cifar10' / 'train_10k.npz'},{pack / 'cifar10' / 'test_dev.npz'}"]
         # One trial a batch: what trials share must not be counted for one executor only.
-        options += ["--trials-per-batch", "1"]
+        options += ["--trials-per-batch", "1", "--confirmation-share", "0"]
         executors = {"local": ["--executor", "local"], "ray": ["--executor", "ray", "--workers", "2"]}
         results: dict[str, Any] = {}
         values = {}

@@ -5,6 +5,7 @@ It has no authentication, so it listens on this machine alone and, unless told o
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from contextlib import suppress
@@ -28,6 +29,9 @@ _logger = logging.getLogger(__name__)
 _READING_METHODS = {"GET", "HEAD", "OPTIONS"}
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _ALL_ADDRESSES = {"", "0.0.0.0", "::"}
+# A page of thousands of trials makes a hundred times as many objects, which live until it is sent; by
+# default Python looks through them again every 700 new ones, which takes a third of the page's time.
+_OBJECTS_BETWEEN_COLLECTIONS = 100_000
 
 
 def serve(
@@ -37,7 +41,7 @@ def serve(
     allow_writes: bool = False,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve the dashboard of the store at a URL until Ctrl-C.
+    """Serve the dashboard of the store at a URL until Ctrl-C; this process collects garbage less often from then on.
 
     Args:
         url: Where the store is.
@@ -55,6 +59,7 @@ def serve(
         if not allow_writes:
             application = _read_only(application)
         server = _listen(host, port, _own_pages_only(application, host))
+        gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
         with server, suppress(KeyboardInterrupt):
             address = f"http://{host}:{server.server_port}/dashboard"
             _logger.info("The dashboard of %s listens on %s.", store.url_masked, address)
