@@ -7,6 +7,7 @@
     python benchmarks/speed.py --part tpe           # trials until TPE and random search are near the grid's best
     python benchmarks/speed.py --part overhead      # what a trial costs beside its computation
     python benchmarks/speed.py --part growth        # seconds against composites, images and depth
+    python benchmarks/speed.py --table              # what has been measured, in Markdown
 
 `plain` is a straightforward, decent loop, written here: zennit per composite with references batched by 50, evaluation
 of the dense masked network in batches of 250, images decoded in memory, in float32 and with the same threads. Each
@@ -50,10 +51,10 @@ if TYPE_CHECKING:
     from search_spaces.composites import CompositeSpec
     from search_spaces.spaces import DiscreteSpace
 
-Rows = list[dict[str, Any]]
+Rows = Iterator[dict[str, Any]]
 
 PARTS: dict[str, Callable[[torch.device], Rows]] = {}
-"""Each part by its name: it measures on a device and returns the rows of its table."""
+"""Each part by its name: it measures on a device and yields the rows of its table."""
 
 PLAIN_BATCH = {"attribution": 50, "evaluation": 250}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,12 +120,9 @@ def attribution(device: torch.device) -> Rows:
     """
     from objectives.layer_groups import group_layers
 
-    rows = []
     for name, size in (NETWORKS if device.type == "cpu" else NETWORKS_ON_GPU).items():
         network, references = random_network(name, size, N_REFERENCES, device)
-        rows.append({"network": f"{name}, {size} px", **compare_engines(network, group_layers(network), references)})
-        print_row(rows[-1])
-    return rows
+        yield {"network": f"{name}, {size} px", **compare_engines(network, group_layers(network), references)}
 
 
 def random_network(
@@ -293,15 +291,11 @@ def curve(device: torch.device) -> Rows:
     Plain and ours take turns at every rate, so that a machine that is busy with other things slows both. A row for the
     first curve of a study and, without the unpruned network that all share, for a later one.
     """
-    rows = []
     for case in cases():
-        for row in time_curves(case, device):
-            rows.append(row)
-            print_row(row)
-    return rows
+        yield from time_curves(case, device)
 
 
-def time_curves(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
+def time_curves(case: Case, device: torch.device) -> Rows:
     """One row a dtype, over all heuristics of the case."""
     from search_spaces.heuristics import HEURISTICS
 
@@ -424,38 +418,29 @@ def study(device: torch.device) -> Rows:
     objective = make_objective(case, "fp32", device)
     plain, aucs = time_plain(objective, space.grid(), device)
     n_points = 512
-    rows = [{"way": "plain", "points_run": len(aucs), "seconds_512": plain * n_points / len(aucs)}]
-    print_row(rows[-1])
-    for dtype in DTYPES:
-        seconds, values = time_study(case, dtype, ["--exact"], space, device)
-        differences = [abs(values[composite.label] - aucs[composite.label]) for composite in space.grid()]
-        rows.append(
-            {
-                "way": f"--exact --dtype {dtype}",
-                "points_run": len(aucs),
-                "seconds_512": seconds * n_points / len(aucs),
-                "factor": plain / seconds,
-                "largest_auc_difference": max(differences),
-            }
-        )
-        print_row(rows[-1])
+    scale = n_points / len(aucs)
+    yield {"way": "plain", "points_run": len(aucs), "seconds_512": plain * scale}
     exact = json.loads(GRID.read_text())["auc"]
-    for dtype in DTYPES:
-        seconds, values = time_study(case, dtype, ["--pruner", "race"], None, device)
-        best = max(values, key=lambda label: values[label])
-        rows.append(
-            {
-                "way": f"--pruner race --dtype {dtype}",
-                "points_run": n_points,
-                "seconds_512": seconds,
-                "factor": plain / len(aucs) * n_points / seconds,
-                "completed": len(values),
-                "best": best,
-                "best_auc_below_the_grids": max(exact.values()) - exact[best],
-            }
-        )
-        print_row(rows[-1])
-    return rows
+    seconds, values = time_study(case, "bf16", ["--pruner", "race"], None, device)
+    best = max(values, key=lambda label: values[label])
+    yield {
+        "way": "--pruner race --dtype bf16",
+        "points_run": n_points,
+        "seconds_512": seconds,
+        "factor": plain * scale / seconds,
+        "completed": len(values),
+        "best": best,
+        "auc_below_the_grids_best": max(exact.values()) - exact[best],
+    }
+    for dtype in reversed(DTYPES):
+        seconds, values = time_study(case, dtype, ["--exact"], space, device)
+        yield {
+            "way": f"--exact --dtype {dtype}",
+            "points_run": len(aucs),
+            "seconds_512": seconds * scale,
+            "factor": plain / seconds,
+            "largest_auc_difference": max(abs(values[label] - auc) for label, auc in aucs.items()),
+        }
 
 
 def seeded_space() -> DiscreteSpace:
@@ -538,20 +523,15 @@ def tpe(device: torch.device) -> Rows:
         return 2 * len(aucs)
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    rows = []
     for sampler, n_at_once in (("random", 1), ("tpe", 1), ("tpe", 8)):
         needed = [trials_needed(sampler, n_at_once, seed) for seed in range(10)]
-        rows.append(
-            {
-                "sampler": sampler,
-                "trials_at_once": n_at_once,
-                "median_trials": statistics.median(needed),
-                "trials": sorted(needed),
-                "points_near_the_best": sum(value >= wanted for value in aucs.values()),
-            }
-        )
-        print_row(rows[-1])
-    return rows
+        yield {
+            "sampler": sampler,
+            "trials_at_once": n_at_once,
+            "median_trials": statistics.median(needed),
+            "trials": sorted(needed),
+            "points_near_the_best": sum(value >= wanted for value in aucs.values()),
+        }
 
 
 # Part 5: overhead.
@@ -565,27 +545,21 @@ def overhead(device: torch.device) -> Rows:
     The network is trained in a launch before.
     """
     n_trials = 200
-    rows = []
     with tempfile.TemporaryDirectory() as directory:
+        always = ["--storage", f"sqlite:///{directory}/s.db", "--exact", "--device", str(device)]
+        timed_launch(["--study", "training", "--n-trials", "1", *always])
         for sampler in ("random", "tpe"):
-            launch = ["--study", sampler, "--storage", f"sqlite:///{directory}/s.db", "--sampler", sampler, "--exact"]
-            launch += ["--device", str(device)]
-            if not rows:
-                timed_launch([*launch, "--study", "training", "--n-trials", "1"])
+            launch = ["--study", sampler, "--sampler", sampler, *always]
             timed = timed_launch([*launch, "--n-trials", str(n_trials)])
             total_s = sum(timed["phases"][phase][1] for phase in ("Heuristics", "Search", "Confirmation"))
             beside_s = total_s - timed["computing_s"] - timed["asking_s"]
-            rows.append(
-                {
-                    "sampler": sampler,
-                    "n_trials": n_trials,
-                    "ms_beside_computing": 1000 * beside_s / n_trials,
-                    "ms_asking": 1000 * timed["asking_s"] / n_trials,
-                    "seconds_to_first_trial": timed["first_trial_s"],
-                }
-            )
-            print_row(rows[-1])
-    return rows
+            yield {
+                "sampler": sampler,
+                "n_trials": n_trials,
+                "ms_beside_computing": 1000 * beside_s / n_trials,
+                "ms_asking": 1000 * timed["asking_s"] / n_trials,
+                "seconds_to_first_trial": timed["first_trial_s"],
+            }
 
 
 # Part 6: growth.
@@ -600,18 +574,25 @@ def growth(device: torch.device) -> Rows:
     """
     epsilons = (1e-6, 1e-4, 1e-2, 1.0)
     composites = {64: grid()[:64], 256: grid(), 1024: grid(epsilons)}
-    measured = {
-        "composites": {n: attribution_s("cifar_resnet20", chosen, 50, device) for n, chosen in composites.items()},
-        "reference images": {n: attribution_s("cifar_resnet20", grid()[:64], n, device) for n in (50, 100, 200, 400)},
-        "evaluation images": {n: curve_s("cifar_resnet20", n, device) for n in (250, 500, 1000, 2000)},
-        "depth, attribution": {n: attribution_s(f"cifar_resnet{n}", grid()[:64], 50, device) for n in (20, 32, 44, 56)},
-        "depth, curve": {n: curve_s(f"cifar_resnet{n}", 500, device) for n in (20, 32, 44, 56)},
+    sizes: dict[str, tuple[Mapping[int, Any], Callable[..., float]]] = {
+        "composites": (composites, lambda chosen: attribution_s("cifar_resnet20", chosen, 50, device)),
+        "reference images": (
+            {n: n for n in (50, 100, 200, 400)},
+            lambda n: attribution_s("cifar_resnet20", grid()[:64], n, device),
+        ),
+        "evaluation images": ({n: n for n in (250, 500, 1000, 2000)}, lambda n: curve_s("cifar_resnet20", n, device)),
+        "depth, attribution": (
+            {n: f"cifar_resnet{n}" for n in (20, 32, 44, 56)},
+            lambda name: attribution_s(name, grid()[:64], 50, device),
+        ),
+        "depth, curve": (
+            {n: f"cifar_resnet{n}" for n in (20, 32, 44, 56)},
+            lambda name: curve_s(name, 500, device),
+        ),
     }
-    rows = []
-    for name, seconds in measured.items():
-        rows.append({"against": name, "seconds": seconds, "exponent": exponent(seconds)})
-        print_row(rows[-1])
-    return rows
+    for name, (values, measure) in sizes.items():
+        seconds = {n: measure(value) for n, value in values.items()}
+        yield {"against": name, "seconds": seconds, "exponent": exponent(seconds)}
 
 
 def exponent(seconds: Mapping[int, float]) -> float:
@@ -659,13 +640,43 @@ def print_row(row: dict[str, Any]) -> None:
     print(flush=True)
 
 
+def print_tables() -> None:
+    """Prints what has been measured as tables in Markdown, in the order of the parts."""
+    order = {name: index for index, name in enumerate(PARTS)}
+    paths = (HERE / "results").glob("speed_*.json")
+    for path in sorted(paths, key=lambda path: order[path.stem.split("_")[1]]):
+        result = json.loads(path.read_text())
+        print(f"{path.stem}: {result['device']}, {result['threads']} thread(s), torch {result['torch']}\n")
+        for columns, group in itertools.groupby(result["rows"], key=lambda row: tuple(row)):
+            print("| " + " | ".join(name.replace("_", " ") for name in columns) + " |")
+            print("|---" * len(columns) + "|")
+            for row in group:
+                print("| " + " | ".join(shown(row[name]) for name in columns) + " |")
+            print()
+
+
+def shown(value: Any) -> str:
+    """A table's cell."""
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items())
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def main() -> None:
     """Runs the parts that the command line names, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="print what has been measured")
     given = parser.parse_args()
+    if given.table:
+        print_tables()
+        return
     from objectives.devices import resolve_device
 
     device = resolve_device(given.device)
@@ -674,10 +685,13 @@ def main() -> None:
     suffix = "" if device.type == "cpu" else "_" + "".join(c if c.isalnum() else "-" for c in name.lower())
     for chosen in given.part:
         print(f"{chosen} on {name}, {given.threads} thread(s):")
-        rows = PARTS[chosen](device)
-        result = {"device": name, "threads": given.threads, "torch": torch.__version__, "rows": rows}
         path = HERE / "results" / f"speed_{chosen}{suffix}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        rows = []
+        for row in PARTS[chosen](device):
+            print_row(row)
+            rows.append(row)
+            result = {"device": name, "threads": given.threads, "torch": torch.__version__, "rows": rows}
+            path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
