@@ -572,8 +572,8 @@ def growth(device: torch.device) -> Rows:
     Networks and images are random; composites and reference images count in attribution, evaluation images in a curve
     of 20 rates, depth in both.
     """
-    epsilons = (1e-6, 1e-4, 1e-2, 1.0)
-    composites = {64: grid()[:64], 256: grid(), 1024: grid(epsilons)}
+    epsilons = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    composites = {64: grid()[:64], 256: grid(), 1024: grid(epsilons)[:1024]}
     sizes: dict[str, tuple[Mapping[int, Any], Callable[..., float]]] = {
         "composites": (composites, lambda chosen: attribution_s("cifar_resnet20", chosen, 50, device)),
         "reference images": (
