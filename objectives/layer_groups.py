@@ -83,7 +83,7 @@ def _by_patterns(network: CanonicalNetwork, patterns: Mapping[str, Sequence[str]
 
 
 def _by_quarters(network: CanonicalNetwork) -> dict[str, str]:
-    blocks = network.residual_scopes
+    blocks = network.blocks
     if len(blocks) < _FEWEST_BLOCKS:
         raise UnsupportedNetworkError(
             f"The transformer has {len(blocks)} blocks, but its groups need at least {_FEWEST_BLOCKS}; give "
@@ -91,12 +91,14 @@ def _by_quarters(network: CanonicalNetwork) -> dict[str, str]:
         )
     quarter = len(blocks) // 4
     groups: dict[str, str] = {}
-    group = "LLR"
+    latest = -1
     for name in network.layers:
         block = next((index for index, scope in enumerate(blocks) if name.startswith(f"{scope}.")), None)
-        if block is not None:
-            group = "LLR" if block < quarter else "HLL" if block >= len(blocks) - quarter else "MLL"
-        groups[name] = "FCL" if block is None and any(name.startswith(f"{blocks[0]}.") for name in groups) else group
+        if block is None and latest >= 0:
+            groups[name] = "FCL"
+            continue
+        latest = latest if block is None else block
+        groups[name] = "LLR" if latest < quarter else "HLL" if latest >= len(blocks) - quarter else "MLL"
     return groups
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -152,6 +152,7 @@ class CanonicalNetwork:
         classifier: name of the last layer, whose outputs are the logits.
         residual_scopes: names of the modules that hold a residual sum, in forward order.
         residual_sums: names of the sums' modules in `module`.
+        blocks: names of a transformer's blocks, the innermost residual scopes that hold heads, in forward order.
         input_shape: (C, H, W).
         heads: of each attention, by the name of the module in `module` that computes their outputs, in forward order.
         kinds: of all that could be components, by name in forward order: `filters` (neurons of dense layers too), and
@@ -164,6 +165,7 @@ class CanonicalNetwork:
     classifier: str
     residual_scopes: tuple[str, ...]
     residual_sums: tuple[str, ...]
+    blocks: tuple[str, ...]
     input_shape: tuple[int, int, int]
     heads: dict[str, Heads]
     kinds: dict[str, str]
@@ -712,16 +714,19 @@ class _Builder:
             and node.op == "call_module"
             and isinstance(module.get_submodule(node.target), ResidualSum)
         ]
+        scopes = tuple(dict.fromkeys(self.scopes[node] for node in sums))
+        blocks = _blocks(scopes, self.heads)
         module.eval().requires_grad_(False)
         return CanonicalNetwork(
             module=module,
             layers=layers,
             classifier=classifier,
-            residual_scopes=tuple(dict.fromkeys(self.scopes[node] for node in sums)),
+            residual_scopes=scopes,
             residual_sums=tuple(str(node.target) for node in sums),
+            blocks=blocks,
             input_shape=self.input_shape,
             heads=self.heads,
-            kinds=self._kinds(module, layers, classifier, [self.scopes[node] for node in sums]),
+            kinds=self._kinds(module, layers, classifier, blocks),
         )
 
     def _kinds(
@@ -737,9 +742,10 @@ class _Builder:
             if name in self.heads:
                 kinds[name] = "heads"
                 continue
-            in_block = any(name.startswith(f"{block}.") for block in blocks if block)
-            reads_heads = name in layers and _reads_heads(module, node, self.heads)
-            if name in layers and in_block and name not in of_attention and not reads_heads:
+            if name not in layers or name in of_attention or layers[name].is_convolution:
+                continue
+            in_block = any(name.startswith(f"{block}.") for block in blocks)
+            if in_block and not _reads_heads(module, node, self.heads):
                 kinds[name] = "mlp"
         return kinds
 
@@ -786,6 +792,12 @@ def _relevance_path(module: fx.GraphModule, logits: fx.Node) -> set[fx.Node]:
         is_gate = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), ConstantGate)
         queue.extend(node.all_input_nodes[:1] if is_gate else node.all_input_nodes)
     return path
+
+
+def _blocks(residual_scopes: Sequence[str], heads: Collection[str]) -> tuple[str, ...]:
+    """The innermost residual scope around each attention's heads, in forward order."""
+    around = [[scope for scope in residual_scopes if scope and name.startswith(f"{scope}.")] for name in heads]
+    return tuple(dict.fromkeys(max(scopes, key=len) for scopes in around if scopes))
 
 
 def _reads_heads(module: fx.GraphModule, node: fx.Node, heads: dict[str, Heads]) -> bool:

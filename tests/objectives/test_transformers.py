@@ -1,11 +1,13 @@
 """Vision transformers in canonical form, and their groups and components."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
 from objectives.attribution.attention import AttentionProduct, AttentionWeights
@@ -111,6 +113,22 @@ def test_components_of_vit_b16():
 def test_groups_of_five_blocks(build_transformer):
     groups = group_layers(canonize(build_transformer("layer-scale"), (3, 16, 16)))
     assert [groups[f"blocks.{block}.mlp.fc1"] for block in range(5)] == ["LLR", "MLL", "MLL", "MLL", "HLL"]
+
+
+def test_residual_networks_in_front_are_no_blocks(lively):
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet18", features_only=True, out_indices=[1])
+    sizes = {"img_size": 32, "patch_size": 1, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2}
+    network = lively(VisionTransformer(**sizes, num_classes=10, embed_layer=partial(HybridEmbed, backbone=backbone)))
+    canonical = canonize(network, (3, 32, 32))
+    assert canonical.residual_scopes[:2] == tuple(f"patch_embed.backbone.layer1.{block}" for block in (0, 1))
+    assert canonical.blocks == tuple(f"blocks.{block}" for block in range(4))
+    expected = [f"blocks.{block}.mlp.{layer}" for block in range(4) for layer in ("fc1", "fc2")]
+    assert list(canonical.choosing("mlp").components) == expected
+    groups = group_layers(canonical)
+    assert {group for name, group in groups.items() if name.startswith("patch_embed.")} == {"LLR"}
+    assert [groups[f"blocks.{block}.mlp.fc2"] for block in range(4)] == ["LLR", "MLL", "MLL", "HLL"]
+    assert [name for name, group in groups.items() if group == "FCL"] == ["head"]
 
 
 def test_fewer_than_four_blocks_are_refused(build_transformer):
