@@ -233,13 +233,12 @@ class SharedAttribution:
         pending = dict(pending)
         n_samples = len(batch.logits)
         layer_groups = batch.plan.layer_groups
-        n_rows = 0
+        n_rows = len(next(iter(pending.values()))) // n_samples
         sums: list[Tensor] = []
         for node in segment.nodes:
             relevance = pending.pop(node, None)
             if relevance is None:  # queries and keys where attention is a constant
                 continue
-            n_rows = len(relevance) // n_samples
             if node.target in segment.components:
                 rows = spread(self.network, str(node.target), relevance.unflatten(0, (-1, n_samples)))
                 sums.append(moments(rows, self.abs_scope))

@@ -380,11 +380,17 @@ def test_composites_of_a_transformer_asked_one_at_a_time_and_in_chunks(build_tra
         assert difference(*(engine.attribute(spec) for engine in small)) < 1e-10
 
 
-def test_borders_of_groups_that_part_query_and_key_from_their_attention(build_transformer):
+@pytest.mark.parametrize(
+    "parted",
+    [
+        {"blocks.3.attn.qkv.v": "MLL", "blocks.3.attn.qkv.k": "LLR", "blocks.1.attn.qkv.q": "LLR"},
+        {"blocks.3.attn.qkv.k": "MLL", "blocks.3.attn.qkv.q": "LLR"},  # a segment of each alone
+    ],
+)
+def test_borders_of_groups_that_part_query_and_key_from_their_attention(build_transformer, parted):
     canonical = canonize(build_transformer("class-token"), (3, 16, 16)).choosing("all")
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    groups = dict.fromkeys(canonical.layers, "HLL") | {"head": "FCL", "patch_embed.proj": "LLR"}
-    groups |= {"blocks.3.attn.qkv.v": "MLL", "blocks.3.attn.qkv.k": "LLR", "blocks.1.attn.qkv.q": "LLR"}
+    groups = dict.fromkeys(canonical.layers, "HLL") | {"head": "FCL", "patch_embed.proj": "LLR"} | parted
     zennit, engine = engines(canonical, images, torch.tensor([1, 2]), groups)
     engine.prepare(OF_TRANSFORMERS)
     for spec in OF_TRANSFORMERS:
