@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from objectives.attribution.attention import AttentionProduct, AttentionWeights, Heads
 from objectives.attribution.operations import (
@@ -298,6 +299,12 @@ class _Builder:
         self.scopes: dict[fx.Node, str] = {}
         self.folded: dict[str, str] = {}
         self.from_images: set[fx.Node] = set()
+        (self.n_images,) = (
+            node.meta["val"].shape[0]
+            for node in self.nodes
+            if node.op == "placeholder" and node.name not in self.parameter_names
+        )
+        self.not_by_image: set[fx.Node] = set()
         self.positions = {node: position for position, node in enumerate(self.nodes)}
         attentions = list(find_self_attention(self.nodes))
         self.projections = {attention.projection: attention for attention in attentions}
@@ -379,6 +386,8 @@ class _Builder:
         value = old.meta.get("val")
         if isinstance(value, Tensor):
             new.meta["shape"] = tuple(value.shape[1:])
+            if value.ndim == 0 or not statically_known_true(value.shape[0] == self.n_images):
+                self.not_by_image.add(new)
         self.scopes[new] = _scope(old)
 
     def _call(self, old: fx.Node, name: str, module: nn.Module, *inputs: fx.Node) -> None:
@@ -758,11 +767,17 @@ class _Builder:
             known = len(shape_of(node)) <= (2 if self.heads else 1)
         if any(source.op == "get_attr" for source in node.all_input_nodes):
             known = False  # a parameter that takes part otherwise than as a weight would take relevance unseen
+        scope = self.scopes.get(node)
+        place = f"module {scope!r}" if scope else "the root module"
         if not known:
-            scope = self.scopes.get(node)
             raise UnsupportedNetworkError(
-                f"The step {_name(node)!r} in {f'module {scope!r}' if scope else 'the root module'} has no relevance "
+                f"The step {_name(node)!r} in {place} has no relevance "
                 "rule here, so the network can't be attributed correctly."
+            )
+        if node in self.not_by_image:
+            raise UnsupportedNetworkError(
+                f"The step {_name(node)!r} in {place} gives values whose first dimension isn't the images' "
+                "(MobileViT folds patches into it), so relevance can't be told apart by image."
             )
 
     def _classifier(self, module: fx.GraphModule, logits: fx.Node, layers: dict[str, Layer]) -> str:

@@ -229,6 +229,12 @@ def test_families_that_cannot_be_attributed_are_refused(build, name, message):
         canonize(build(name), (3, side, side))
 
 
+def test_networks_that_fold_patches_into_the_batch_are_refused(build):
+    message = r"^The step 'reshape' in module 'stages\.2\.1' gives values whose first dimension isn't the images'"
+    with pytest.raises(UnsupportedNetworkError, match=message):
+        canonize(build("mobilevit_xxs"), (3, 64, 64))
+
+
 def softmax_attention(n, x):
     y = n.conv1(x).flatten(2)
     return n.head((y @ torch.softmax(y.transpose(1, 2) @ y, -1)).unflatten(2, (8, 8)))
@@ -293,6 +299,10 @@ def two_heads(n, x):
         (
             lambda n, x: n.head(functional.conv2d(n.conv1(x), n.conv2.weight, n.conv2.bias * 2)),
             r"^A parameter of the root module is computed in the forward pass",
+        ),
+        (
+            lambda n, x: n.head(n.conv2(n.conv1(x).reshape(-1, 4, 4, 8)).reshape(-1, 4, 8, 8)),
+            r"^The step 'reshape' in the root module gives values whose first dimension isn't the images'",
         ),
         (lambda n, x: n.head(n.conv1(x)).softmax(1), r"^The step 'softmax' in the root module"),
         (lambda n, x: n.head(n.conv1(x)).relu(), r"^The logits aren't the outputs of a dense layer: they come from"),
