@@ -467,17 +467,27 @@ class _Builder:
             query = self._norm(attention.query_norm, query)
         if attention.key_norm is not None:
             key = self._norm(attention.key_norm, key)
-        weights = AttentionWeights(attention.n_heads, attention.scale)
-        _add_submodule(self.root, f"{scope}.weights", weights)
-        matrix = self.graph.call_module(f"{scope}.weights", (query, key))
+        weights, name = self._attention_names(layer)
+        _add_submodule(self.root, weights, AttentionWeights(attention.n_heads, attention.scale))
+        matrix = self.graph.call_module(weights, (query, key))
         matrix.meta["shape"] = (attention.n_heads, shape[0], shape[0])
         self.scopes[matrix] = scope
-        name = f"{scope}.heads"
         _add_submodule(self.root, name, AttentionProduct(attention.n_heads))
         self._record(node, self.graph.call_module(name, (matrix, value)))
         self.heads[name] = Heads(
             name, attention.n_heads, attention.head_dim, f"{layer}.q", f"{layer}.k", f"{layer}.v", layer
         )
+
+    def _attention_names(self, layer: str) -> tuple[str, str]:
+        """Names of the modules of weights and heads: beside the layer of q, k and v, or in it where these are taken."""
+        container = layer.rpartition(".")[0]
+        beside = [f"{container}.{part}".removeprefix(".") for part in ("weights", "heads")]
+        for name in beside:
+            is_users = any(f"{own}.".startswith(f"{name}.") for own in self.parameter_names.values())
+            if is_users or _has_submodule(self.root, name):
+                return f"{layer}.weights", f"{layer}.heads"
+        weights, heads = beside
+        return weights, heads
 
     def _layer_norm(self, node: fx.Node) -> None:
         self.environment[node] = self._norm(node, self.environment[_arguments(node)[0]])

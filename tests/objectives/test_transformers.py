@@ -74,6 +74,44 @@ def test_a_layer_each_for_query_key_and_value(build_transformer):
     assert (heads.query, heads.key, heads.value) == tuple(f"blocks.1.attn.qkv.{part}" for part in "qkv")
 
 
+class AttendingTwice(nn.Module):
+    """Two attentions in one forward, and a layer of any name."""
+
+    def __init__(self, own: str) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Conv2d(3, 24, 4, 4), nn.Linear(24, 10)
+        self.first, self.second = nn.Linear(24, 72), nn.Linear(24, 72)
+        self.add_module(own, nn.Linear(24, 24))
+        self.own = own
+
+    def attend(self, layer, x):
+        q, k, v = layer(x).reshape(x.shape[0], x.shape[1], 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], 24)
+
+    def forward(self, images):
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = x + self.attend(self.first, x)
+        x = x + self.get_submodule(self.own)(self.attend(self.second, x))
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("own", "names"),
+    [("proj", ["heads", "second.heads"])] + [(n, ["first.heads", "second.heads"]) for n in ("heads", "weights")],
+)
+def test_attentions_of_one_module_have_names_of_their_own(lively, own, names):
+    torch.manual_seed(0)
+    network = lively(AttendingTwice(own))
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    canonical = canonize(network, (3, 16, 16))
+    assert list(canonical.heads) == names
+    assert list(canonical.choosing("heads").components) == names
+    assert own in canonical.layers
+    with torch.no_grad():
+        assert relative_difference(canonical.module(images), network(images)) < 1e-12
+
+
 def test_components_are_neurons_of_mlps_by_default(transformer):
     canonical, n_blocks = transformer.canonical.choosing(None), len(transformer.network.blocks)
     expected = {
