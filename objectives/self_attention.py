@@ -126,7 +126,7 @@ def _unfused(operator: fx.Node) -> _Parts | None:
         return None
     interior = [scores, transposed]
     weights = operator
-    while (user := _only_user(weights)) is not None and user.target in _PASSED:
+    while (user := _only_user(weights)) is not None and _passes(user):
         interior.append(user)
         weights = user
     if user is None or user.target is not aten.matmul.default or user.args[0] is not weights:
@@ -140,7 +140,7 @@ def _operand(node: fx.Node) -> _Operand | None:
     while True:
         arguments: Any = node.args
         passed.append(node)
-        if node.target in _PASSED:
+        if _passes(node):
             pass
         elif node.target is aten.mul.Tensor and norm is None and isinstance(arguments[1], int | float):
             scale *= arguments[1]
@@ -175,12 +175,17 @@ def _joined(product: fx.Node, width: int) -> tuple[list[fx.Node], fx.Node] | Non
         return None
     between = [transposed]
     last = _only_user(transposed)
-    while last is not None and last.target in _PASSED:
+    while last is not None and _passes(last):
         between.append(last)
         last = _only_user(last)
     if last is None or last.target not in _RESHAPES or tuple(last.meta["val"].shape[2:]) != (width,):
         return None
     return [*between, last], last
+
+
+def _passes(node: fx.Node) -> bool:
+    """Whether a step leaves its values as they are; an active dropout doesn't."""
+    return node.target in _PASSED and not (node.target is aten.dropout.default and node.args[2])
 
 
 def _swaps(node: fx.Node, first: int, second: int) -> bool:

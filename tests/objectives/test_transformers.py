@@ -216,6 +216,18 @@ def test_unknown_attention_is_refused_with_its_module(build_transformer):
         canonize(Masked(build_transformer("class-token")).eval(), (3, 16, 16))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_active_dropout_inside_attention_is_refused(build_transformer, fused):
+    network = build_transformer("class-token", attn_drop_rate=0.1)
+    attention = network.blocks[2].attn
+    attention.fused_attn = fused
+    assert len(canonize(network, (3, 16, 16)).heads) == 4
+    (attention if fused else attention.attn_drop).training = True
+    message = "no relevance rule here" if fused else r"^The dropout in module 'blocks\.2\.attn\.attn_drop' is active"
+    with pytest.raises(UnsupportedNetworkError, match=message):
+        canonize(network, (3, 16, 16))
+
+
 # Real networks.
 
 
