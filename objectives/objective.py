@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from objectives.attribution.composites import check_attention, check_groups, check_shape
+from objectives.attribution.composites import check_attention, check_groups, check_shape, fitting
 from objectives.attribution.engine import Attribution, OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope
 from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
@@ -169,12 +169,18 @@ class Objective:
 
     Raises:
         UnsupportedNetworkError: the network can't be attributed correctly, or isn't of the document's shape.
+        OptionError: the options' components aren't the document's.
         DeviceError: the device doesn't exist.
     """
 
     def __init__(
         self, model: LoadedModel, task: Task, options: ObjectiveOptions, document: CompositeDocument | None = None
     ) -> None:
+        if document is not None and options.components not in (None, document.components):
+            raise OptionError(
+                f"The document was made for `--components {document.components}`, but got {options.components}; leave "
+                "the option out."
+            )
         self.model = model
         self.task = task
         self.options = options
@@ -183,7 +189,9 @@ class Objective:
         original = on_device(model.network, self.device)
         channels = task.references.images.shape[1]
         canonical = canonize(original, (channels, *task.preprocessing.size), self.kept_outputs)
-        self.network: CanonicalNetwork = canonical.choosing(options.components)
+        self.network: CanonicalNetwork = (
+            canonical.choosing(options.components) if document is None else fitting(canonical, document)
+        )
         self.ranking_scope: RankingScope = options.ranking
         if len(set(self._kinds.values())) == 1:
             self.ranking_scope = "global"

@@ -37,10 +37,14 @@ __all__ = [
     "check_attention",
     "check_groups",
     "check_shape",
+    "fitting",
     "hook_of",
     "load_composite",
     "zennit_composite",
 ]
+
+
+_OF_TRANSFORMERS = {"heads": "heads", "mlp": "MLPs"}
 
 
 def hook_of(rule: RuleSpec) -> Hook:
@@ -204,11 +208,25 @@ def load_composite(document: CompositeDocument, model: nn.Module) -> Composite:
     """
     height, width = document.preprocessing["size"]
     channels = len(document.preprocessing["mean"])
-    canonical = canonize(model, (channels, height, width)).choosing(document.components)
+    canonical = fitting(canonize(model, (channels, height, width)), document)
     check_shape(canonical, canonical.n_outputs, document)
     check_groups(canonical, document.layer_groups)
     check_attention(canonical, document.composite)
     return zennit_composite(document.composite, document.layer_groups, CanonicalForm(canonical))
+
+
+def fitting(network: CanonicalNetwork, document: CompositeDocument) -> CanonicalNetwork:
+    """The same network with a document's components.
+
+    Raises:
+        UnsupportedNetworkError: the document's components are a transformer's, and the network is none.
+    """
+    if document.components in _OF_TRANSFORMERS and not network.is_transformer:
+        raise UnsupportedNetworkError(
+            f"The document was made for a vision transformer's {_OF_TRANSFORMERS[document.components]}; this network "
+            "has no attention. Pass the `--model` it names."
+        )
+    return network.choosing(document.components)
 
 
 def check_shape(network: CanonicalNetwork, n_outputs: int, document: CompositeDocument) -> None:

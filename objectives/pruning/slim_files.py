@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import objectives.models  # noqa: F401 (registers this product's networks with timm)
-from objectives.attribution.composites import check_shape
+from objectives.attribution.composites import check_shape, fitting
 from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError
 from objectives.network import canonize
 from objectives.pruning.ranking import Masks
@@ -149,11 +149,11 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         network = _build(model)
     height, width = document.preprocessing["size"]
     input_shape = (len(document.preprocessing["mean"]), height, width)
-    canonical = canonize(network, input_shape).choosing(document.components)
+    canonical = fitting(canonize(network, input_shape), document)
     check_shape(canonical, canonical.n_outputs, document)
     classes = json.loads(metadata["classes"])
     if classes is not None:
-        canonical = canonize(network, input_shape, classes).choosing(document.components)
+        canonical = fitting(canonize(network, input_shape, classes), document)
     masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in canonical.components.items()}
     for name, indices in json.loads(metadata["kept"]).items():
         masks[name][indices] = True

@@ -1,5 +1,7 @@
 """zennit serves the rules as they are defined; a composite for the user's own network does what the engine does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -147,6 +149,17 @@ def document(network: nn.Module, **changes: object) -> CompositeDocument:
         data={"source": "digits", "fingerprint": "1", "classes": list(range(10))},
         versions={},
     )
+
+
+@pytest.mark.parametrize(("components", "named"), [("heads", "heads"), ("mlp", "MLPs")])
+def test_a_document_of_a_transformers_components_says_so_to_another_network(network, components, named):
+    made = replace(document(network), components=components)
+    message = (
+        f"^The document was made for a vision transformer's {named}; this network has no attention. Pass the `--model` "
+        "it names.$"
+    )
+    with pytest.raises(UnsupportedNetworkError, match=message):
+        load_composite(made, network)
 
 
 def test_loaded_composite_works_on_the_users_network_as_the_engine_does(network, snapshot):

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,16 @@ def test_a_network_of_other_outputs_is_refused(tmp_path):
         write_weights(slim(restricted, masks), masks, _document("cifar_resnet20", canonical), classes, path)
         with pytest.raises(UnsupportedNetworkError, match="has 10 outputs; this one has 7"):
             load_slim(path, other)
+
+
+def test_a_slim_transformer_needs_a_transformer(tmp_path):
+    network = _network("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=4, num_heads=3)
+    canonical = canonize(network, (3, 32, 32)).choosing("heads")
+    masks, path = _ranking(canonical).masks(2), tmp_path / "slim.safetensors"
+    document = replace(_document("vit_tiny_patch16_224", canonical), components="heads")
+    write_weights(slim(canonical, masks), masks, document, None, path)
+    with pytest.raises(UnsupportedNetworkError, match=r"^The document was made for a vision transformer's heads; this"):
+        load_slim(path, _network("cifar_resnet20"))
 
 
 def test_weights_of_another_slim_network_are_refused(tmp_path):
