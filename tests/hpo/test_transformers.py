@@ -137,6 +137,18 @@ def test_wrong_use_ends_in_one_line(model, tmp_path, monkeypatch):
     assert not (tmp_path / "studies.db").exists()
 
 
+def test_an_attention_that_is_not_known_ends_in_one_line(tmp_path):
+    path = tmp_path / "mobilevit.safetensors"
+    network = timm.create_model("mobilevitv2_050", in_chans=1, num_classes=10)
+    safetensors.torch.save_file(network.state_dict(), path)
+    size = ["--size", 64, "--mean", "0.3", "--std", "0.4"]
+    model = ["--model", "mobilevitv2_050", "--model-option", "in_chans=1", "--model-option", "num_classes=10"]
+    assert refused("evaluate", *model, "--checkpoint", path, *size, *QUICK, "--heuristic", "epsilon-cp") == (
+        "The step 'permute' in module 'stages.2.1' has no relevance rule here, so the network can't be attributed "
+        "correctly."
+    )
+
+
 def test_rules_of_the_command_line_with_attention(model):
     rules = "LLR=Epsilon,MLL=Epsilon,HLL=Epsilon,FCL=Epsilon"
     named = hpo("evaluate", *model, *QUICK, "--heuristic", "epsilon-attnlrp-abs", "--json")

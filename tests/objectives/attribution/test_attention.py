@@ -1,5 +1,6 @@
 """Attention's rules, re-derived slowly from their propositions, and relevance through whole transformers."""
 
+import contextlib
 import copy
 import math
 
@@ -295,14 +296,17 @@ def kept(module, rule: RuleSpec, step, attention: str) -> Tensor | float:
         return per_sample(relevance * (bias + added) / (out + added))
     if isinstance(module, AttentionProduct):
         weights, value = step.inputs
-        total = {"CP": out, "AttnLRP": 2 * out, "ZPlus": module.plain(weights, value.clamp(min=0))}[attention]
+        heads = value.clamp(min=0).unflatten(-1, (module.n_heads, -1))
+        positive = torch.einsum("nhij,njhd->nihd", weights, heads).flatten(2)
+        total = {"CP": out, "AttnLRP": 2 * out, "ZPlus": positive}[attention]
         added = torch.where(total >= 0, STABILIZER, -STABILIZER)
         return per_sample(relevance * added / (total + added))
     if isinstance(module, AttentionWeights):
-        scores = AttentionScores.of(module, *step.inputs)
-        at_scores = scores.at_scores(relevance)
-        added = torch.where(scores.scores >= 0, STABILIZER, -STABILIZER)
-        absorbed = per_sample(at_scores * added / (2 * scores.scores + added))
+        query, key = (part.unflatten(-1, (module.n_heads, -1)) for part in step.inputs)
+        scores = module.scale * torch.einsum("nihd,njhd->nhij", query, key)
+        at_scores = scores * (relevance - out * relevance.sum(-1, keepdim=True))  # Prop. 3.1
+        added = torch.where(scores >= 0, STABILIZER, -STABILIZER)
+        absorbed = per_sample(at_scores * added / (2 * scores + added))
         return per_sample(relevance) - per_sample(at_scores) + absorbed
     return 0.0
 
@@ -351,11 +355,12 @@ def test_relevance_of_query_and_key_is_exactly_zero_where_attention_is_constant(
     rules = zennit_composite(composite("Epsilon", attention), group_layers(canonical))
     outputs: dict[str, Tensor] = {}
     of_attention = [name for heads in canonical.heads.values() for name in (heads.query, heads.key, heads.value)]
-    with rules.context(canonical.module) as module, torch.enable_grad():
+    with rules.context(canonical.module) as module, torch.enable_grad(), contextlib.ExitStack() as hooks:
         for name in of_attention:
-            module.get_submodule(name).register_forward_hook(
+            handle = module.get_submodule(name).register_forward_hook(
                 lambda layer, inputs, output, name=name: outputs.__setitem__(name, output)
             )
+            hooks.callback(handle.remove)
         logits = module(transformer.images.clone().requires_grad_())
         start = nn.functional.one_hot(transformer.labels, 10).to(logits)
         found = torch.autograd.grad(
@@ -363,8 +368,6 @@ def test_relevance_of_query_and_key_is_exactly_zero_where_attention_is_constant(
         )
     for name, relevance in zip(of_attention, found, strict=True):
         assert bool((relevance == 0).all()) == (not name.endswith(".v")), name
-    for layer in canonical.module.modules():
-        layer._forward_hooks.clear()
 
 
 def test_composite_leaves_the_canonical_network_as_it_was(transformer):

@@ -3,6 +3,7 @@ import torch
 
 from objectives.datasets import LabelledImages
 from objectives.memory import Batches
+from objectives.network import canonize
 from objectives.pruning.evaluation import Evaluator, News, correct_predictions
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import cost, slim
@@ -169,6 +170,16 @@ def test_an_origin_is_all_but_the_masks(evaluator, prunable):
         )
     }
     assert len(origins) == 5
+
+
+def test_an_origin_is_of_the_chosen_components(build_transformer):
+    canonical = canonize(build_transformer("class-token"), (3, 16, 16))
+    images = LabelledImages(torch.zeros(2, 3, 16, 16).double(), torch.tensor([0, 1]))
+    origins = {
+        Evaluator(canonical.choosing(components), images, Batches("a test", 2)).origin
+        for components in ("heads", "mlp", "all")
+    }
+    assert len(origins) == 3
 
 
 def test_the_least_recently_used_masks_are_forgotten(evaluator, monkeypatch):
