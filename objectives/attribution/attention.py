@@ -113,8 +113,18 @@ class AttentionProduct(nn.Module):
         output: Tensor = _ProductFunction.apply(weights if self.rule == "AttnLRP" else weights.detach(), value, self)
         return output
 
+    def positive(self, weights: Tensor, value: Tensor) -> Tensor:
+        """The product with positive values alone, the denominator of ZPlus."""
+        return self.plain(weights, value.clamp(min=0))
+
     def relevance(
-        self, weights: Tensor, value: Tensor, output: Tensor, relevance: Tensor, rule: str | None
+        self,
+        weights: Tensor,
+        value: Tensor,
+        output: Tensor,
+        relevance: Tensor,
+        rule: str | None,
+        positive: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """Relevance of the weights, if the rule gives them any, and of the values.
 
@@ -124,13 +134,14 @@ class AttentionProduct(nn.Module):
             output: of the product.
             relevance: of the output, (rows * N, ...); so are the results.
             rule: of attention.
+            positive: the method of this name, where it is known.
         """
         match rule:
             case "CP":
                 factor, denominator = value, output
             case "ZPlus":
                 factor = value.clamp(min=0)
-                denominator = self.plain(weights, factor)
+                denominator = self.positive(weights, value) if positive is None else positive
             case "AttnLRP":
                 factor, denominator = value, 2 * output
             case _:

@@ -147,9 +147,15 @@ class LayerNorm(nn.LayerNorm):
         output: Tensor = _LayerNormFunction.apply(x, self)
         return output
 
-    def relevance(self, x: Tensor, output: Tensor, relevance: Tensor) -> Tensor:
-        """Relevance of the inputs (rows * N, ...) from that of the outputs."""
-        inverse = (self.parts(x).var(dim=-1, correction=0, keepdim=True) + self.eps).rsqrt()
+    def inverse_deviation(self, x: Tensor) -> Tensor:
+        """One over the standard deviation, (..., parts, 1)."""
+        inverse: Tensor = (self.parts(x).var(dim=-1, correction=0, keepdim=True) + self.eps).rsqrt()
+        return inverse
+
+    def relevance(self, x: Tensor, output: Tensor, relevance: Tensor, inverse: Tensor | None = None) -> Tensor:
+        """Relevance of the inputs (rows * N, ...) from that of the outputs; `inverse_deviation` may be given."""
+        if inverse is None:
+            inverse = self.inverse_deviation(x)
         share = relevance.unflatten(0, (-1, len(x))) / stabilize(output, STABILIZER)
         share = self.parts(share) * inverse
         if self.weight is not None:

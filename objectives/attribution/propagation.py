@@ -126,7 +126,7 @@ class _Forward:
             return output
         elif isinstance(function, LayerNorm):
             output = function.plain(*arguments)
-            self.steps[node] = _Norm(function, arguments[0], output)
+            self.steps[node] = _Norm(function, arguments[0], output, function.inverse_deviation(arguments[0]))
             return output
         elif isinstance(function, ConstantSum):
             output, self.steps[node] = function(*arguments), _Shares.of_constant(arguments[0], function.constant)
@@ -357,9 +357,10 @@ class _Norm:
     norm: LayerNorm
     inputs: Tensor
     outputs: Tensor
+    inverse: Tensor
 
     def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
-        return (self.norm.relevance(self.inputs, self.outputs, relevance),)
+        return (self.norm.relevance(self.inputs, self.outputs, relevance, self.inverse),)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -380,10 +381,14 @@ class _Product:
     weights: Tensor
     values: Tensor
     outputs: Tensor
+    _positive: list[Tensor] = field(default_factory=list)
 
     def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor | None, ...]:
         assert isinstance(rule, str)
-        return self.product.relevance(self.weights, self.values, self.outputs, relevance, rule)
+        if rule == "ZPlus" and not self._positive:
+            self._positive.append(self.product.positive(self.weights, self.values))
+        positive = self._positive[0] if rule == "ZPlus" else None
+        return self.product.relevance(self.weights, self.values, self.outputs, relevance, rule, positive)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,9 @@ import torchvision
 from torch import Tensor, nn
 
 from objectives.attribution import shared
+from objectives.attribution.attention import AttentionProduct
 from objectives.attribution.engine import ZennitAttribution
-from objectives.attribution.operations import Activation
+from objectives.attribution.operations import Activation, LayerNorm
 from objectives.attribution.propagation import Batch
 from objectives.attribution.relevance import Relevance
 from objectives.attribution.shared import SharedAttribution
@@ -395,6 +397,32 @@ def test_borders_of_groups_that_part_query_and_key_from_their_attention(build_tr
     engine.prepare(OF_TRANSFORMERS)
     for spec in OF_TRANSFORMERS:
         assert difference(zennit.attribute(spec), engine.attribute(spec)) < 1e-10
+
+
+def test_what_composites_share_of_attention_and_norms_is_computed_once_a_pass(build_transformer, monkeypatch):
+    canonical = canonize(build_transformer("class-token"), (3, 16, 16)).choosing("all")
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    _, engine = engines(canonical, images, torch.tensor([1, 2]))
+    calls: Counter[tuple[nn.Module, str]] = Counter()
+
+    def counted(kind, name):
+        plain = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *args: calls.update([(self, name)]) or plain(self, *args))
+
+    counted(AttentionProduct, "plain")
+    counted(LayerNorm, "parts")
+    rules = [RuleSpec("Epsilon", epsilon=epsilon) for epsilon in (1e-6, 1e-3)]
+    for first, last in itertools.product(rules, rules):
+        spec = CompositeSpec(first, first, first, last, abs=False, attention="ZPlus")
+        engine.attribute(spec)
+        counts = Counter(calls)
+        calls.clear()
+        if (first, last) == (rules[0], rules[0]):
+            products = [n for (module, name), n in counts.items() if name == "plain"]
+            assert max(products) == 2  # the product itself, and of positive values
+        else:
+            assert not any(name == "plain" for _, name in counts)
+            assert max(counts.values(), default=0) == 1  # norms only divide relevance into parts
 
 
 def test_queries_and_keys_cost_nothing_where_attention_is_a_constant(build_transformer, monkeypatch):
