@@ -535,6 +535,7 @@ class _Builder:
         *constants, tokens = operands
         return (
             dimension in (1, -2)
+            and bool(constants)
             and tokens in self.from_images
             and len(shape_of(self.environment[tokens])) == 2
             and all(c.target is aten.expand.default and _arguments(c)[0].name in self.tensors for c in constants)

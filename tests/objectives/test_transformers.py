@@ -90,7 +90,7 @@ class AttendingTwice(nn.Module):
         return attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], 24)
 
     def forward(self, images):
-        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.embed(images).flatten(2).transpose(1, 2)], 1)  # of nothing but the images' tokens
         x = x + self.attend(self.first, x)
         x = x + self.get_submodule(self.own)(self.attend(self.second, x))
         return self.fc(x.mean(1))
