@@ -614,7 +614,7 @@ def resolve(
         command_line: Values by field name; None and () mean that an option was not given.
         file: TOML file whose keys are the names of the options; relative paths in it start at the working directory.
         fallback: Values by field name that hold over the defaults, such as those of an export document; they are read
-            as if given.
+            as if given. Its repair's strength is that repair's own: where another is given, it doesn't hold.
 
     Raises:
         ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
@@ -624,7 +624,10 @@ def resolve(
         for name, option in OPTIONS.items()
         if (value := (fallback or {}).get(option.field)) is not None
     }
-    return _checked(LaunchConfiguration(**_defaults({**read, **_given(command_line, file)})))
+    given = _given(command_line, file)
+    if "repair" in given:
+        read.pop("repair_strength", None)
+    return _checked(LaunchConfiguration(**_defaults({**read, **given})))
 
 
 def given_fields(command_line: Mapping[str, Any], file: Path | None = None) -> frozenset[str]:

@@ -279,6 +279,18 @@ def test_prune_repairs_unless_told_otherwise(document, tmp_path):
     assert "The exact slim network agrees with the unpruned one on " in text
 
 
+@pytest.mark.parametrize("repair", ["none", "bn", "refit"])
+def test_a_documents_strength_is_of_its_own_repair(document, tmp_path, repair):
+    content = json.loads(document.read_text()) | {"repair": {"method": "refit", "strength": 0.7}}
+    path = tmp_path / "refit.json"
+    path.write_text(json.dumps(content))
+    pruned = hpo("prune", path, "--rate", 0.5, "--repair", repair, "-o", tmp_path / "slim", "--json").stdout
+    assert json.loads(pruned)["repair"]["method"] == repair
+    assert json.loads(pruned)["repair"]["strength"] != 0.7
+    evaluated = hpo("evaluate", "--composite", path, "--repair", repair, "--rates", "0,0.5", "--json").stdout
+    assert json.loads(evaluated)["repair"] == {"method": repair, "strength": None}
+
+
 def test_prune_writes_a_smaller_network(document, tmp_path):
     result = hpo("prune", document, "--rate", 0.3, "-o", tmp_path / "slim", "--json")
     report = json.loads(result.stdout)

@@ -6,6 +6,7 @@ import pytest
 from hpo.config import OPTIONS, LaunchConfiguration, resolve
 from hpo.errors import ConfigurationError
 from objectives.pruning.rates import PruningRatesError
+from search_spaces.repairs import RepairSpec
 
 
 @pytest.fixture(autouse=True)
@@ -247,6 +248,18 @@ def test_bad_files_are_named_with_the_remedy(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"Cannot read configuration file '.*nowhere\.toml': No such file"):
         resolve({}, tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize("repair", ["none", "bn", "refit"])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_repair_that_is_given_has_no_strength_of_a_documents(tmp_path, repair, in_a_file):
+    saved = {"repair": "refit", "repair_strength": 0.1}
+    given, file = {"repair": repair}, None
+    if in_a_file:
+        given, file = {}, write(tmp_path / "study.toml", f'repair = "{repair}"')
+    assert resolve(given, file, saved).repair_spec() == RepairSpec(repair)
+    assert resolve({}, None, saved).repair_spec() == RepairSpec("refit", 0.1)
+    assert resolve({"repair_strength": 2.0}, None, saved).repair_spec() == RepairSpec("refit", 2.0)
 
 
 def test_a_configuration_is_frozen():
