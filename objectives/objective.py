@@ -302,7 +302,8 @@ class Objective:
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        return self._count(self._masks(composite, stopwatch), self.repair(composite), images, stopwatch)
+        repair = self.repair(composite)  # first: it may be refused
+        return self._count(self._masks(composite, stopwatch), repair, images, stopwatch)
 
     def race(self, composite: CompositeSpec, race: Race) -> Evaluation | GivenUp:
         """As `evaluate` on the search images, unless the composite loses a race on the way.
@@ -313,7 +314,8 @@ class Objective:
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        masks, evaluator, repair = self._masks(composite, stopwatch), self.evaluator("search"), self.repair(composite)
+        repair = self.repair(composite)  # first: it may be refused
+        masks, evaluator = self._masks(composite, stopwatch), self.evaluator("search")
         given_up = race.run(
             lambda index, n_images: evaluator.measure(masks[index], n_images, repair).correct.cpu().numpy()
         )

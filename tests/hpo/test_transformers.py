@@ -3,7 +3,9 @@
 import json
 import logging
 import warnings
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -11,10 +13,15 @@ import torch
 from click.testing import CliRunner
 
 from hpo.cli import cli
+from hpo.config import resolve
+from hpo.problem import load_problem
 from objectives import load_slim
+from objectives.errors import RepairError
 from objectives.pruning.slim_files import load_coupled
+from objectives.racing import Correctness, Race
 from search_spaces.documents import load_document
-from search_spaces.heuristics import TRANSFORMER_HEURISTICS
+from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS
+from search_spaces.repairs import RepairSpec
 
 OPTIONS = {
     "img_size": 8,
@@ -126,6 +133,15 @@ def test_wrong_use_ends_in_one_line(model, tmp_path, monkeypatch):
     assert refused("evaluate", *model, *QUICK, "--heuristic", "epsilon-cp", "--repair", "refit") == (
         "Repair refit is for convolutional networks; choose --repair none."
     )
+    space = tmp_path / "mine.toml"
+    groups = "".join(f'{group} = ["Epsilon"]\n' for group in ("LLR", "MLL", "HLL", "FCL"))
+    space.write_text(f'[parameters]\n{groups}attention = ["CP"]\nrepair = ["refit"]\n')
+    for name in ("vit+repair", space):
+        assert refused("launch", *model, *QUICK, "--space", name, "--n-trials", 1) == (
+            f"`--space {name}` searches the repair, which is for convolutional networks, but 'vit_tiny_patch16_224' is "
+            "a transformer; leave `repair` out of the space."
+        )
+    assert "pass `--space cnn`." in refused("launch", "--space", "vit+repair", "--n-trials", 1)
     unknown = refused("evaluate", *model, *QUICK, "--rules", rules, "--attention", "CPP")
     assert unknown == "Unknown attention rule 'CPP'. Did you mean 'CP'? Known: AttnLRP, CP, ZPlus."
     shallow = [part.replace("depth=4", "depth=3") if isinstance(part, str) else part for part in model]
@@ -147,6 +163,20 @@ def test_an_attention_that_is_not_known_ends_in_one_line(tmp_path):
         "The step 'permute' in module 'stages.2.1' has no relevance rule here, so the network can't be attributed "
         "correctly."
     )
+
+
+def test_a_composites_own_repair_is_refused_before_it_is_attributed(checkpoint):
+    """It has no rule for attention, which attribution would refuse."""
+    options = {"size": (8, 8), "mean": (0.3,), "std": (0.4,), "evaluation_images": 40, "references_per_class": 1}
+    network = {"model": "vit_tiny_patch16_224", "model_options": tuple(map("{0[0]}={0[1]}".format, OPTIONS.items()))}
+    configuration = resolve({**options, **network, "checkpoint": str(checkpoint), "data": "digits", "rates": "0,0.5"})
+    problem = load_problem(configuration, None)
+    composite = replace(HEURISTICS["epsilon"], repair=RepairSpec("bn"))
+    correct = Correctness.of(np.ones((2, problem.objective.task.search.labels.numel()), bool))
+    race = Race(1, correct, configuration.rates, (0.5, 0.5), risk=0.01)
+    for evaluate in (lambda: problem.evaluate(composite, "search"), lambda: problem.race(composite, race)):
+        with pytest.raises(RepairError, match=r"^Repair bn is for convolutional networks; choose --repair none\.$"):
+            evaluate()
 
 
 def test_rules_of_the_command_line_with_attention(model):
