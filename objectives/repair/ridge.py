@@ -22,6 +22,9 @@ from torch import Tensor
 
 __all__ = ["Change", "Equations", "KernelEquations", "NormalEquations", "equations", "left_out_errors", "total"]
 
+# Of an input's sum of squares: what less than this remains of when its mean is taken off is rounding.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
@@ -125,6 +128,9 @@ class NormalEquations(Equations):
         mean, residual = self.inputs / self.n_rows, self.residuals / self.n_rows
         gram = self.gram - self.n_rows * mean[:, :, None] * mean[:, None, :]
         cross = self.cross - self.n_rows * mean[:, :, None] * residual[:, None, :]
+        varies = _varies(gram.diagonal(dim1=1, dim2=2), self.gram.diagonal(dim1=1, dim2=2))
+        gram = gram * varies[:, :, None] * varies[:, None, :]
+        cross = cross * varies[:, :, None]
         penalty = strength * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
         change, is_singular = _solved(gram, penalty, strength, cross)
         bias = residual - (mean[:, None, :] @ change).squeeze(1)
@@ -171,6 +177,7 @@ class KernelEquations(Equations):
         inputs, residuals = torch.cat(self.inputs, dim=1), torch.cat(self.residuals, dim=1)
         mean, residual = inputs.mean(dim=1, keepdim=True), residuals.mean(dim=1, keepdim=True)
         centred = inputs - mean
+        centred = centred * _varies(centred.square().sum(dim=1), inputs.square().sum(dim=1))[:, None, :]
         return centred, centred @ centred.mT, residuals - residual, mean, residual
 
     def solve(self, strength: float) -> Change:
@@ -204,11 +211,18 @@ def _solved(matrix: Tensor, penalty: Tensor, strength: float, right: Tensor) -> 
     """
     added = torch.where(penalty > 0, penalty, float(strength > 0))
     penalised = matrix + torch.diag_embed(added[:, None].expand(-1, matrix.shape[1]))
-    factor, failed = torch.linalg.cholesky_ex(penalised)
-    is_singular = bool(failed.any()) or not bool(factor.isfinite().all())
-    if is_singular:
-        return torch.linalg.pinv(penalised, hermitian=True) @ right, True
-    return torch.cholesky_solve(right, factor), False
+    factor, failure = torch.linalg.cholesky_ex(penalised)
+    is_singular = (failure != 0) | ~factor.sum(dim=(1, 2)).isfinite()
+    solution = torch.cholesky_solve(right, factor)
+    if not bool(is_singular.any()):
+        return solution, False
+    solution[is_singular] = torch.linalg.pinv(penalised[is_singular], hermitian=True) @ right[is_singular]
+    return solution, True
+
+
+def _varies(centred: Tensor, raw: Tensor) -> Tensor:
+    """Which inputs vary, by their sums of squares about the mean and about zero; of others rounding is left."""
+    return centred > _ROUNDING * raw
 
 
 def total(parts: Sequence[Equations]) -> Equations:

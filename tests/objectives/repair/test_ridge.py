@@ -76,6 +76,33 @@ def test_inputs_that_never_vary_keep_their_weights(make):
     assert float(change.weight[0].abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("constant", [0.1, 1 / 3])
+@pytest.mark.parametrize("n_constant", [1, 6])
+def test_rounding_of_constant_inputs_is_not_taken_for_variation(make, constant, n_constant):
+    inputs, residuals = _data(n_rows=1000)
+    inputs[1, :, :n_constant] = constant
+    change = make(inputs, residuals, n_rows=300).solve(0.01)
+    assert not change.is_least_norm
+    assert float(change.weight[1, :, :n_constant].abs().max()) == 0
+    torch.testing.assert_close(change.bias[1], (residuals[1] - inputs[1] @ change.weight[1].mT).mean(dim=0))
+    n_fitted = 1 if n_constant == 6 else 2
+    weight, _ = _slowly(inputs[:n_fitted], residuals[:n_fitted], 0.01)
+    torch.testing.assert_close(change.weight[:n_fitted], weight, rtol=1e-9, atol=1e-9)
+
+
+def test_only_singular_groups_have_the_smallest_solution():
+    inputs, residuals = _data()
+    inputs[1, :, 1] = inputs[1, :, 0]
+    given = NormalEquations.zeros(2, 6, 3, inputs.device)
+    given.add(inputs, residuals)
+    change = given.solve(0.0)
+    assert change.is_least_norm
+    torch.testing.assert_close(change.weight[1, :, 0], change.weight[1, :, 1])
+    first = NormalEquations.zeros(1, 6, 3, inputs.device)
+    first.add(inputs[:1], residuals[:1])
+    assert torch.equal(change.weight[:1], first.solve(0.0).weight)
+
+
 def test_singular_equations_have_the_smallest_solution_and_say_so(make):
     inputs, residuals = _data(n_groups=1)
     inputs = torch.cat([inputs, torch.zeros_like(inputs[:, :, :1])], dim=2)
