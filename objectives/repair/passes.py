@@ -88,7 +88,7 @@ class RepairPass(fx.Interpreter, ABC):
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
         module = layer.module
         if (n in self._reached or shortcut in self._reached) and bool(kept.any()):
-            if not bool(inputs.isfinite().all()):
+            if not bool(inputs.sum().isfinite()):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
             module = self.new_layer(name, inputs, None if shortcut is None else self.env[shortcut])
             self.repaired[name] = module

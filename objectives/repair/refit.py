@@ -9,8 +9,8 @@ Related: He et al. 2017 (channel pruning by reconstruction), Frantar and Alistar
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,60 +58,86 @@ class Refit(RepairPass):
 
     def new_layer(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Linear:
         """See `RepairPass.new_layer`."""
-        layer = self.network.layers[name]
+        layer, targets = self.network.layers[name], self.targets[name]
         # Copies: of a network in float64 these would be its own.
         weight, bias = layer.weight().double().clone(), layer.bias().double().clone()
-        outputs, columns = self._fitted(name, inputs)
-        n_rows = len(self.targets[name].positions)
+        fitted = self._fitted(name, inputs)
+        groups, outputs, columns = fitted.groups, fitted.outputs, fitted.columns
         parts = [
-            equations(len(weight), int(columns.sum()), int(outputs.sum()), n_rows, inputs.device)
+            equations(int(groups.sum()), int(columns.sum()), int(outputs.sum()), len(targets.positions), inputs.device)
             for _ in range(self.n_parts)
         ]
-        old_weight, old_bias = weight[:, outputs][:, :, columns], bias[:, outputs]
-        for positions, rows, wanted in self._rows(name, inputs, shortcut):
-            residuals = wanted[:, :, outputs] - torch.baddbmm(old_bias[:, None, :], rows, old_weight.mT)
+        old_weight, old_bias = weight[groups][:, outputs][:, :, columns], bias[groups][:, outputs]
+        # Of a group some outputs may be pruned: there is nothing to explain.
+        kept = self.kept(name).view(layer.n_groups, -1)[groups][:, None, outputs]
+        sums = torch.zeros_like(bias)
+        for positions, wanted in self._wanted(name, shortcut):
+            rows = layer.inputs_at(inputs, positions, fitted.channels)
+            sums += wanted.sum(dim=1)
+            residuals = wanted[groups][:, :, outputs] - torch.baddbmm(old_bias[:, None, :], rows, old_weight.mT)
+            residuals = residuals if bool(kept.all()) else torch.where(kept, residuals, 0.0)
             if len(parts) == 1:
                 parts[0].add(rows, residuals)
                 continue
             belongs_to = positions // layer.n_places % len(parts)
             for index, part in enumerate(parts):
                 part.add(rows[:, belongs_to == index], residuals[:, belongs_to == index])
-        whole = total(parts)
-        if not math.isfinite(whole.square):
+        if not bool(sums.sum().isfinite()):
             raise RepairError(f"The layer {name!r} can't be repaired: its targets on the references aren't finite.")
-        change = whole.solve(self.chosen(name, parts))
+        change = total(parts).solve(self.chosen(name, parts))
         if change.is_least_norm:
             _log.warning("The equations of layer %r are singular: of their solutions the smallest is taken.", name)
-        rows_at, columns_at = outputs.nonzero(), columns.nonzero().flatten()
-        weight[:, rows_at, columns_at] += change.weight
-        bias[:, outputs] += change.bias
+        where = tuple(each.nonzero().flatten() for each in (groups, outputs, columns))
+        weight[torch.meshgrid(*where, indexing="ij")] += change.weight
+        bias[torch.meshgrid(*where[:2], indexing="ij")] += change.bias
+        # What nothing goes into gives its bias alone.
+        bias[fitted.silent] = (sums / len(targets.positions))[fitted.silent]
         return layer.replaced(weight, bias)
 
     def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """The strength for a layer."""
         return self.strength
 
-    def _fitted(self, name: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs and columns that are fitted, of bool, within a group: of groups all."""
-        layer = self.network.layers[name]
+    def _fitted(self, name: str, inputs: Tensor) -> _Fitted:
+        """Of a layer without groups the kept outputs' weights of live inputs; else groups that have both."""
+        layer, kept, live = self.network.layers[name], self.kept(name), self.network.layers[name].live_inputs(inputs)
         if layer.n_groups == 1:
-            return self.kept(name), layer.columns_of(layer.live_inputs(inputs))
-        n_outputs = layer.n_outputs // layer.n_groups
-        sizes = (n_outputs, layer.n_columns)
-        return tuple(torch.ones(size, dtype=torch.bool, device=inputs.device) for size in sizes)  # type: ignore[return-value]
+            one = torch.ones(1, dtype=torch.bool, device=inputs.device)
+            return _Fitted(one, kept, layer.columns_of(live), live, ~one)
+        hears = live.view(layer.n_groups, -1).any(dim=1)
+        groups = hears & kept.view(layer.n_groups, -1).any(dim=1)
+        outputs, columns = (
+            torch.ones(size, dtype=torch.bool, device=inputs.device)
+            for size in (layer.n_outputs // layer.n_groups, layer.n_columns)
+        )
+        return _Fitted(groups, outputs, columns, layer.inputs_of(groups), ~hears)
 
-    def _rows(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Chunks of positions (P,), inputs (groups, P, columns) and targets (groups, P, outputs)."""
+    def _wanted(self, name: str, shortcut: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of positions (P,) and targets (groups, P, outputs) in float64."""
         layer, targets = self.network.layers[name], self.targets[name]
-        channels = layer.live_inputs(inputs) if layer.n_groups == 1 else None
         for positions, values in zip(
             targets.positions.split(self.n_rows), targets.values.split(self.n_rows), strict=True
         ):
             wanted = values.double()
             if shortcut is not None:
                 wanted = wanted - layer.outputs_at(shortcut, positions)
-            yield (
-                positions,
-                layer.inputs_at(inputs, positions, channels),
-                wanted.unflatten(1, (layer.n_groups, -1)).movedim(1, 0),
-            )
+            yield positions, wanted.unflatten(1, (layer.n_groups, -1)).movedim(1, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fitted:
+    """What of a layer is fitted; all of bool.
+
+    Attributes:
+        groups: (groups,).
+        outputs: (outputs,) of each of these groups.
+        columns: (columns,) of each of these groups.
+        channels: (inputs,), those of these columns in these groups.
+        silent: (groups,), of which all inputs are zero, so that the bias is all there is to fit.
+    """
+
+    groups: Tensor
+    outputs: Tensor
+    columns: Tensor
+    channels: Tensor
+    silent: Tensor

@@ -98,11 +98,16 @@ class LinearLayer:
     def live_inputs(self, inputs: Tensor) -> Tensor:
         """(inputs,) of bool: which input channels are anywhere other than zero."""
         dimension = 1 if isinstance(self.module, nn.Conv2d) else inputs.ndim - 1
-        return (inputs != 0).any(dim=[axis for axis in range(inputs.ndim) if axis != dimension])
+        axes = [axis for axis in range(inputs.ndim) if axis != dimension]
+        return (inputs.amax(dim=axes) != 0) | (inputs.amin(dim=axes) != 0)
 
     def columns_of(self, channels: Tensor) -> Tensor:
         """(columns,) of bool: the columns of some input channels, of a layer without groups."""
         return channels.repeat(self.n_columns // len(channels))
+
+    def inputs_of(self, groups: Tensor) -> Tensor:
+        """(inputs,) of bool: the input channels of some groups, (groups,) of bool."""
+        return groups.repeat_interleave(self.module.weight.shape[1])
 
     def inputs_at(self, inputs: Tensor, positions: Tensor, channels: Tensor | None = None) -> Tensor:
         """(groups, P, columns) in float64: what the weights are multiplied with at some positions.
@@ -110,7 +115,7 @@ class LinearLayer:
         Args:
             inputs: (N, *input_shape).
             positions: (P,), ascending.
-            channels: (inputs,) of bool: only the columns of these, of a layer without groups.
+            channels: (inputs,) of bool: only the columns of these; of a layer with groups, whole groups.
         """
         image, place = positions // self.n_places, positions % self.n_places
         if isinstance(self.module, nn.Linear):
@@ -133,7 +138,9 @@ class LinearLayer:
             across[:, None, None] + offsets_across,
         ]
         n_positions, height, width, n_inputs = patches.shape
-        grouped = patches.reshape(n_positions, height * width, self.n_groups, n_inputs // self.n_groups)
+        in_group = n_inputs if self.n_groups == 1 else self.module.weight.shape[1]
+        n_groups = 1 if self.n_groups == 1 else n_inputs // in_group
+        grouped = patches.reshape(n_positions, height * width, n_groups, in_group)
         return grouped.permute(2, 0, 1, 3).flatten(2).double()
 
 

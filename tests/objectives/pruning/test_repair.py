@@ -1,6 +1,7 @@
 """Repaired networks, in float64: what is exact, what stays as it is, and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,16 +157,79 @@ def test_dead_inputs_leave_a_fitted_bias():
     close(small[1], small[0])
 
 
+class Grouped(nn.Module):
+    """A convolution in four groups behind another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=4)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.fc(self.grouped(self.first(x).relu()).relu().mean((2, 3)))
+
+
+def test_groups_that_are_silent_or_pruned_take_no_part_in_the_choice_of_a_strength():
+    torch.manual_seed(0)
+    canonical = canonize(Grouped().double().eval().requires_grad_(False), (3, 9, 9))
+    network, references = order(canonical.module), torch.randn(20, 3, 9, 9, dtype=torch.float64)
+    targets = observe(network, references, 20, 10_000, seed=0)
+    masks = {name: torch.ones(width, dtype=torch.bool) for name, width in canonical.components.items()}
+    masks["first"][[0, 1, 2]] = False  # the inputs of the first group, and one of the second's
+    masks["grouped"][[3, 6, 7, 8]] = False  # an output of the second, all of the third
+    seen = {}
+
+    class Watched(Refit):
+        def chosen(self, name, parts):
+            seen[name] = sum(part.square for part in parts)
+            return super().chosen(name, parts)
+
+    layers = Watched(network, targets, masks, 20, 0.1).repair(references)
+    grouped, old = layers["grouped"], canonical.module.get_submodule("grouped")
+    inputs = canonical.module.get_submodule("first")(references).relu() * masks["first"][None, :, None, None]
+    wanted = old(canonical.module.get_submodule("first")(references).relu())
+    assert seen["grouped"] == pytest.approx(float((wanted - old(inputs))[:, [4, 5, 9, 10, 11]].square().sum()))
+    for output in (*range(3), 3, *range(6, 12)):  # what hears nothing, is pruned, or lacks nothing
+        close(grouped.weight[output], old.weight[output])
+    assert float((grouped.weight[[4, 5]] - old.weight[[4, 5]]).abs().max()) > 0.01
+    close(grouped.bias[:3], wanted[:, :3].mean((0, 2, 3)))
+    masks["first"][:] = False
+    grouped = Refit(network, targets, masks, 20, 0.1).repair(references)["grouped"]
+    close(grouped.weight, old.weight)
+    close(grouped.bias, wanted.mean((0, 2, 3)))
+
+
 def test_the_last_layer_of_a_block_makes_up_for_its_shortcut(prunable):
     """The sum is nearer to the original's than with the layer fitted to its own outputs."""
     subject = prunable("cifar_resnet20")
     network = order(subject.canonical.module)
     assert set(network.sums) == {f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)}
+    targets = observe(network, subject.images, 4, 10_000, seed=0)
+    alone = replace(network, sums={}, shortcuts={})
+    targets_alone = observe(alone, subject.images, 4, 10_000, seed=0)
     masks = subject.ranking().masks(0)
     masks["layer1.0.conv2"][::2] = False
-    targets = observe(network, subject.images, 4, 10_000, seed=0)
-    layers = Refit(network, targets, masks, 4, 1e-4).repair(subject.images)
-    assert "layer1.1.conv2" in layers
+    last = "layer1.1.conv2"
+    end = network.sums[last].target
+
+    def the_sum(module):
+        seen = []
+        handle = module.get_submodule(end).register_forward_hook(lambda module, inputs, output: seen.append(output))
+        module(subject.images)
+        handle.remove()
+        return seen[0]
+
+    wanted = the_sum(subject.canonical.module)
+    error = {}
+    for name, ordered, own in (("sum", network, targets), ("alone", alone, targets_alone)):
+        layers = Refit(ordered, own, masks, 4, 1e-4).repair(subject.images)
+        assert last in layers
+        pruned = with_layers(subject.canonical, layers).module
+        silence = masks["layer1.0.conv2"].double()[None, :, None, None]
+        pruned.get_submodule("layer1.0.conv2").register_forward_hook(lambda module, inputs, output: output * silence)
+        error[name] = float((the_sum(pruned) - wanted).norm())
+    assert error["sum"] < 0.9 * error["alone"]
     # A shortcut that lacks channels is made up for by a layer whose inputs alone aren't touched, too.
     masks = subject.ranking().masks(0)
     masks["conv1"][:] = False
@@ -199,6 +263,7 @@ def test_few_references_choose_a_larger_strength(prunable):
         for n in (1, 2, 40)
     ]
     assert chosen[0] == STRENGTHS[-1] >= chosen[1] >= chosen[2]
+    assert chosen[2] < chosen[0]
     assert set(chosen) <= set(STRENGTHS)
     repairer = repairer_of(subject)
     assert repairer.strength(RepairSpec("bn")) == 0.25
