@@ -93,9 +93,8 @@ def test_a_document_says_how_its_trial_is_repaired(drive, load, make_problem):
             assert document.composite.repair is None
             exported[trial.user_attrs["role"]] = document
     assert exported["heuristic"].repair == {"method": "none", "strength": None}
-    if "search" in exported:
-        assert exported["search"].repair == {"method": "bn", "strength": 0.3}
-        assert document_options(exported["search"])["repair_strength"] == 0.3
+    assert exported["search"].repair == {"method": "bn", "strength": 0.3}
+    assert document_options(exported["search"])["repair_strength"] == 0.3
     options = document_options(load_document(exported["heuristic"].to_json() | {"repair": {"method": "refit"}}))
     assert options["repair"] == "refit"
     assert options.get("repair_strength") is None

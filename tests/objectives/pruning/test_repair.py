@@ -210,6 +210,7 @@ def test_the_last_layer_of_a_block_makes_up_for_its_shortcut(prunable):
     targets_alone = observe(alone, subject.images, 4, 10_000, seed=0)
     masks = subject.ranking().masks(0)
     masks["layer1.0.conv2"][::2] = False
+    silence = masks["layer1.0.conv2"].double()[None, :, None, None]
     last = "layer1.1.conv2"
     end = network.sums[last].target
 
@@ -226,7 +227,6 @@ def test_the_last_layer_of_a_block_makes_up_for_its_shortcut(prunable):
         layers = Refit(ordered, own, masks, 4, 1e-4).repair(subject.images)
         assert last in layers
         pruned = with_layers(subject.canonical, layers).module
-        silence = masks["layer1.0.conv2"].double()[None, :, None, None]
         pruned.get_submodule("layer1.0.conv2").register_forward_hook(lambda module, inputs, output: output * silence)
         error[name] = float((the_sum(pruned) - wanted).norm())
     assert error["sum"] < 0.9 * error["alone"]
