@@ -389,15 +389,17 @@ def prune_parts(report: "PruneReport") -> "list[Table | str]":
             )
     repair = report.repair
     agrees = f"The exact slim network agrees with the unpruned one on {100 * repair.agreement:.1f} %"
+    measured_on = f"{report.images['n_images']} {report.images['set']} images"
     if repair.method == "none":
-        repaired = f"{agrees} of {repair.n_references} reference images."
+        repaired = f"{agrees} of {measured_on}."
     else:
         repaired = (
-            f"Repaired by {repair.method}, strength {repair.strength:.3g}, in {repair.seconds:.1f} s: accuracy "
-            f"{repair.accuracy_without:.4f} without, {report.exact.accuracy:.4f} with.\n"
-            f"{agrees} of {repair.n_references} reference images, without on {100 * repair.agreement_without:.1f} %."
+            f"Repaired by {repair.method}, strength {repair.strength:.3g}, on {repair.n_references} reference images "
+            f"in {repair.seconds:.1f} s: accuracy {repair.accuracy_without:.4f} without, "
+            f"{report.exact.accuracy:.4f} with.\n"
+            f"{agrees} of {measured_on}, without on {100 * repair.agreement_without:.1f} %."
         )
-    images = f"Accuracy on {report.images['n_images']} {report.images['set']} images; latency of one image, median."
+    images = f"Accuracy on {measured_on}; latency of one image, median."
     removed = f"Pruned {report.n_pruned} of {report.n_components} components."
     if report.n_removed_coupled is not None:
         removed += f" The coupled network lost {report.n_removed_coupled}."

@@ -103,7 +103,7 @@ class NetworkFigures:
 class RepairFigures:
     """What the repair of the exact slim network did.
 
-    Agreement is the share of reference images whose prediction is the unpruned network's; no labels are used for it.
+    Agreement is the share of the report's images whose prediction is the unpruned network's; no labels are used for it.
 
     Attributes:
         method: of `search_spaces.repairs.REPAIRS`.
@@ -337,8 +337,11 @@ class _Pruning:
         return float(correct.double().mean())
 
     def _agreement(self, network: nn.Module) -> float:
-        """Share of the reference images on which a network predicts what the unpruned one does."""
-        images = self.objective.repairer.images
+        """Share of the report's images on which a network predicts what the unpruned one does.
+
+        Not of the references: what is fitted to them agrees there.
+        """
+        images = self._images().images.to(self.objective.device)
         with torch.inference_mode():
             batches = images.split(self.objective.batches.size)
             predictions = torch.cat([self.objective.network.module(batch).argmax(dim=1) for batch in batches])

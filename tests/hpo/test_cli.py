@@ -275,8 +275,9 @@ def test_prune_repairs_unless_told_otherwise(document, tmp_path):
     assert repaired["repair"]["accuracy_without"] == plain["exact"]["accuracy"]
     assert repaired["repair"]["agreement"] > plain["repair"]["agreement"]
     text = hpo("prune", document, "--rate", 0.5, "--repair-strength", 2, "-o", tmp_path / "text").stdout
-    assert "Repaired by refit, strength 2, in " in text
-    assert "The exact slim network agrees with the unpruned one on " in text
+    assert "Repaired by refit, strength 2, on 10 reference images in " in text
+    (line,) = (line for line in text.splitlines() if line.startswith("The exact slim network agrees with the unpruned"))
+    assert f" % of {repaired['images']['n_images']} confirmation images, without on " in line
 
 
 @pytest.mark.parametrize("repair", ["none", "bn", "refit"])

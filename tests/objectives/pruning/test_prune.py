@@ -119,6 +119,9 @@ def test_a_network_is_repaired_by_default(run, digits_model, digits_task, docume
     images = digits_task.confirmation
     masks = ranking.masks(report.n_pruned)
     expected = slim(objective.repairer.repaired(masks, RepairSpec("refit")), masks)
+    with torch.inference_mode():
+        agrees = expected(images.images).argmax(dim=1) == digits_model.network(images.images).argmax(dim=1)
+    assert report.repair.agreement == pytest.approx(float(agrees.double().mean()), abs=1.5 / len(images))
     for network in (torch.export.load(output / "slim.pt2").module(), load_slim(output / "slim.safetensors")):
         assert _accuracy(network, images) == report.exact.accuracy
         torch.testing.assert_close(network(images.images), expected(images.images), rtol=1e-4, atol=1e-3)
