@@ -16,7 +16,7 @@ from objectives.datasets import LabelledImages
 from objectives.fingerprints import state_fingerprint
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
-from objectives.pruning.fusion import fused, largest_step
+from objectives.pruning.fusion import fused, images_cached
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, cost, depends_on_images, draft
 from objectives.repair.repairer import Repairer
@@ -24,9 +24,6 @@ from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = ["Evaluator", "KnownMeasurement", "Measurement", "News", "correct_predictions"]
 
-# What a CPU's caches hold of a step's inputs and outputs. Of images of 32 pixels whole batches fit; of MobileNetV2's at
-# 224 pixels four do, which takes a third of the time of fifty (measured on an EPYC).
-_BYTES_CACHED = 24 * 2**20
 _BYTES_KEPT = 128 * 2**20
 # Of a measurement, beyond its images: Python's objects.
 _BYTES_BESIDE = 1024
@@ -250,9 +247,7 @@ class Evaluator:
             one = images.images[:1].to(labels.device)
             with torch.inference_mode():
                 return Measurement(module(one).argmax(dim=1) == labels, size)
-        at_most = None
-        if labels.device.type == "cpu":
-            at_most = max(1, _BYTES_CACHED // (largest_step(module) * self.dtype.itemsize))
+        at_most = images_cached(module, self.dtype, labels.device)
         return Measurement(correct_predictions(module, images, self.batches, at_most), size)
 
 

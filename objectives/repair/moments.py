@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from objectives.errors import RepairError
 from objectives.pruning.ranking import Masks
+from objectives.repair.chunks import Chunks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import MomentSums, Targets
 from objectives.repair.passes import RepairPass
@@ -31,7 +31,7 @@ class MatchMoments(RepairPass):
         network: the original.
         targets: of each layer.
         masks: kept components.
-        batch_size: images a layer computes at once.
+        batch_size: images of a chunk.
         strength: k above.
     """
 
@@ -42,11 +42,11 @@ class MatchMoments(RepairPass):
         super().__init__(replace(network, shortcuts={}), targets, masks, batch_size)
         self.strength = strength
 
-    def new_layer(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Linear:
+    def new_layer(self, name: str, inputs: Chunks, shortcut: Chunks | None) -> Linear:
         """See `RepairPass.new_layer`."""
         layer, wanted = self.network.layers[name], self.targets[name].moments
         sums = MomentSums()
-        for part in inputs.split(self.batch_size):
+        for part in inputs:
             sums.add(layer.outputs_by_position(layer.module(part)))
         here = sums.moments()
         if not bool(here.variance.isfinite().all()):

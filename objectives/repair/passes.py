@@ -1,6 +1,6 @@
 """One pass through a pruned network in which each layer is repaired before it computes.
 
-So the inputs of every layer are those of the network as it is repaired up to there.
+So the inputs of every layer are those of the network as it is repaired up to there. All values are in chunks of images.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from objectives.errors import RepairError
 from objectives.pruning.ranking import Masks
+from objectives.repair.chunks import Chunks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.rows import Linear
@@ -30,7 +31,7 @@ class RepairPass(fx.Interpreter, ABC):
         network: the original.
         targets: of each layer.
         masks: kept components.
-        batch_size: images a layer computes at once.
+        batch_size: images of a chunk.
     """
 
     def __init__(self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int) -> None:
@@ -53,11 +54,11 @@ class RepairPass(fx.Interpreter, ABC):
             RepairError: a layer's values aren't finite.
         """
         with torch.no_grad():
-            self.run(images)
+            self.run(Chunks.of(images, self.batch_size))
         return self.repaired
 
     @abstractmethod
-    def new_layer(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Linear:
+    def new_layer(self, name: str, inputs: Chunks, shortcut: Chunks | None) -> Linear:
         """The repaired layer.
 
         Args:
@@ -73,28 +74,41 @@ class RepairPass(fx.Interpreter, ABC):
         device = layer.module.weight.device
         return torch.ones(layer.n_outputs, dtype=torch.bool, device=device) if mask is None else mask.to(device)
 
-    def computed(self, module: Linear, inputs: Tensor) -> Tensor:
-        """A layer's outputs, a batch at a time."""
-        return torch.cat([module(part) for part in inputs.split(self.batch_size)])
-
     def run_node(self, n: fx.Node) -> Any:
         """One step; a layer is repaired first."""
         if not self._reached.isdisjoint(n.all_input_nodes):
             self._reached.add(n)
         if n.op != "call_module" or n.target not in self.network.layers:
-            return super().run_node(n)
+            return self._chunk_by_chunk(n)
         name = str(n.target)
         (inputs,), _ = self.fetch_args_kwargs_from_env(n)
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
         module = layer.module
         if (n in self._reached or shortcut in self._reached) and bool(kept.any()):
-            if not bool(inputs.sum().isfinite()):
+            if not all(bool(part.sum().isfinite()) for part in inputs):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
             module = self.new_layer(name, inputs, None if shortcut is None else self.env[shortcut])
             self.repaired[name] = module
             self._reached.add(n)
-        outputs = self.computed(module, inputs)
-        if bool(kept.all()):
-            return outputs
-        self._reached.add(n)
-        return layer.silenced(outputs, kept)
+        if not bool(kept.all()):
+            self._reached.add(n)
+            module = layer.silenced(module, kept)
+        return inputs.map(lambda index: module(inputs.parts[index]))
+
+    def _chunk_by_chunk(self, node: fx.Node) -> Any:
+        """What a step gives for each chunk; of no images, at once."""
+        args, keywords = self.fetch_args_kwargs_from_env(node)
+        if node.op == "placeholder" or node.op == "output":
+            return super().run_node(node)
+        chunked = [self.env[source] for source in node.all_input_nodes if isinstance(self.env[source], Chunks)]
+        if not chunked:
+            return super().run_node(node)
+
+        def step(index: int) -> Any:
+            def part(value: Any) -> Any:
+                return value.parts[index] if isinstance(value, Chunks) else value
+
+            here = fx.node.map_aggregate(args, part), fx.node.map_aggregate(keywords, part)
+            return getattr(self, node.op)(node.target, *here)
+
+        return chunked[0].map(step)

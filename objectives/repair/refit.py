@@ -17,6 +17,7 @@ from torch import Tensor
 
 from objectives.errors import RepairError
 from objectives.pruning.ranking import Masks
+from objectives.repair.chunks import Chunks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.passes import RepairPass
@@ -37,7 +38,7 @@ class Refit(RepairPass):
         network: the original.
         targets: of each layer.
         masks: kept components.
-        batch_size: images a layer computes at once.
+        batch_size: images of a chunk.
         strength: of the penalty.
         n_rows: added up at once.
     """
@@ -56,7 +57,7 @@ class Refit(RepairPass):
         self.n_rows = n_rows
         self.n_parts = 1
 
-    def new_layer(self, name: str, inputs: Tensor, shortcut: Tensor | None) -> Linear:
+    def new_layer(self, name: str, inputs: Chunks, shortcut: Chunks | None) -> Linear:
         """See `RepairPass.new_layer`."""
         layer, targets = self.network.layers[name], self.targets[name]
         # Copies: of a network in float64 these would be its own.
@@ -64,7 +65,13 @@ class Refit(RepairPass):
         fitted = self._fitted(name, inputs)
         groups, outputs, columns = fitted.groups, fitted.outputs, fitted.columns
         parts = [
-            equations(int(groups.sum()), int(columns.sum()), int(outputs.sum()), len(targets.positions), inputs.device)
+            equations(
+                int(groups.sum()),
+                int(columns.sum()),
+                int(outputs.sum()),
+                len(targets.positions),
+                targets.positions.device,
+            )
             for _ in range(self.n_parts)
         ]
         old_weight, old_bias = weight[groups][:, outputs][:, :, columns], bias[groups][:, outputs]
@@ -72,7 +79,9 @@ class Refit(RepairPass):
         kept = self.kept(name).view(layer.n_groups, -1)[groups][:, None, outputs]
         sums = torch.zeros_like(bias)
         for positions, wanted in self._wanted(name, shortcut):
-            rows = layer.inputs_at(inputs, positions, fitted.channels)
+            rows = inputs.read(
+                positions, layer.n_places, lambda part, at: layer.inputs_at(part, at, fitted.channels), dim=1
+            )
             sums += wanted.sum(dim=1)
             residuals = wanted[groups][:, :, outputs] - torch.baddbmm(old_bias[:, None, :], rows, old_weight.mT)
             residuals = residuals if bool(kept.all()) else torch.where(kept, residuals, 0.0)
@@ -98,21 +107,22 @@ class Refit(RepairPass):
         """The strength for a layer."""
         return self.strength
 
-    def _fitted(self, name: str, inputs: Tensor) -> _Fitted:
+    def _fitted(self, name: str, inputs: Chunks) -> _Fitted:
         """Of a layer without groups the kept outputs' weights of live inputs; else groups that have both."""
-        layer, kept, live = self.network.layers[name], self.kept(name), self.network.layers[name].live_inputs(inputs)
+        layer, targets, kept = self.network.layers[name], self.targets[name], self.kept(name)
+        live = torch.stack([layer.live_inputs(part) for part in inputs]).any(dim=0)
         if layer.n_groups == 1:
-            one = torch.ones(1, dtype=torch.bool, device=inputs.device)
+            one = torch.ones(1, dtype=torch.bool, device=targets.positions.device)
             return _Fitted(one, kept, layer.columns_of(live), live, ~one)
         hears = live.view(layer.n_groups, -1).any(dim=1)
         groups = hears & kept.view(layer.n_groups, -1).any(dim=1)
         outputs, columns = (
-            torch.ones(size, dtype=torch.bool, device=inputs.device)
+            torch.ones(size, dtype=torch.bool, device=targets.positions.device)
             for size in (layer.n_outputs // layer.n_groups, layer.n_columns)
         )
         return _Fitted(groups, outputs, columns, layer.inputs_of(groups), ~hears)
 
-    def _wanted(self, name: str, shortcut: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _wanted(self, name: str, shortcut: Chunks | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Chunks of positions (P,) and targets (groups, P, outputs) in float64."""
         layer, targets = self.network.layers[name], self.targets[name]
         for positions, values in zip(
@@ -120,7 +130,7 @@ class Refit(RepairPass):
         ):
             wanted = values.double()
             if shortcut is not None:
-                wanted = wanted - layer.outputs_at(shortcut, positions)
+                wanted = wanted - shortcut.read(positions, layer.n_places, layer.outputs_at)
             yield positions, wanted.unflatten(1, (layer.n_groups, -1)).movedim(1, 0)
 
 

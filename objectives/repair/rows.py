@@ -90,10 +90,13 @@ class LinearLayer:
             outputs = outputs.movedim(1, -1)
         return outputs.reshape(-1, self.n_outputs)
 
-    def silenced(self, outputs: Tensor, kept: Tensor) -> Tensor:
-        """A value of the output's shape with pruned components zero; `kept` is (outputs,) of bool."""
-        shape = (-1, *[1] * (outputs.ndim - 2)) if isinstance(self.module, nn.Conv2d) else (-1,)
-        return outputs * kept.to(outputs.dtype).reshape(shape)
+    def silenced(self, module: Linear, kept: Tensor) -> Linear:
+        """A layer of this form whose pruned outputs are zero; `kept` is (outputs,) of bool."""
+        own = LinearLayer(module, self.output_shape)
+        by_group = kept.view(self.n_groups, -1)
+        return self.replaced(
+            torch.where(by_group[:, :, None], own.weight(), 0.0), torch.where(by_group, own.bias(), 0.0)
+        )
 
     def live_inputs(self, inputs: Tensor) -> Tensor:
         """(inputs,) of bool: which input channels are anywhere other than zero."""

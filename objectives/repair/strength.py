@@ -35,7 +35,7 @@ def choose_strength(
         targets: of each layer.
         images: reference images (N, C, H, W).
         masks: of the pruned network to choose it on.
-        batch_size: images a layer computes at once.
+        batch_size: images of a chunk.
     """
     if len(images) == 1:
         return STRENGTHS[-1]

@@ -88,7 +88,7 @@ def test_batches_are_as_large_as_the_caches_of_a_cpu(evaluator, monkeypatch):
     monkeypatch.setattr(Batches, "run", lambda *arguments: asked.append(arguments[2]) or run(*arguments))
     masks = subject.ranking().masks(0)
     by_caches = Evaluator(subject.canonical, images, batches).measure(masks).correct
-    monkeypatch.setattr("objectives.pruning.evaluation._BYTES_CACHED", 1)
+    monkeypatch.setattr("objectives.pruning.fusion._BYTES_CACHED", 1)
     one_by_one = Evaluator(subject.canonical, images, batches).measure(masks).correct
     assert torch.equal(by_caches, one_by_one)
     assert asked == [24 * 2**20 // (4 * 3 * 16 * 32 * 32), 1]  # a convolution that is added to a stream
