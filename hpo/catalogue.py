@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.report import LEGEND, plain_table
 from hpo.samplers import SAMPLERS
 from objectives.pruning.curve import FIGURES
-from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS
+from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
 from search_spaces.spaces import SPACES, load_space
 
 if TYPE_CHECKING:
@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 __all__ = ["catalogue", "catalogue_tables"]
 
 _HEURISTICS = {**HEURISTICS, **TRANSFORMER_HEURISTICS}
+_BASELINES = {**BASELINES, **TRANSFORMER_BASELINES}
 
 
 def catalogue() -> dict[str, Any]:
-    """Spaces with their content, heuristics with their composites, samplers and metrics, as JSON."""
+    """Spaces with their content, heuristics and baselines with what they rank by, samplers and metrics, as JSON."""
     return {
         "spaces": [
             {**load_space(name).to_json(), "size": load_space(name).size(), "description": _description(name)}
             for name in SPACES
         ],
         "heuristics": {name: composite.to_json() for name, composite in _HEURISTICS.items()},
+        "baselines": {name: ranker.to_json() for name, ranker in _BASELINES.items()},
         "samplers": list(SAMPLERS),
         "metrics": list(FIGURES),
     }
@@ -38,7 +40,10 @@ def catalogue_tables() -> list["Table | str"]:
     heuristics = plain_table("heuristic", "composite")
     for name, composite in _HEURISTICS.items():
         heuristics.add_row(name, composite.label)
-    return [spaces, heuristics, LEGEND, f"Samplers: {', '.join(SAMPLERS)}", f"Metrics: {', '.join(FIGURES)}"]
+    baselines = plain_table("baseline", "criterion")
+    for name, ranker in _BASELINES.items():
+        baselines.add_row(name, ranker.label)
+    return [spaces, heuristics, baselines, LEGEND, f"Samplers: {', '.join(SAMPLERS)}", f"Metrics: {', '.join(FIGURES)}"]
 
 
 def _description(name: str) -> str:

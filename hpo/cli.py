@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hpo.config import LaunchConfiguration
     from hpo.problem import LoadedProblem
     from objectives.pruning.prune import AmountKind
-    from search_spaces.composites import CompositeSpec
+    from search_spaces.criteria import Ranker
     from search_spaces.documents import CompositeDocument
     from storage.store import StudyStore
 
@@ -59,6 +59,7 @@ def cli() -> None:
     hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
     hpo launch --repair refit
+    hpo launch --baselines
     hpo launch --config study.toml --device cuda:0
     hpo launch --sampler grid --executor ray --workers 4
     hpo launch --executor ray --ray-address 10.0.0.5:6379 --gpus-per-trial 0.5
@@ -189,7 +190,13 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
 @click.option(
     "--composite", cls=Option, heading="Composite", metavar="FILE", help="Export document to take the composite from."
 )
-@click.option("--heuristic", cls=Option, heading="Composite", metavar="NAME", help="Published composite.")
+@click.option(
+    "--heuristic",
+    cls=Option,
+    heading="Composite",
+    metavar="NAME",
+    help="Published composite, or baseline (see `hpo spaces`).",
+)
 @click.option(
     "--rules",
     cls=Option,
@@ -258,7 +265,7 @@ def evaluate(
     from hpo.report import evaluation_tables
 
     document = None if composite is None else _read_document(composite)
-    spec = document.composite if document is not None else _composite(heuristic, rules, absolute, epsilon, attention)
+    spec = document.composite if document is not None else _ranker(heuristic, rules, absolute, epsilon, attention)
     configuration, given = _resolve_with(document, options, config)
     with make_progress(configuration.metric, console) as progress:
         progress.phase("Loading network and images")
@@ -629,7 +636,7 @@ def gc(
 @_json
 @_verbose
 def spaces(as_json: bool, verbose: bool) -> None:
-    """List what can be searched: spaces, heuristics, samplers and metrics."""
+    """List what can be searched: spaces, heuristics, baselines, samplers and metrics."""
     start_logging(verbose)
     from hpo.catalogue import catalogue, catalogue_tables
 
@@ -696,9 +703,9 @@ def _read_document(path: str) -> "CompositeDocument":
     return load_document(path)
 
 
-def _composite(
+def _ranker(
     heuristic: str | None, rules: str | None, absolute: bool, epsilon: float | None, attention: str | None
-) -> "CompositeSpec":
+) -> "Ranker":
     from search_spaces.composites import CompositeSpec
     from search_spaces.heuristics import heuristic as named
 

@@ -113,13 +113,15 @@ def configuration_options(*sections: Section, only: Sequence[str] = ()) -> Calla
     def decorate(command: _F) -> _F:
         for option in reversed(chosen):
             default = f"  [default: {option.default}]" if option.default.strip() else ""
+            value: dict[str, Any] = {"metavar": option.metavar, "multiple": option.multiple}
+            if option.is_flag:
+                value = {"is_flag": True, "default": None}  # None: not given, so that a file holds
             command = click.option(
                 f"--{option.name}",
                 option.field,
                 cls=Option,
                 heading=_HEADINGS[option.section],
-                metavar=option.metavar,
-                multiple=option.multiple,
+                **value,
                 help=f"{option.help}{default}",
             )(command)
         return command

@@ -68,6 +68,7 @@ class Option:
         metavar: What stands for the value in `--help`.
         default: The default in words.
         multiple: Given once per value on the command line.
+        is_flag: Given without a value on the command line.
         read: Reads a string of the command line or a value of a TOML file; raises ValueError saying what it wants.
     """
 
@@ -78,6 +79,7 @@ class Option:
     metavar: str
     default: str
     multiple: bool
+    is_flag: bool
     read: Callable[[Any], Any]
 
 
@@ -85,6 +87,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("must be text")
     return value.strip()
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
 
 
 def _whole(minimum: int) -> Callable[[Any], int]:
@@ -247,11 +255,13 @@ def _option(
     shown: str = "",
     name: str | None = None,
     multiple: bool = False,
+    is_flag: bool = False,
     private: bool = False,
 ) -> Any:
     """A dataclass field that carries its `Option`; `shown` words a default that depends on other options."""
-    metadata = {"section": section, "help": help, "read": read, "metavar": metavar, "name": name, "multiple": multiple}
-    metadata["default"] = shown or ("" if default is None else str(default))
+    metadata = {"section": section, "help": help, "read": read, "metavar": metavar, "name": name}
+    metadata |= {"multiple": multiple, "is_flag": is_flag}
+    metadata["default"] = shown or ("" if default is None or is_flag else str(default))
     return dataclasses.field(default=default, repr=not private, metadata=metadata)
 
 
@@ -303,6 +313,15 @@ class LaunchConfiguration:
     )
     metric: str = _option(
         "search", "Figure to maximise (see `hpo spaces`).", read=_text, metavar="FIGURE", default="auc"
+    )
+    baselines: bool = _option(
+        "search",
+        "Evaluate the baselines beside the heuristics: weight, gradient, Taylor, activation, integrated gradients, "
+        "random and LRP-alpha1-beta0 (see `hpo spaces`).",
+        read=_flag,
+        metavar="",
+        default=False,
+        is_flag=True,
     )
     pruner: Literal["none", "race"] | None = _option(
         "search",

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from objectives.objective import Evaluation
     from objectives.pruning.curve import Curve
     from objectives.racing import GivenUp
-    from search_spaces.composites import CompositeSpec
+    from search_spaces.criteria import Ranker
     from search_spaces.spaces import SearchSpace
 
 __all__ = ["CONFIRMATION", "DESCRIPTION", "StudyDriver"]
@@ -165,11 +165,16 @@ class StudyDriver:
         self._failures = FailureCount(self._executor.n_workers, some_work=bool(self._known))
 
     def _evaluate_heuristics(self) -> None:
-        done = trials.heuristics(self._trials())
-        published = heuristics_of(self._space.distributions())
-        left = [name for name in published if name not in done]
+        stored = self._trials()
+        done = trials.heuristics(stored)
+        # What a former launch was asked for and has left waiting would be asked by the search.
+        begun = {*done, *(t.user_attrs.get("heuristic") for t in stored if t.state == TrialState.WAITING)}
+        usual = heuristics_of(self._space.distributions(), baselines=self._configuration.baselines)
+        every = heuristics_of(self._space.distributions(), baselines=True)
+        wanted = [name for name in every if name in usual or name in begun]
+        left = [name for name in wanted if name not in done]
         if left:
-            self._phase("Heuristics", len(published), len(done))
+            self._phase("Heuristics", len(wanted), len(done))
         given = self._store.load(self._configuration.study, RandomSampler(seed=0))
         self._run_trials(HeuristicSource(self._store, given, self._space, left))
 
@@ -445,9 +450,7 @@ class StudyDriver:
         source.released(asked)
         _log.info("Trial %d was lost with its worker and is asked again: %s", number, failure)
 
-    def _remember(
-        self, trial: Trial | FrozenTrial, composite: "CompositeSpec", value: float, heuristic: str | None
-    ) -> None:
+    def _remember(self, trial: Trial | FrozenTrial, composite: "Ranker", value: float, heuristic: str | None) -> None:
         self._known.setdefault(composite.key, trial._trial_id)
         if self._leads(trial, value):
             self._best = value
@@ -458,7 +461,7 @@ class StudyDriver:
         """Whether a trial is better than all before; a heuristic outside the search space has no parameters."""
         return bool(trial.params) and (self._best is None or value > self._best)
 
-    def _draw_trial(self, trial: Trial | FrozenTrial, composite: "CompositeSpec", value: float, curve: "Curve") -> None:
+    def _draw_trial(self, trial: Trial | FrozenTrial, composite: "Ranker", value: float, curve: "Curve") -> None:
         title = f"trial {trial.number}: {composite.label}\n{self._configuration.metric} {value:.4f}"
         self._plotter.draw(trial, curve, title)
 

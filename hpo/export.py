@@ -14,6 +14,8 @@ from hpo.driver import DESCRIPTION
 from hpo.errors import ConfigurationError, NothingFoundError
 from hpo.problem import load_problem, refuse_imports
 from hpo.report import configuration_of
+from search_spaces.composites import CompositeSpec
+from search_spaces.criteria import CriterionSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.repairs import RepairSpec
 from search_spaces.spaces import load_space
@@ -34,7 +36,7 @@ def choose_trials(study: "Study", *, trial: int | None = None, top: int | None =
     """The trials to export: one by its number, or the best of distinct composites, best first.
 
     Raises:
-        NothingFoundError: No trial has this number, it is not complete, or no trial is.
+        NothingFoundError: No trial has this number, it is not complete, it has a criterion, or no trial is complete.
     """
     stored = study.get_trials(deepcopy=False)
     if trial is None:
@@ -45,6 +47,9 @@ def choose_trials(study: "Study", *, trial: int | None = None, top: int | None =
         raise NothingFoundError(f"Study {study.study_name!r} has no trial {trial}, but 0 to {len(stored) - 1}.")
     if stored[trial].state != TrialState.COMPLETE:
         raise NothingFoundError(f"Trial {trial} is {stored[trial].state.name}, not COMPLETE; choose another one.")
+    ranker = trials.composite_of(stored[trial])
+    if isinstance(ranker, CriterionSpec):
+        raise NothingFoundError(f"Trial {trial} is the baseline {ranker.label}, no composite; choose another one.")
     return [stored[trial]]
 
 
@@ -160,7 +165,7 @@ def _document(
     confirmed: Mapping[int, Confirmed],
 ) -> CompositeDocument:
     composite = trials.composite_of(trial)
-    assert composite is not None, "a complete trial has a composite"
+    assert isinstance(composite, CompositeSpec), "a chosen trial has one"
     curve = trials.curve_of(trial)
     confirmation = None
     if confirmed:

@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from search_spaces.composites import CompositeSpec
+from search_spaces.criteria import Ranker
 
 __all__ = ["Asked", "InFlight"]
 
@@ -16,7 +16,7 @@ class Asked:
     """A running trial; `heuristic` is its heuristic's name, None for a search trial."""
 
     trial: Trial
-    composite: CompositeSpec
+    composite: Ranker
     heuristic: str | None = None
 
     @property

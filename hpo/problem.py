@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from objectives.objective import Evaluation, Objective, ObjectiveOptions
     from objectives.pruning.evaluation import KnownMeasurement
     from objectives.racing import GivenUp, Race
-    from search_spaces.composites import CompositeSpec
+    from search_spaces.criteria import Ranker
     from search_spaces.documents import CompositeDocument
     from search_spaces.spaces import SearchSpace
     from storage.measurements import MeasurementRecord
@@ -186,15 +186,15 @@ class LoadedProblem:
         options = replace(self.objective.options, device=self.configuration.device)
         return partial(_worker, self._known, self.model, self.task, options, self.document)
 
-    def prepare(self, composites: "Sequence[CompositeSpec]") -> None:
+    def prepare(self, composites: "Sequence[Ranker]") -> None:
         """See `Worker.prepare`."""
         self.objective.prepare(composites)
 
-    def evaluate(self, composite: "CompositeSpec", images: Images) -> "Evaluation":
+    def evaluate(self, composite: "Ranker", images: Images) -> "Evaluation":
         """See `Worker.evaluate`."""
         return self.objective.evaluate(composite, images)
 
-    def race(self, composite: "CompositeSpec", race: "Race") -> "Evaluation | GivenUp":
+    def race(self, composite: "Ranker", race: "Race") -> "Evaluation | GivenUp":
         """See `Worker.race`."""
         return self.objective.race(composite, race)
 

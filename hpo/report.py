@@ -14,6 +14,7 @@ from hpo.confirmation import Confirmation
 from hpo.driver import CONFIRMATION
 from hpo.errors import NothingFoundError
 from hpo.racing import RaceSummary, described, given_up
+from search_spaces.criteria import CriterionSpec
 from search_spaces.imports import Named, runs_code
 from storage.store import CONFIGURATION
 from storage.trials import FAILURE, LOSSES
@@ -347,9 +348,12 @@ def trial_tables(trial: FrozenTrial) -> list["Table"]:
     facts.add_row("state", trial.state.name.lower())
     facts.add_row("role", " ".join(filter(None, (trials.role(trial), trial.user_attrs.get("heuristic")))))
     if (composite := trials.composite_of(trial)) is not None:
-        for group, rule in composite.rules.items():
-            facts.add_row(group, str(rule))
-        facts.add_row("abs", str(composite.abs).lower())
+        if isinstance(composite, CriterionSpec):
+            facts.add_row("criterion", composite.label)
+        else:
+            for group, rule in composite.rules.items():
+                facts.add_row(group, str(rule))
+            facts.add_row("abs", str(composite.abs).lower())
     if "reused_from" in trial.user_attrs:
         facts.add_row("equals", f"trial {trial.user_attrs['reused_from']}")
     if LOSSES in trial.user_attrs:

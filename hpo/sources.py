@@ -5,16 +5,19 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.in_flight import Asked
 from hpo.samplers import sampler_failure
+from search_spaces.criteria import CriterionSpec
 from search_spaces.errors import OutsideSpaceError, PruningHPOError
 from search_spaces.heuristics import heuristic
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.study import Study
 
     from search_spaces.spaces import SearchSpace
@@ -57,7 +60,7 @@ class HeuristicSource:
     Args:
         store: Where the study is.
         study: The study with a sampler that is not the search's: heuristics are given, not sampled.
-        space: The search space; heuristics outside of it have no parameters.
+        space: The search space; heuristics outside of it, as all criteria are, have no parameters.
         names: The heuristics to ask.
     """
 
@@ -96,17 +99,18 @@ class HeuristicSource:
         return next((trial for trial in waiting if trial.user_attrs.get("heuristic") == name), None)
 
     def _trial(self, name: str) -> FrozenTrial:
-        composite = heuristic(name)
-        try:
-            parameters, distributions = self._space.parameters(composite), self._space.distributions()
-        except OutsideSpaceError:
-            # Optuna holds a parameter to one set of values in all trials of a study.
-            parameters, distributions = {}, {}
+        ranker = heuristic(name)
+        # Optuna holds a parameter to one set of values in all trials of a study.
+        parameters: dict[str, Any] = {}
+        distributions: dict[str, BaseDistribution] = {}
+        if not isinstance(ranker, CriterionSpec):
+            with suppress(OutsideSpaceError):
+                parameters, distributions = self._space.parameters(ranker), self._space.distributions()
         return create_trial(
             state=TrialState.WAITING,
             params=parameters,
             distributions=distributions,
-            user_attrs={"role": "heuristic", "heuristic": name, "composite": composite.to_json()},
+            user_attrs={"role": "heuristic", "heuristic": name, "composite": ranker.to_json()},
         )
 
 

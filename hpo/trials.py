@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from objectives.pruning.curve import FIGURES, Curve
 from search_spaces.composites import CompositeSpec
+from search_spaces.criteria import Ranker, ranker_from_json
 from search_spaces.errors import SearchSpaceError
 from storage.trials import LOSSES, TrialResult
 
@@ -53,11 +54,11 @@ def role(trial: FrozenTrial) -> Role:
     return "heuristic" if trial.user_attrs.get("role") == "heuristic" else "search"
 
 
-def composite_of(trial: FrozenTrial) -> CompositeSpec | None:
-    """The trial's composite; None for one that failed or waits in a space of the user's own."""
+def composite_of(trial: FrozenTrial) -> Ranker | None:
+    """The trial's composite, or criterion; None for one that failed or waits in a space of the user's own."""
     try:
         if "composite" in trial.user_attrs:
-            return CompositeSpec.from_json(trial.user_attrs["composite"])
+            return ranker_from_json(trial.user_attrs["composite"])
         return CompositeSpec.from_parameters(trial.params)
     except SearchSpaceError:
         return None

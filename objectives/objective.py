@@ -1,4 +1,4 @@
-"""The objective: a composite becomes an evaluation.
+"""The objective: a composite, or a baseline criterion, becomes an evaluation.
 
 composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> repair -> accuracy -> curve
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives.attribution.composites import check_attention, check_groups, check_shape, fitting
+from objectives.attribution.criteria import ReferenceSamples, criterion_scores
 from objectives.attribution.engine import Attribution, OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope
 from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
@@ -32,7 +33,7 @@ from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
 from objectives.racing import Correctness, GivenUp, Race
 from objectives.repair.repairer import Repairer
-from search_spaces.composites import CompositeSpec
+from search_spaces.criteria import CriterionSpec, Ranker
 from search_spaces.documents import CompositeDocument
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
@@ -212,6 +213,7 @@ class Objective:
             if options.attribution == "zennit"
             else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
         )
+        self._samples = ReferenceSamples(self.network, references, self.attribution.batches, options.abs_scope)
         self._check_repair(options.repair)
         self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
         self._evaluators: dict[ImageSet, Evaluator] = {}
@@ -262,16 +264,18 @@ class Objective:
             "batch_size": options.batch_size,
         }
 
-    def prepare(self, composites: Sequence[CompositeSpec]) -> None:
+    def prepare(self, composites: Sequence[Ranker]) -> None:
         """Computes together what attributions of composites that will be evaluated soon share."""
-        self.attribution.prepare(composites)
+        self.attribution.prepare([each for each in composites if not isinstance(each, CriterionSpec)])
 
-    def scores(self, composite: CompositeSpec) -> dict[str, Tensor]:
+    def scores(self, composite: Ranker) -> dict[str, Tensor]:
         """Score of every component, layer -> (components,); all rankings of one attribution share it."""
+        if isinstance(composite, CriterionSpec):
+            return criterion_scores(composite, self._samples)
         relevance = self.attribution.attribute(composite)
         return relevance.scores(absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize)
 
-    def ranking(self, composite: CompositeSpec) -> Ranking:
+    def ranking(self, composite: Ranker) -> Ranking:
         """The order in which a composite prunes components."""
         return rank(self.scores(composite), None if self.ranking_scope == "global" else self._kinds)
 
@@ -279,7 +283,7 @@ class Objective:
     def _kinds(self) -> dict[str, str]:
         return {name: self.network.kinds[name] for name in self.network.components}
 
-    def repair(self, composite: CompositeSpec) -> RepairSpec:
+    def repair(self, composite: Ranker) -> RepairSpec:
         """How the networks that a composite prunes are repaired.
 
         Raises:
@@ -289,7 +293,7 @@ class Objective:
         self._check_repair(repair)
         return repair
 
-    def evaluate(self, composite: CompositeSpec, images: ImageSet = "search") -> Evaluation:
+    def evaluate(self, composite: Ranker, images: ImageSet = "search") -> Evaluation:
         """Attributes, prunes, repairs and counts.
 
         Args:
@@ -305,7 +309,7 @@ class Objective:
         repair = self.repair(composite)  # first: it may be refused
         return self._count(self._masks(composite, stopwatch), repair, images, stopwatch)
 
-    def race(self, composite: CompositeSpec, race: Race) -> Evaluation | GivenUp:
+    def race(self, composite: Ranker, race: Race) -> Evaluation | GivenUp:
         """As `evaluate` on the search images, unless the composite loses a race on the way.
 
         Raises:
@@ -324,7 +328,7 @@ class Objective:
             return replace(given_up, seconds=stopwatch.seconds())
         return self._count(masks, repair, "search", stopwatch)  # of what has been measured
 
-    def _masks(self, composite: CompositeSpec, stopwatch: _Stopwatch) -> list[Masks]:
+    def _masks(self, composite: Ranker, stopwatch: _Stopwatch) -> list[Masks]:
         """Of every rate."""
         procedure = PROCEDURES[self.options.procedure]
         masks = list(procedure(lambda: self.ranking(composite), self.options.rates))

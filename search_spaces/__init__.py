@@ -1,9 +1,11 @@
-"""Composites that can be searched: rules, spaces, heuristics and documents, without torch."""
+"""Composites that can be searched: rules, spaces, heuristics, criteria and documents, without torch."""
 
 from search_spaces.composites import AGGREGATES, ATTENTION_RULES, NORMALIZATIONS, CompositeSpec
+from search_spaces.criteria import CRITERIA, Criterion, CriterionSpec, Ranker, ranker_from_json
 from search_spaces.documents import CompositeDocument, document_schema, load_document, write_document
 from search_spaces.errors import (
     CompositeError,
+    CriterionError,
     DocumentError,
     DocumentVersionError,
     DocumentWriteError,
@@ -18,7 +20,14 @@ from search_spaces.errors import (
     UnknownRuleError,
     UnknownSpaceError,
 )
-from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS, heuristic, heuristics_of
+from search_spaces.heuristics import (
+    BASELINES,
+    HEURISTICS,
+    TRANSFORMER_BASELINES,
+    TRANSFORMER_HEURISTICS,
+    heuristic,
+    heuristics_of,
+)
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.reasons import message_of, reason_of
 from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
@@ -37,10 +46,15 @@ from search_spaces.suggestions import did_you_mean
 __all__ = [
     "AGGREGATES",
     "ATTENTION_RULES",
+    "BASELINES",
+    "CRITERIA",
     "CompositeDocument",
     "CompositeError",
     "CompositeSpec",
     "ContinuousSpace",
+    "Criterion",
+    "CriterionError",
+    "CriterionSpec",
     "DATA_SCHEMES",
     "DiscreteSpace",
     "DocumentError",
@@ -55,6 +69,7 @@ __all__ = [
     "PruningHPOError",
     "REPAIRS",
     "RULE_DEFAULTS",
+    "Ranker",
     "RepairSpec",
     "RepairSpecError",
     "RepairedSpace",
@@ -65,6 +80,7 @@ __all__ = [
     "SpaceError",
     "SpaceImportError",
     "SpaceNotFiniteError",
+    "TRANSFORMER_BASELINES",
     "TRANSFORMER_HEURISTICS",
     "UnknownHeuristicError",
     "UnknownRuleError",
@@ -78,6 +94,7 @@ __all__ = [
     "load_document",
     "load_space",
     "message_of",
+    "ranker_from_json",
     "reason_of",
     "register",
     "runs_code",

@@ -7,6 +7,7 @@ Every message is one line that names the offending value and the remedy; the com
         ├── CompositeError           (ValueError)    values that make no rule or composite
         │   ├── UnknownRuleError                     a rule that has no such name
         │   └── RepairSpecError                      values that make no repair
+        ├── CriterionError           (ValueError)    values that make no criterion
         ├── UnknownHeuristicError    (KeyError)      a heuristic that has no such name
         ├── SpaceError               (ValueError)    a search space that cannot be read or used
         │   ├── UnknownSpaceError                    a space that has no such name
@@ -20,6 +21,7 @@ Every message is one line that names the offending value and the remedy; the com
 
 __all__ = [
     "CompositeError",
+    "CriterionError",
     "DocumentError",
     "DocumentVersionError",
     "DocumentWriteError",
@@ -58,6 +60,10 @@ class UnknownRuleError(CompositeError):
 
 class RepairSpecError(CompositeError):
     """Values that make no repair."""
+
+
+class CriterionError(SearchSpaceError, ValueError):
+    """Values that make no criterion."""
 
 
 class UnknownHeuristicError(SearchSpaceError, KeyError):

@@ -1,14 +1,22 @@
-"""The published composites: the baselines of every study."""
+"""What stands beside every search: the published composites, and criteria that need no relevance."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from search_spaces.composites import CompositeSpec
+from search_spaces.criteria import CRITERIA, CriterionSpec, Ranker
 from search_spaces.errors import UnknownHeuristicError
 from search_spaces.rules import RuleSpec
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["HEURISTICS", "TRANSFORMER_HEURISTICS", "heuristic", "heuristics_of"]
+__all__ = [
+    "BASELINES",
+    "HEURISTICS",
+    "TRANSFORMER_BASELINES",
+    "TRANSFORMER_HEURISTICS",
+    "heuristic",
+    "heuristics_of",
+]
 
 _PUBLISHED = (
     # name, rule of the convolutions, rule of the fully-connected layers
@@ -26,6 +34,8 @@ _PUBLISHED_OF_TRANSFORMERS = (
     ("zplus-attention", RuleSpec("ZPlus"), "ZPlus"),  # z+ also through attention
     ("zplus-cp", RuleSpec("ZPlus"), "CP"),  # Yeom et al. 2021
 )
+_ALPHA1_BETA0 = RuleSpec("AlphaBeta", alpha=1, beta=0)
+_N_SEEDS = 5
 
 
 def _composite(convolutions: RuleSpec, fully_connected: RuleSpec, attention: str | None, *, abs: bool) -> CompositeSpec:
@@ -51,22 +61,43 @@ TRANSFORMER_HEURISTICS: Mapping[str, CompositeSpec] = MappingProxyType(
 """Likewise for vision transformers."""
 
 
-def heuristics_of(parameters: Iterable[str]) -> Mapping[str, CompositeSpec]:
+def _baselines(name: str, attention: str | None) -> Mapping[str, Ranker]:
+    criteria = {criterion: CriterionSpec(criterion) for criterion in CRITERIA if criterion != "random"}
+    seeds = {f"random-{seed}": CriterionSpec("random", seed=seed) for seed in range(_N_SEEDS)}
+    composites = {
+        name + suffix: _composite(_ALPHA1_BETA0, _ALPHA1_BETA0, attention, abs=suffix == "-abs")
+        for suffix in ("", "-abs")
+    }
+    return MappingProxyType({**criteria, **seeds, **composites})
+
+
+BASELINES: Mapping[str, Ranker] = _baselines("alpha1-beta0", None)
+"""Baselines of convolutional networks (Yeom et al. 2021, Hatefi et al. 2024): criteria without relevance, `random` with
+five seeds, and LRP-alpha1-beta0, which gives the relevance of z+. No registered space holds any of them."""
+
+TRANSFORMER_BASELINES: Mapping[str, Ranker] = _baselines("alpha1-beta0-cp", "CP")
+"""Likewise for vision transformers."""
+
+
+def heuristics_of(parameters: Iterable[str], *, baselines: bool = False) -> Mapping[str, Ranker]:
     """The heuristics that stand beside a search, by name.
 
     Args:
         parameters: Names of the space's parameters: with `attention` among them, it is for transformers.
+        baselines: The baselines too, after the published composites.
     """
-    return TRANSFORMER_HEURISTICS if "attention" in parameters else HEURISTICS
+    if "attention" in parameters:
+        return {**TRANSFORMER_HEURISTICS, **(TRANSFORMER_BASELINES if baselines else {})}
+    return {**HEURISTICS, **(BASELINES if baselines else {})}
 
 
-def heuristic(name: str) -> CompositeSpec:
-    """The published composite of this name.
+def heuristic(name: str) -> Ranker:
+    """The published composite or baseline of this name.
 
     Raises:
         UnknownHeuristicError: No heuristic has this name.
     """
-    known = {**HEURISTICS, **TRANSFORMER_HEURISTICS}
+    known: dict[str, Ranker] = {**HEURISTICS, **BASELINES, **TRANSFORMER_HEURISTICS, **TRANSFORMER_BASELINES}
     try:
         return known[name]
     except KeyError:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 __all__ = ["did_you_mean"]
 
-_MOST_LISTED = 24  # of 1,300 timm names, only the closest help
+_MOST_LISTED = 36  # of 1,300 timm names, only the closest help
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -16,7 +16,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     Args:
         name: What the user wrote; case does not matter.
-        known: What may be written. Up to 24 names are listed, in sorted order.
+        known: What may be written. Up to 36 names are listed, in sorted order.
 
     Returns:
         The closest names, if any come close, then the known ones; begins with a space unless empty.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
-from search_spaces.composites import CompositeSpec
+from search_spaces.criteria import Ranker
 
 if TYPE_CHECKING:
     from hpo.config import LaunchConfiguration
@@ -39,7 +39,7 @@ class Job:
     """
 
     number: int
-    composite: CompositeSpec
+    composite: Ranker
     images: Images = "search"
     race: "Race | None" = None
 
@@ -77,14 +77,14 @@ class Outcome:
 class Worker(Protocol):
     """What computes jobs, one at a time. Not thread-safe."""
 
-    def prepare(self, composites: Sequence[CompositeSpec]) -> None:
+    def prepare(self, composites: Sequence[Ranker]) -> None:
         """Compute what these composites share, if anything; `evaluate` is then called for each, in this order.
 
         May do nothing: no evaluation depends on it.
         """
         ...
 
-    def evaluate(self, composite: CompositeSpec, images: Images) -> "Evaluation":
+    def evaluate(self, composite: Ranker, images: Images) -> "Evaluation":
         """The composite's curve on these images; on confirmation images always in fp32.
 
         Raises:
@@ -93,7 +93,7 @@ class Worker(Protocol):
         """
         ...
 
-    def race(self, composite: CompositeSpec, race: "Race") -> "Evaluation | GivenUp":
+    def race(self, composite: Ranker, race: "Race") -> "Evaluation | GivenUp":
         """The composite's curve on the search images, unless it loses the race.
 
         Raises:

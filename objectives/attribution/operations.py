@@ -13,11 +13,14 @@ constant sum           in proportion to the summands; the constant (a position e
 constant tokens        the constant (a class token) keeps what relevance it receives
 layer norm             a linear map whose standard deviation is held constant, by the Epsilon rule
 =====================  ============================================================================
+
+Within `plain_gradients` none of these rules holds: the backward pass is the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,13 +37,43 @@ __all__ = [
     "Operation",
     "ResidualSum",
     "STABILIZER",
+    "plain_gradients",
 ]
 
 STABILIZER = 1e-6
 """Added to every denominator with its sign, as zennit's rules do by default."""
 
 
-class Operation(nn.Module):
+class _Ruled(nn.Module):
+    """A step with a relevance rule.
+
+    Attributes:
+        is_plain: whether gradients pass instead, set by `plain_gradients`.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.is_plain = False
+
+
+@contextmanager
+def plain_gradients(module: nn.Module) -> Iterator[None]:
+    """Has every operation of a network pass gradients instead of relevance while the block lasts.
+
+    Attention does so without a rule, as do layers without hooks.
+    """
+    operations = [child for child in module.modules() if isinstance(child, _Ruled)]
+    before = [operation.is_plain for operation in operations]
+    try:
+        for operation in operations:
+            operation.is_plain = True
+        yield
+    finally:
+        for operation, own in zip(operations, before, strict=True):
+            operation.is_plain = own
+
+
+class Operation(_Ruled):
     """One ATen operator applied to its tensor inputs with fixed further arguments.
 
     Args:
@@ -71,6 +104,8 @@ class Activation(Operation):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` and the result are of any equal shape."""
+        if self.is_plain:
+            return self.apply_operator(x)
         output: Tensor = _PassFunction.apply(x, self)
         return output
 
@@ -80,6 +115,8 @@ class AveragePool(Operation):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is (N, C, H, W)."""
+        if self.is_plain:
+            return self.apply_operator(x)
         output: Tensor = _NormFunction.apply(x, self)
         return output
 
@@ -89,6 +126,8 @@ class ResidualSum(Operation):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Both summands are of one shape."""
+        if self.is_plain:
+            return left + right
         output: Tensor = _SumFunction.apply(left, right)
         return output
 
@@ -98,11 +137,13 @@ class ConstantGate(Operation):
 
     def forward(self, features: Tensor, gate: Tensor) -> Tensor:
         """`features` is (N, C, H, W), `gate` broadcasts to it."""
+        if self.is_plain:
+            return features * gate
         output: Tensor = _GateFunction.apply(features, gate.detach())
         return output
 
 
-class ConstantSum(nn.Module):
+class ConstantSum(_Ruled):
     """Tokens plus a constant, such as a position embedding.
 
     Args:
@@ -117,6 +158,8 @@ class ConstantSum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is (N, tokens, channels)."""
+        if self.is_plain:
+            return x + self.constant
         output: Tensor = _ConstantSumFunction.apply(x, self.constant)
         return output
 
@@ -139,11 +182,13 @@ class ConstantTokens(nn.Module):
         return torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(_Ruled, nn.LayerNorm):
     """Layer norm over the last dimension, or over equal parts of it (each head's own)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is (..., parts * normalized)."""
+        if self.is_plain:
+            return self.plain(x)
         output: Tensor = _LayerNormFunction.apply(x, self)
         return output
 

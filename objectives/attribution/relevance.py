@@ -12,7 +12,7 @@ from torch import Tensor
 from objectives.errors import RelevanceError
 from objectives.network import CanonicalNetwork
 
-__all__ = ["AbsScope", "Relevance", "moments", "spread"]
+__all__ = ["AbsScope", "Relevance", "moments", "normalized", "spread"]
 
 AbsScope = Literal["sum", "element"]
 """Where the absolute value is taken: of each sample's sum over space (Hatefi et al. 2024), or of every element before
@@ -111,11 +111,12 @@ class Relevance:
                 )
             if not bool((magnitude != 0).any()):
                 raise RelevanceError(f"No relevance reaches layer {name!r} under this composite; use another rule.")
-            scores[name] = _normalized(values, normalize)
+            scores[name] = normalized(values, normalize)
         return scores
 
 
-def _normalized(scores: Tensor, normalize: str) -> Tensor:
+def normalized(scores: Tensor, normalize: str) -> Tensor:
+    """A layer's scores (components,), divided as `Relevance.scores` says; all 0 where the divisor would be."""
     match normalize:
         case "none":
             return scores

@@ -15,7 +15,7 @@ from hpo.cli import cli
 from hpo.config import OPTIONS
 from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
-from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS
+from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
 
 COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "db", "gc", "spaces"]
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
@@ -245,6 +245,36 @@ def test_evaluate_takes_heuristics_and_rules(study):
     assert named == spelled
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_evaluate_takes_baselines(name):
+    result = json.loads(hpo("evaluate", "--heuristic", name, "--json", *QUICK).stdout)
+    assert result["composite"] == BASELINES[name].to_json()
+    assert result["accuracies"][0] > 0.9 > result["accuracies"][1]
+
+
+def test_baselines_stand_beside_a_study_and_are_not_exported(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
+    options = "--study", "baselines", "--exact", "--n-trials", 1, *QUICK
+    n_beside = len(HEURISTICS) + len(BASELINES)
+    first, *_ = hpo("launch", *options, "--baselines").stdout.splitlines()
+    assert first == f"Study baselines: 1 of 1 trials, {n_beside} heuristics, metric auc."
+    status = json.loads(hpo("status", "baselines", "--json").stdout)
+    numbers = {each["heuristic"]: each["number"] for each in status["heuristics"]}
+    assert set(numbers) == {*HEURISTICS, *BASELINES}
+    assert set(status["confirmation"]["differences"]) == {*HEURISTICS, *BASELINES}
+    taylor = numbers["taylor"]
+    assert refused("export", "baselines", "--trial", taylor, "-o", tmp_path / "taylor.json") == (
+        f"Trial {taylor} is the baseline taylor, no composite; choose another one."
+    )
+    rows = [line.split() for line in hpo("show", taylor, "--study", "baselines").stdout.splitlines()]
+    assert ["criterion", "taylor"] in rows
+    shown = json.loads(hpo("show", taylor, "--study", "baselines", "--json").stdout)
+    assert shown["composite"] == {"criterion": "taylor", "normalize": "l2"}
+    hpo("export", "baselines", "--trial", numbers["alpha1-beta0"], "-o", tmp_path / "alpha1.json")
+    again = hpo("launch", *options)  # finished as it is: what was asked for once stays
+    assert f"{n_beside} heuristics" in again.stdout
+
+
 def test_evaluate_prints_a_table(study):
     lines = hpo("evaluate", "--heuristic", "zplus", *QUICK).stdout.splitlines()
     assert lines[0] == "ZPlus/ZPlus/ZPlus/ZPlus on 40 search images"
@@ -315,6 +345,9 @@ def test_spaces():
     assert "1,212" in text
     names = json.loads(hpo("spaces", "--json").stdout)
     assert set(names["heuristics"]) == {*HEURISTICS, *TRANSFORMER_HEURISTICS}
+    assert set(names["baselines"]) == {*BASELINES, *TRANSFORMER_BASELINES}
+    assert names["baselines"]["random-3"] == {"criterion": "random", "normalize": "none", "seed": 3}
+    assert " alpha1-beta0-cp-abs " in text
     assert names["metrics"] == list(FIGURES)
     assert {"grid", "tpe", "random"} <= set(names["samplers"])
 

@@ -98,6 +98,7 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         evaluation-images = 50
         confirmation-share = 0.25
         seed = 9
+        baselines = true
         rates = [0, 0.5]
         abs-scope = "element"
         output-relevance = "logit"
@@ -118,6 +119,7 @@ def test_every_option_can_stand_in_a_file(tmp_path):
     assert (configuration.timeout_s, configuration.trial_timeout_s, configuration.store_timeout_s) == (120, 600, 60)
     assert (configuration.workers, configuration.gpus_per_trial, configuration.cpus_per_trial) == (2, 0.5, 2)
     assert (configuration.trials_per_batch, configuration.max_losses) == (4, 1)
+    assert configuration.baselines is True
     assert configuration.size == (32, 48)
     assert configuration.classes == (3, "rose")
     assert configuration.rates == (0, 0.5)
@@ -265,3 +267,10 @@ def test_a_repair_that_is_given_has_no_strength_of_a_documents(tmp_path, repair,
 def test_a_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolve({}).seed = 1
+
+
+def test_a_flag_of_the_file_is_true_or_false(tmp_path):
+    assert resolve({}).baselines is False
+    assert resolve({"baselines": True}, write(tmp_path / "off.toml", "baselines = false")).baselines is True
+    with pytest.raises(ConfigurationError, match=r"Key 'baselines' of '.*' must be true or false, but got 'no'"):
+        resolve({}, write(tmp_path / "no.toml", 'baselines = "no"'))

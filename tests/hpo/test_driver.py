@@ -16,7 +16,7 @@ from hpo.trials import best, composite_of, curve_of, role
 from objectives.errors import RelevanceError
 from search_spaces.composites import CompositeSpec
 from search_spaces.errors import RepairSpecError
-from search_spaces.heuristics import HEURISTICS
+from search_spaces.heuristics import BASELINES, HEURISTICS
 from storage.errors import StudyIdentityError, TrialAlreadyFinishedError
 from storage.store import StudyStore
 from storage.urls import sqlite_path
@@ -42,6 +42,46 @@ def test_heuristics_come_first_and_do_not_count(drive, load, make_problem):
     assert [trial.user_attrs["heuristic"] for trial in trials[:10]] == list(HEURISTICS)
     assert [role(trial) for trial in trials] == ["heuristic"] * 10 + ["search"] * 5
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+
+
+def test_baselines_come_after_the_heuristics_and_are_never_best(drive, load, make_problem):
+    assert drive(make_problem(), n_trials=2, baselines=True)
+    study = load()
+    beside = study.get_trials()[: len(HEURISTICS) + len(BASELINES)]
+    assert [trial.user_attrs["heuristic"] for trial in beside] == [*HEURISTICS, *BASELINES]
+    assert [composite_of(trial) for trial in beside] == [*HEURISTICS.values(), *BASELINES.values()]
+    assert all(not trial.params for trial in beside[len(HEURISTICS) :])
+    assert not {trial.number for trial in best(study.get_trials(), 100)} & {t.number for t in beside[len(HEURISTICS) :]}
+    assert set(study.user_attrs[CONFIRMATION]["differences"]) == {*HEURISTICS, *BASELINES}
+    report = StudyReport.of(study)
+    assert {each.composite for each in report.heuristics} >= {spec.label for spec in BASELINES.values()}
+
+
+def test_a_study_takes_baselines_at_any_time(drive, load, make_problem):
+    drive(make_problem(), n_trials=2)
+    assert drive(make_problem(), n_trials=2, baselines=True)
+    roles = [role(trial) for trial in load().get_trials()]
+    assert roles == ["heuristic"] * 10 + ["search"] * 2 + ["heuristic"] * len(BASELINES)
+    assert not drive(make_problem(), n_trials=2)
+
+
+def test_a_baseline_that_waits_is_evaluated_by_a_launch_without_them(drive, load, make_problem):
+    stop = threading.Event()
+
+    class Stopping(make_problem):
+        def evaluate(self, composite, images):
+            if composite == BASELINES["taylor"]:
+                stop.set()
+            return super().evaluate(composite, images)
+
+    with pytest.raises(Interrupted):
+        drive(Stopping(), n_trials=2, baselines=True, stop=stop)
+    begun = [trial.user_attrs["heuristic"] for trial in load().get_trials()]
+    assert begun[:13] == [*HEURISTICS, "weight", "gradient", "taylor"]
+    assert drive(make_problem(), n_trials=2)
+    trials = load().get_trials()
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert [trial.user_attrs.get("heuristic") for trial in trials] == [*begun, None, None]
 
 
 def test_a_trial_says_all_about_itself(drive, load, make_problem):

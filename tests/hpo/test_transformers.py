@@ -20,7 +20,7 @@ from objectives.errors import RepairError
 from objectives.pruning.slim_files import load_coupled
 from objectives.racing import Correctness, Race
 from search_spaces.documents import load_document
-from search_spaces.heuristics import HEURISTICS, TRANSFORMER_HEURISTICS
+from search_spaces.heuristics import HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
 from search_spaces.repairs import RepairSpec
 
 OPTIONS = {
@@ -186,3 +186,12 @@ def test_rules_of_the_command_line_with_attention(model):
     one, other = (json.loads(result.stdout) for result in (named, given))
     assert one["composite"] == other["composite"]
     assert one["accuracies"] == other["accuracies"]
+
+
+@pytest.mark.parametrize("components", ["mlp", "heads"])
+@pytest.mark.parametrize("name", ["weight", "taylor", "integrated-gradients", "random-0", "alpha1-beta0-cp-abs"])
+def test_evaluate_takes_baselines_of_transformers(model, name, components):
+    options = "--heuristic", name, "--components", components, "--json"
+    result = json.loads(hpo("evaluate", *model, *QUICK, *options).stdout)
+    assert result["composite"] == TRANSFORMER_BASELINES[name].to_json()
+    assert len(result["accuracies"]) == 3

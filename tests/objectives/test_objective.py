@@ -17,7 +17,7 @@ from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
 from objectives.racing import Correctness, GivenUp, Race
-from search_spaces.heuristics import HEURISTICS
+from search_spaces.heuristics import BASELINES, HEURISTICS, heuristic
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 RATES = (0.0, 0.1, 0.3, 0.6, 0.9)
@@ -460,3 +460,25 @@ def test_images_measured_in_parts_are_classified_as_together(cifar):
     racing = Objective(cifar.model, cifar.task, cifar.options)
     raced = racing.race(EPSILON, _race(racing, exact))
     assert raced.correct == exact.correct
+
+
+def test_baselines_are_evaluated_as_composites_are(objective):
+    objective.prepare([EPSILON, *BASELINES.values()])
+    curves = {name: objective.evaluate(spec).curve for name, spec in BASELINES.items()}
+    assert {curve.accuracies[0] for curve in curves.values()} == {objective.unpruned_accuracy}
+    areas = {name: curve.figures()["auc"] for name, curve in curves.items()}
+    random = [areas.pop(f"random-{seed}") for seed in range(5)]
+    assert len(set(random)) > 1
+    assert min(areas.values()) > max(random)  # on a trained network
+    assert curves["alpha1-beta0"] == objective.evaluate(ZPLUS).curve
+
+
+def test_baselines_follow_the_scope_of_abs(model, task, objective):
+    elements = Objective(model, task, replace(OPTIONS, abs_scope="element"))
+    differ = {
+        name
+        for name in BASELINES
+        if elements.ranking(heuristic(name)).order.tolist() != objective.ranking(heuristic(name)).order.tolist()
+    }
+    assert differ >= {"gradient", "taylor"}
+    assert differ.isdisjoint({"weight", *(f"random-{seed}" for seed in range(5))})

@@ -1,8 +1,16 @@
+from itertools import chain
+
 import pytest
 
 from search_spaces import (
+    BASELINES,
     HEURISTICS,
+    TRANSFORMER_BASELINES,
     TRANSFORMER_HEURISTICS,
+    CompositeSpec,
+    CriterionSpec,
+    OutsideSpaceError,
+    RuleSpec,
     UnknownHeuristicError,
     heuristic,
     heuristics_of,
@@ -55,6 +63,53 @@ def test_each_space_has_the_heuristics_of_its_networks() -> None:
     assert heuristics_of(load_space("cnn").distributions()) == HEURISTICS
     assert heuristics_of(load_space("cnn-continuous").distributions()) == HEURISTICS
     assert heuristics_of(load_space("vit").distributions()) == TRANSFORMER_HEURISTICS
+
+
+CRITERIA = {
+    "weight": CriterionSpec("weight"),
+    "gradient": CriterionSpec("gradient"),
+    "taylor": CriterionSpec("taylor"),
+    "activation": CriterionSpec("activation"),
+    "integrated-gradients": CriterionSpec("integrated-gradients"),
+    **{f"random-{seed}": CriterionSpec("random", seed=seed) for seed in range(5)},
+}
+
+
+def test_the_baselines() -> None:
+    def alpha1_beta0(attention: str | None) -> list[CompositeSpec]:
+        rules = ",".join(f"{group}=AlphaBeta(1,0)" for group in ("LLR", "MLL", "HLL", "FCL"))
+        return [CompositeSpec.parse_rules(rules, abs=absolute, attention=attention) for absolute in (False, True)]
+
+    signed, absolute = alpha1_beta0(None)
+    assert RuleSpec("AlphaBeta", alpha=1, beta=0) == signed.LLR
+    expected = {**CRITERIA, "alpha1-beta0": signed, "alpha1-beta0-abs": absolute}
+    assert dict(BASELINES) == expected
+    signed, absolute = alpha1_beta0("CP")
+    expected = {**CRITERIA, "alpha1-beta0-cp": signed, "alpha1-beta0-cp-abs": absolute}
+    assert dict(TRANSFORMER_BASELINES) == expected
+
+
+def test_baselines_are_asked_for() -> None:
+    for space, published, baselines in (
+        ("cnn", HEURISTICS, BASELINES),
+        ("vit", TRANSFORMER_HEURISTICS, TRANSFORMER_BASELINES),
+    ):
+        found = heuristics_of(load_space(space).distributions(), baselines=True)
+        assert list(found.items()) == list(chain(published.items(), baselines.items()))
+
+
+def test_a_name_means_one_thing() -> None:
+    tables = HEURISTICS, BASELINES, TRANSFORMER_HEURISTICS, TRANSFORMER_BASELINES
+    for table in tables:
+        assert {name: heuristic(name) for name in table} == dict(table)
+
+
+@pytest.mark.parametrize("name", ["alpha1-beta0", "alpha1-beta0-abs"])
+def test_alpha1_beta0_is_in_no_registered_space(name: str) -> None:
+    composite = BASELINES[name]
+    assert isinstance(composite, CompositeSpec)
+    with pytest.raises(OutsideSpaceError):
+        load_space("cnn").parameters(composite)
 
 
 def test_unknown_heuristic() -> None:
