@@ -23,11 +23,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: many a test waits for a server, a signal or Ray."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(request):
     """Keeps the trained digits network between runs of the tests, apart from the user's."""

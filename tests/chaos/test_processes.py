@@ -135,10 +135,10 @@ def test_a_kill_before_a_commit(new_url, make_study, full, record):
 
 
 def test_a_driver_that_stands_still_keeps_its_study(url, make_study, full, record):
-    study = make_study(url, space_path=GRID_6, settings=StubSettings(seconds=0.2))
+    study = make_study(url, settings=StubSettings(seconds=0.1))
     with study.witness:
         first = study.start()
-        first.wait_for("1/6  trial")
+        first.wait_for("1/60  trial")
         first.process.send_signal(signal.SIGSTOP)
         for pause_s in (0, 60 if full else 2):
             time.sleep(pause_s)

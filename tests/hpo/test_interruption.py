@@ -70,9 +70,7 @@ def results(trials):
     return [(trial.number, role(trial), trial.params, trial.value, trial.intermediate_values) for trial in trials]
 
 
-@pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGINT, "3/10"), (signal.SIGINT, "1/4"), (signal.SIGTERM, "1/4")]
-)
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "3/10"), (signal.SIGTERM, "1/4")])
 def test_an_interrupted_launch_loses_nothing_and_resumes(launch, url, number, moment):
     first = launch("--n-trials", "4")
     first.wait_for(f"{moment}  trial")

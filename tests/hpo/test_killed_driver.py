@@ -44,7 +44,7 @@ def content(url):
         return trials, study.user_attrs[CONFIRMATION]
 
 
-@pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_kills_leave_no_trace(processes, tmp_path, sampler):
     whole, parts = (f"sqlite:///{tmp_path / name}" for name in ("whole.db", "parts.db"))
     drive(whole, sampler)

@@ -76,7 +76,7 @@ def refused(*arguments):
     return line.removeprefix("Error: ")
 
 
-@pytest.mark.parametrize("components", [None, "heads", "all"])
+@pytest.mark.parametrize("components", [None, "all"])
 def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_path, monkeypatch, components):
     monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
     chosen = [] if components is None else ["--components", components]
