@@ -15,7 +15,7 @@ from hpo.driver import CONFIRMATION
 from hpo.trials import role
 from storage.store import StudyStore
 
-SMALL = ["--exact", "--evaluation-images", "100", "--confirmation-share", "0.2"]
+SMALL = "--exact --rates 0,0.2,0.4,0.6,0.8 --evaluation-images 100 --confirmation-share 0.2"
 
 
 class Launch:
@@ -23,7 +23,7 @@ class Launch:
 
     def __init__(self, url, *arguments):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hpo.cli", "launch", *SMALL, *arguments],
+            [sys.executable, "-m", "hpo.cli", "launch", *SMALL.split(), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -79,10 +79,7 @@ def test_an_interrupted_launch_loses_nothing_and_resumes(launch, url, number, mo
     code, stdout, stderr = first.end()
     assert time.monotonic() - start < 5
     assert (code, stdout) == (130, "")
-    assert stderr.endswith(
-        "Interrupted: no finished trial is lost. To go on:\n"
-        "  hpo launch --exact --evaluation-images 100 --confirmation-share 0.2 --n-trials 4\n"
-    )
+    assert stderr.endswith(f"Interrupted: no finished trial is lost. To go on:\n  hpo launch {SMALL} --n-trials 4\n")
     before, _ = stored(url)
     states = Counter(trial.state for trial in before)
     assert TrialState.RUNNING not in states

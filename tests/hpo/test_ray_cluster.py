@@ -142,7 +142,9 @@ def evaluations(executor, batches):
 
 @pytest.mark.slow
 def test_values_are_those_of_the_local_executor(connect, one_thread):
-    problem = load_problem(resolve({"evaluation_images": "100", "confirmation_share": "0.2"}), None)
+    problem = load_problem(
+        resolve({"rates": "0,0.3,0.6", "evaluation_images": "100", "confirmation_share": "0.2"}), None
+    )
     composites = list(HEURISTICS.values())[:6]
     jobs = [Job(number, composite) for number, composite in enumerate(composites)] + [
         Job(6, composites[1], "confirmation")
