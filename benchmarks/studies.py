@@ -76,7 +76,7 @@ def _confirmed(url: str, study: str, trial: int, network: Sequence[str]) -> dict
                 ["evaluate", "--composite", document, "--images", "confirmation", "--json", *network],
                 standalone_mode=False,
             )
-    figures = json.loads(output.getvalue())["figures"]
+    figures = json.loads(output.getvalue())
     return {"confirmed_auc": figures["auc"], "confirmed_mean_accuracy": figures["mean_accuracy"]}
 
 
