@@ -122,7 +122,6 @@ def _print(result: Mapping[str, Any]) -> None:
     for row in result["compared"]:
         low, high = row["interval"]
         cells = [row["name"], f"{row['auc']:.4f} [{low:.4f}, {high:.4f}]", f"{row['mean_accuracy']:.4f}"]
-        if "best_minus_this" in row:
-            difference, below, above = row["best_minus_this"]
-            cells.append(f"{difference:+.4f} [{below:+.4f}, {above:+.4f}]")
+        difference, below, above = row.get("best_minus_this", (0.0, 0.0, 0.0))
+        cells.append(f"{difference:+.4f} [{below:+.4f}, {above:+.4f}]" if "best_minus_this" in row else "")
         print(f"| {' | '.join(cells)} |")
