@@ -132,8 +132,8 @@ def random_network(
     import timm
 
     import objectives.cifar_resnets  # noqa: F401 (registers its networks with timm)
+    from objectives.canonization import canonize
     from objectives.datasets import LabelledImages
-    from objectives.network import canonize
 
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)

@@ -19,13 +19,14 @@ from objectives.attribution.criteria import ReferenceSamples, criterion_scores
 from objectives.attribution.engine import Attribution, OutputRelevance, ZennitAttribution
 from objectives.attribution.relevance import AbsScope
 from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
 from objectives.errors import DataError, OptionError, RepairError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
-from objectives.network import CanonicalNetwork, Components, canonize
+from objectives.network import CanonicalNetwork, Components
 from objectives.procedures import PROCEDURES
 from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions

@@ -25,8 +25,9 @@ from zennit.core import Composite, Hook
 from zennit.rules import AlphaBeta, Epsilon, Gamma, ZPlus
 
 from objectives.attribution.attention import attention_rule
+from objectives.canonization import canonize
 from objectives.errors import UnsupportedNetworkError
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork
 from search_spaces.composites import ATTENTION_RULES, CompositeSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.rules import RuleSpec

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device
 from objectives.errors import OptionError
 from objectives.models import LoadedModel
-from objectives.network import canonize
 from objectives.objective import Columns, Objective, ObjectiveOptions
 from objectives.pruning.curve import keeps
 from objectives.pruning.evaluation import correct_predictions

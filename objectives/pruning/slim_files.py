@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import objectives.models  # noqa: F401 (registers this product's networks with timm)
 from objectives.attribution.composites import check_shape, fitting
+from objectives.canonization import canonize
 from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError
-from objectives.network import canonize
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import slim
 from objectives.repair.repairer import with_biases

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, fx, nn
 
 import objectives.cifar_resnets  # noqa: F401 (registers its networks with timm)
-from objectives.network import CanonicalNetwork, canonize
+from objectives.canonization import canonize
+from objectives.network import CanonicalNetwork
 
 _SLIM_HEAD = {"mlp_ratio": 1 / 32}  # the 4096-wide dense layers would take a gigabyte in float64
 _ZOO: dict[str, tuple[int, dict[str, Any]]] = {

@@ -5,9 +5,10 @@ import torchvision
 from torch import Tensor, nn
 
 import objectives.cifar_resnets  # noqa: F401 (registers its networks with timm)
+from objectives.canonization import canonize
 from objectives.errors import UnsupportedNetworkError
 from objectives.layer_groups import group_layers
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork
 
 
 def on_meta(constructor, *arguments, side: int = 224, **options) -> CanonicalNetwork:

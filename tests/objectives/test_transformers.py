@@ -12,11 +12,11 @@ from torch import nn
 
 from objectives.attribution.attention import AttentionProduct, AttentionWeights
 from objectives.attribution.operations import ConstantSum, ConstantTokens, LayerNorm
+from objectives.canonization import canonize
 from objectives.datasets import load_task
 from objectives.errors import UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.models import load_model
-from objectives.network import canonize
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.pruning.ranking import rank
 from search_spaces.heuristics import TRANSFORMER_HEURISTICS

@@ -19,10 +19,10 @@ from objectives.attribution.operations import (
     LayerNorm,
     ResidualSum,
 )
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.errors import UnsupportedNetworkError
 from objectives.layer_groups import group_layers
-from objectives.network import canonize
 from search_spaces.composites import ATTENTION_RULES, CompositeSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 

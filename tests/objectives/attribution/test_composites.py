@@ -10,10 +10,10 @@ from zennit.core import Composite
 from objectives import load_composite
 from objectives.attribution.composites import check_groups, hook_of, zennit_composite
 from objectives.attribution.engine import ZennitAttribution, captured
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.errors import UnsupportedNetworkError
 from objectives.layer_groups import group_layers
-from objectives.network import canonize
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 from search_spaces.rules import GROUPS, RuleSpec

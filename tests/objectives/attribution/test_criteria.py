@@ -10,10 +10,11 @@ from torch import Tensor, nn
 import objectives.attribution.criteria as criteria
 from objectives.attribution.criteria import ReferenceSamples, conductance, criterion_scores, plain
 from objectives.attribution.operations import plain_gradients
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.errors import RelevanceError
 from objectives.memory import Batches
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork
 from objectives.pruning.ranking import rank
 from search_spaces.criteria import CRITERIA, CriterionSpec
 from search_spaces.heuristics import BASELINES

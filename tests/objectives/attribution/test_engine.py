@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from objectives.attribution.composites import zennit_composite
 from objectives.attribution.engine import ZennitAttribution, captured
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.errors import RelevanceError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork
 from search_spaces.composites import CompositeSpec
 
 MIXED = CompositeSpec.parse_rules("LLR=Gamma,MLL=AlphaBeta,HLL=ZPlus,FCL=Epsilon", abs=True)

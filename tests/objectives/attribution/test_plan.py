@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 from objectives.attribution.composites import zennit_composite
 from objectives.attribution.operations import Activation
 from objectives.attribution.plan import Plan, make_plan
+from objectives.canonization import canonize
 from objectives.layer_groups import group_layers
-from objectives.network import canonize
 from search_spaces.composites import CompositeSpec
 
 MIXED = CompositeSpec.parse_rules("LLR=Gamma,MLL=AlphaBeta,HLL=Gamma,FCL=Epsilon", abs=True)

@@ -19,10 +19,11 @@ from objectives.attribution.operations import Activation, LayerNorm
 from objectives.attribution.propagation import Batch
 from objectives.attribution.relevance import Relevance
 from objectives.attribution.shared import SharedAttribution
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.errors import OptionError, OutOfMemoryError, UnsupportedNetworkError
 from objectives.layer_groups import group_layers
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork
 from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
 from search_spaces.composites import ATTENTION_RULES, CompositeSpec

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from objectives.canonization import canonize
 from objectives.datasets import Task, load_task
 from objectives.models import LoadedModel, load_model
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.pruning.ranking import Masks, Ranking, rank
 from search_spaces.composites import CompositeSpec

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.memory import Batches
-from objectives.network import canonize
 from objectives.pruning.evaluation import Evaluator, News, correct_predictions
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import cost, slim

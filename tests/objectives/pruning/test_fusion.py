@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from objectives.network import canonize
+from objectives.canonization import canonize
 from objectives.pruning.fusion import fused, largest_step
 from objectives.pruning.slimming import draft, slim
 

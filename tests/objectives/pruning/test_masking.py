@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from objectives.network import canonize
+from objectives.canonization import canonize
 from objectives.pruning.masking import masked
 
 NETWORKS = ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "efficientnet_b0", "regnety_002", "cifar_resnet20"]

@@ -9,10 +9,10 @@ import pytest
 import safetensors
 import torch
 
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages, load_task
 from objectives.errors import OptionError, SlimFileError, UnsupportedNetworkError
 from objectives.models import load_model
-from objectives.network import canonize
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.pruning.masking import masked
 from objectives.pruning.prune import PruneAmount, prune

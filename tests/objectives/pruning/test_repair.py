@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from objectives.canonization import canonize
 from objectives.errors import RepairError
 from objectives.memory import Batches
-from objectives.network import canonize
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import slim
 from objectives.repair.moments import MatchMoments

@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import nn
 
+from objectives.canonization import canonize
 from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError, UnsupportedNetworkError
 from objectives.memory import Batches
-from objectives.network import canonize
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
 from objectives.pruning.slim_files import (

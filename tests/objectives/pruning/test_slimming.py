@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from objectives.network import canonize
+from objectives.canonization import canonize
 from objectives.pruning.masking import masked
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
 from objectives.pruning.slimming import Cost, cost, depends_on_images, slim

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from objectives.canonization import canonize
 from objectives.errors import UnsupportedNetworkError
-from objectives.network import canonize
 from objectives.pruning.masking import masked
 from objectives.pruning.structured import prune_coupled
 

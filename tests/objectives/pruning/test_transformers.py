@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from objectives.network import canonize
+from objectives.canonization import canonize
 from objectives.pruning.fusion import fused
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank

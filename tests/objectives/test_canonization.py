@@ -4,8 +4,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from objectives.attribution.operations import Activation, AveragePool, ConstantGate, ResidualSum
+from objectives.canonization import canonize
 from objectives.errors import UnsupportedNetworkError
-from objectives.network import canonize
 
 
 def relative_difference(one: Tensor, other: Tensor) -> float:
