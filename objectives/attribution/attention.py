@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from zennit.core import stabilize
 
 from objectives.attribution.operations import STABILIZER
+from objectives.attribution.stacks import product, times
 
 __all__ = ["AttentionProduct", "AttentionScores", "AttentionWeights", "Heads", "attention_rule", "heads_of"]
 
@@ -146,11 +147,11 @@ class AttentionProduct(nn.Module):
                 factor, denominator = value, 2 * output
             case _:
                 raise ValueError(f"`rule` must be CP, ZPlus or AttnLRP, but got {rule=}.")
-        share = heads_of(_times(relevance, stabilize(denominator, STABILIZER).reciprocal()), self.n_heads)
-        at_value = _times(tokens_of(_product(weights.transpose(-2, -1), share)), factor)
+        share = heads_of(times(relevance, stabilize(denominator, STABILIZER).reciprocal()), self.n_heads)
+        at_value = times(tokens_of(product(weights.transpose(-2, -1), share)), factor)
         if rule != "AttnLRP":
             return None, at_value
-        return _times(_product(share, heads_of(value, self.n_heads).transpose(-2, -1)), weights), at_value
+        return times(product(share, heads_of(value, self.n_heads).transpose(-2, -1)), weights), at_value
 
     def extra_repr(self) -> str:
         """Shows the number of heads in `print(network)`."""
@@ -183,16 +184,16 @@ class AttentionScores:
 
     def at_scores(self, relevance: Tensor) -> Tensor:
         """Relevance of the scores from that of the weights, (rows * N, heads, tokens, tokens)."""
-        kept = relevance - _times(relevance.sum(dim=-1, keepdim=True), self.weights)
-        return _times(kept, self.scores)
+        kept = relevance - times(relevance.sum(dim=-1, keepdim=True), self.weights)
+        return times(kept, self.scores)
 
     def at_inputs(self, relevance: Tensor) -> tuple[Tensor, Tensor]:
         """Relevance of q and k from that of the weights, (rows * N, tokens, heads * head_dim)."""
-        share = _times(self.at_scores(relevance), self.module.scale / stabilize(2 * self.scores, STABILIZER))
+        share = times(self.at_scores(relevance), self.module.scale / stabilize(2 * self.scores, STABILIZER))
         n_heads = self.module.n_heads
-        at_query = tokens_of(_product(share, heads_of(self.key, n_heads)))
-        at_key = tokens_of(_product(share.transpose(-2, -1), heads_of(self.query, n_heads)))
-        return _times(at_query, self.query), _times(at_key, self.key)
+        at_query = tokens_of(product(share, heads_of(self.key, n_heads)))
+        at_key = tokens_of(product(share.transpose(-2, -1), heads_of(self.query, n_heads)))
+        return times(at_query, self.query), times(at_key, self.key)
 
 
 @contextmanager
@@ -219,19 +220,6 @@ def heads_of(tokens: Tensor, n_heads: int) -> Tensor:
 def tokens_of(heads: Tensor) -> Tensor:
     """(..., heads, tokens, head_dim) -> (..., tokens, heads * head_dim)."""
     return heads.transpose(-3, -2).flatten(-2)
-
-
-def _times(stacked: Tensor, factor: Tensor) -> Tensor:
-    """Every row (N, ...) of `stacked` (rows * N, ...) times `factor` (N, ...)."""
-    rows: Tensor = stacked.unflatten(0, (-1, len(factor))) * factor
-    return rows.flatten(0, 1)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product of two stacks (rows * N, heads, ...) and (N, heads, ...), whichever is which."""
-    n_samples = min(len(left), len(right))
-    rows: Tensor = left.unflatten(0, (-1, n_samples)) @ right.unflatten(0, (-1, n_samples))
-    return rows.flatten(0, 1)
 
 
 class _WeightsFunction(torch.autograd.Function):

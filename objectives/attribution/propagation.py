@@ -32,6 +32,7 @@ from torch import Tensor, fx, nn
 from objectives.attribution.attention import AttentionProduct, AttentionScores, AttentionWeights
 from objectives.attribution.operations import STABILIZER, Activation, ConstantGate, ConstantSum, LayerNorm, ResidualSum
 from objectives.attribution.plan import RESHAPES, Plan
+from objectives.attribution.stacks import times
 from search_spaces.rules import RuleSpec
 
 __all__ = ["Batch", "LinearStep", "Rule", "Step"]
@@ -183,10 +184,10 @@ class LinearStep:
         parameters = rule.parameters
         match rule.name:
             case "Epsilon":
-                share = _times(relevance, _reciprocal(self.outputs, parameters["epsilon"]))
+                share = times(relevance, _reciprocal(self.outputs, parameters["epsilon"]))
                 return (self._weighed(self._transposed(share, self._weight)),)
             case "ZPlus":
-                return (self._positive_part(_times(relevance, _reciprocal(self.contributions(positive=True)))),)
+                return (self._positive_part(times(relevance, _reciprocal(self.contributions(positive=True)))),)
             case "AlphaBeta":
                 return (self._alpha_beta(relevance, parameters["alpha"], parameters["beta"]),)
             case "Gamma":
@@ -218,10 +219,10 @@ class LinearStep:
         )
 
     def _alpha_beta(self, relevance: Tensor, alpha: float, beta: float) -> Tensor:
-        above = _times(relevance, alpha * _reciprocal(self.contributions(positive=True)))
+        above = times(relevance, alpha * _reciprocal(self.contributions(positive=True)))
         if not beta:
             return self._positive_part(above)
-        below = _times(relevance, -beta * _reciprocal(self.contributions(positive=False)))
+        below = times(relevance, -beta * _reciprocal(self.contributions(positive=False)))
         rises, falls = self._rises(), self._falls()
         result = self._weighed(self._transposed(above, rises).add_(self._transposed(below, falls)), 1)
         if self.never_negative:
@@ -231,17 +232,17 @@ class LinearStep:
     def _gamma(self, relevance: Tensor, gamma: float) -> Tensor:
         rising = self.contributions(positive=True)
         if self.silent and self.never_negative:
-            share = _times(relevance, _reciprocal(torch.add(self.outputs, rising, alpha=gamma)))
+            share = times(relevance, _reciprocal(torch.add(self.outputs, rising, alpha=gamma)))
             return self._weighed(self._transposed(share, self._weight + gamma * self._rises()))
         sign = self.outputs.sign()
         chosen = rising * sign.clamp(min=0)
         if not self.silent:
             chosen -= self.contributions(positive=False) * sign.clamp(max=0)
         size = _reciprocal(torch.add(self.outputs, chosen, alpha=gamma)).mul_(sign)  # of P and of -N
-        folded = _times(relevance, size * (gamma / 2))
-        plain = _times(relevance, size.mul_(sign).mul_(1 + gamma / 2))
+        folded = times(relevance, size * (gamma / 2))
+        plain = times(relevance, size.mul_(sign).mul_(1 + gamma / 2))
         result = self._weighed(self._transposed(plain, self._weight))
-        return result.add_(_times(self._transposed(folded, self._weight.abs()), self.inputs.abs(), in_place=True))
+        return result.add_(times(self._transposed(folded, self._weight.abs()), self.inputs.abs(), in_place=True))
 
     @property
     def _weight(self) -> Tensor:
@@ -258,7 +259,7 @@ class LinearStep:
         inputs = self.inputs
         if sign and not self.never_negative:
             inputs = inputs.clamp(min=0) if sign > 0 else inputs.clamp(max=0)
-        return _times(transposed, inputs, in_place=True)
+        return times(transposed, inputs, in_place=True)
 
     def _applied(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = self.layer
@@ -347,7 +348,7 @@ class _Shares:
         return cls((x * _reciprocal(x + constant),))
 
     def propagate(self, relevance: Tensor, rule: Rule) -> tuple[Tensor, ...]:
-        return tuple(_times(relevance, share) for share in self.shares)
+        return tuple(times(relevance, share) for share in self.shares)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -419,12 +420,6 @@ class _Recorded:
             for row in relevance.split(len(self.output))
         ]
         return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*rows, strict=True))
-
-
-def _times(stacked: Tensor, factor: Tensor, *, in_place: bool = False) -> Tensor:
-    """Every row (N, ...) of `stacked` (rows * N, ...) times `factor` (N, ...)."""
-    rows: Tensor = stacked.unflatten(0, (-1, len(factor)))
-    return (rows.mul_(factor) if in_place else rows * factor).flatten(0, 1)
 
 
 def _reciprocal(denominator: Tensor, stabilizer: float = STABILIZER) -> Tensor:
