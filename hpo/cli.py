@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import click
 
@@ -20,6 +20,7 @@ from hpo.command_line import ARGUMENTS, EXIT_INTERRUPTED, Group, Option, configu
 from hpo.config import OPTIONS, given_fields, resolve
 from hpo.errors import ConfigurationError, Interrupted
 from hpo.terminal import print_json, print_parts, start_logging
+from search_spaces.choices import ImageSet
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -230,7 +231,7 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
 @configuration_options("search", only=["space"])
 @click.option(
     "--images",
-    type=click.Choice(["search", "confirmation"]),
+    type=click.Choice(get_args(ImageSet)),
     default="search",
     show_default=True,
     help="Images to measure accuracy on.",

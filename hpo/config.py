@@ -11,11 +11,20 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hpo.errors import ConfigurationError
 from objectives.options import parse_option
 from objectives.pruning.rates import DEFAULT_RATES, parse_rates
+from search_spaces.choices import (
+    AbsScope,
+    AttributionEngine,
+    Components,
+    Dtype,
+    OutputRelevance,
+    RankingScope,
+    ReferenceSampling,
+)
 from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
 from search_spaces.repairs import REPAIRS, RepairSpec
@@ -23,9 +32,11 @@ from search_spaces.suggestions import did_you_mean
 
 __all__ = [
     "DEFAULT_CPUS_PER_TRIAL",
+    "ExecutorName",
     "LaunchConfiguration",
     "OPTIONS",
     "Option",
+    "Pruner",
     "Section",
     "given_fields",
     "parse_seconds",
@@ -33,6 +44,12 @@ __all__ = [
 ]
 
 Section = Literal["study", "search", "execution", "model", "data", "objective"]
+
+ExecutorName = Literal["local", "ray"]
+"""Where trials run."""
+
+Pruner = Literal["none", "race"]
+"""Whether trials that can't become the best are given up."""
 
 DEFAULT_CPUS_PER_TRIAL = 1
 """What a worker of Ray computes with, where `--cpus-per-trial` does not say."""
@@ -43,17 +60,17 @@ _DEFAULT_N_TRIALS = 100
 _DEFAULT_N_TRIALS_DIGITS = 60
 _DEFAULT_TRIALS_PER_BATCH = 8
 
-_ABS_SCOPES = ("sum", "element")
-_COMPONENTS = ("all", "heads", "mlp")
-_RANKINGS = ("kind", "global")
-_ATTRIBUTIONS = ("shared", "zennit")
-_DTYPES = ("fp32", "bf16")
-_EXECUTORS = ("local", "ray")
+_ABS_SCOPES = get_args(AbsScope)
+_COMPONENTS = get_args(Components)
+_RANKINGS = get_args(RankingScope)
+_ATTRIBUTIONS = get_args(AttributionEngine)
+_DTYPES = get_args(Dtype)
+_EXECUTORS = get_args(ExecutorName)
 _OF_RAY = ("workers", "gpus-per-trial", "cpus-per-trial", "ray-address", "trial-timeout")
 _LEAST_CPUS = 0.01  # smaller ones make thousands of workers
-_PRUNERS = ("none", "race")
-_OUTPUT_RELEVANCES = ("one", "logit")
-_SAMPLES = ("random", "first")
+_PRUNERS = get_args(Pruner)
+_OUTPUT_RELEVANCES = get_args(OutputRelevance)
+_SAMPLES = get_args(ReferenceSampling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +340,7 @@ class LaunchConfiguration:
         default=False,
         is_flag=True,
     )
-    pruner: Literal["none", "race"] | None = _option(
+    pruner: Pruner | None = _option(
         "search",
         "race gives a trial up as soon as it cannot become the best; none evaluates every trial exactly.",
         read=_choice(_PRUNERS),
@@ -339,7 +356,7 @@ class LaunchConfiguration:
         default=0.01,
     )
 
-    executor: Literal["local", "ray"] = _option(
+    executor: ExecutorName = _option(
         "execution",
         "Where trials run: in this process, or in as many as Ray has room for.",
         read=_executor,
@@ -475,7 +492,7 @@ class LaunchConfiguration:
         metavar="N",
         default=10,
     )
-    sample: Literal["random", "first"] = _option(
+    sample: ReferenceSampling = _option(
         "data",
         "Which training images of a class are references.",
         read=_choice(_SAMPLES),
@@ -508,35 +525,35 @@ class LaunchConfiguration:
         default=(),
         shown=DEFAULT_RATES,
     )
-    components: Literal["all", "heads", "mlp"] | None = _option(
+    components: Components | None = _option(
         "objective",
         "What is pruned: neurons of a vision transformer's MLPs, its attention heads, or all.",
         read=_choice(_COMPONENTS),
         metavar="|".join(_COMPONENTS),
         shown="mlp for vision transformers, else all",
     )
-    ranking: Literal["kind", "global"] = _option(
+    ranking: RankingScope = _option(
         "objective",
         "Of a transformer's heads and neurons together: rank each kind within itself, or all over the whole network.",
         read=_choice(_RANKINGS),
         metavar="|".join(_RANKINGS),
         default="kind",
     )
-    abs_scope: Literal["sum", "element"] = _option(
+    abs_scope: AbsScope = _option(
         "objective",
         "What `abs` takes the absolute value of: a sample's relevance summed over space, or every element.",
         read=_choice(_ABS_SCOPES),
         metavar="|".join(_ABS_SCOPES),
         default="sum",
     )
-    output_relevance: Literal["one", "logit"] = _option(
+    output_relevance: OutputRelevance = _option(
         "objective",
         "Relevance that the true class starts with: one, or its logit.",
         read=_choice(_OUTPUT_RELEVANCES),
         metavar="|".join(_OUTPUT_RELEVANCES),
         default="one",
     )
-    dtype: Literal["fp32", "bf16"] = _option(
+    dtype: Dtype = _option(
         "objective",
         "Precision of the evaluations while searching; confirmation always uses fp32.",
         read=_choice(_DTYPES),
@@ -550,7 +567,7 @@ class LaunchConfiguration:
         metavar="N",
         default=100,
     )
-    attribution: Literal["shared", "zennit"] = _option(
+    attribution: AttributionEngine = _option(
         "objective",
         "Attribute many composites together, or one at a time by zennit; scores agree to rounding.",
         read=_choice(_ATTRIBUTIONS),

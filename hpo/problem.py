@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.config import LaunchConfiguration
 from hpo.errors import ConfigurationError, ImportRefusedError
-from hpo.executors import Images, Worker
+from hpo.executors import Worker
 from hpo.measurements import known_by_origin
+from search_spaces.choices import ImageSet
 from search_spaces.imports import Named, runs_code
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Problem(Worker, Protocol):
         """The part of an export document that all trials of a study share, as JSON."""
         ...
 
-    def subject(self, images: Images) -> str:
+    def subject(self, images: ImageSet) -> str:
         """By what measurements on these images are looked for in the store: the same on every machine."""
         ...
 
@@ -88,7 +89,7 @@ class LoadedProblem:
         self.model: LoadedModel = objective.model
         self.task: Task = objective.task
         self._known: Mapping[str, Sequence[KnownMeasurement]] = {}
-        self._subjects: dict[Images, str] = {}
+        self._subjects: dict[ImageSet, str] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -153,7 +154,7 @@ class LoadedProblem:
             "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
         }
 
-    def subject(self, images: Images) -> str:
+    def subject(self, images: ImageSet) -> str:
         """See `Problem.subject`; of the network, these images and the dtype.
 
         Device and threads are left out, as the driver may have others than its workers. What a measurement depends on
@@ -190,7 +191,7 @@ class LoadedProblem:
         """See `Worker.prepare`."""
         self.objective.prepare(composites)
 
-    def evaluate(self, composite: "Ranker", images: Images) -> "Evaluation":
+    def evaluate(self, composite: "Ranker", images: ImageSet) -> "Evaluation":
         """See `Worker.evaluate`."""
         return self.objective.evaluate(composite, images)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -15,7 +15,7 @@ from objectives.racing import Correctness, GivenUp, Race
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-    from hpo.config import LaunchConfiguration
+    from hpo.config import LaunchConfiguration, Pruner
     from objectives.objective import Evaluation
     from search_spaces.spaces import SearchSpace
 
@@ -27,9 +27,7 @@ RIVAL = "rival"
 _SMALL_GRID = 100
 
 
-def default_pruner(
-    configuration: "LaunchConfiguration", space: "SearchSpace", sampler: "BaseSampler"
-) -> Literal["none", "race"]:
+def default_pruner(configuration: "LaunchConfiguration", space: "SearchSpace", sampler: "BaseSampler") -> "Pruner":
     """The pruner of a study whose user names none.
 
     A sampler of the user's own may ask again for what was given up, as it hears no value.

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from hpo.driver import StudyDriver
 from hpo.errors import Interrupted
-from hpo.executors import Images, make_executor
+from hpo.executors import make_executor
 from hpo.plots import CurvePlotter
 from hpo.problem import LoadedProblem, default_space, load_problem, refuse_space
 from hpo.racing import default_pruner
 from hpo.samplers import GridSampler, make_sampler
+from search_spaces.choices import ImageSet
 from search_spaces.spaces import load_space
 from storage.errors import StoreNotFoundError, StudyInUseError
 from storage.patience import Patience
@@ -116,7 +117,7 @@ def _recall_measurements(configuration: "LaunchConfiguration", problem: LoadedPr
     """Have the problem learn what any study in the store has measured of it, before its workers are made."""
     try:
         with StudyStore.open(configuration.storage, read_only=True) as store:
-            images: list[Images] = ["search"]
+            images: list[ImageSet] = ["search"]
             if problem.n_confirmation_images:
                 images.append("confirmation")
             problem.learn(store.measurements([problem.subject(each) for each in images]))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import fx
 
 from objectives.attribution.attention import Heads
 from objectives.errors import UnsupportedNetworkError
+from search_spaces.choices import Components
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["CanonicalNetwork", "Components", "Layer", "channel_axis", "n_channels", "shape_of"]
-
-Components = Literal["all", "heads", "mlp"]
-"""Which components are pruned: attention heads, neurons of a transformer's MLPs, or all that there are."""
+__all__ = ["CanonicalNetwork", "Layer", "channel_axis", "n_channels", "shape_of"]
 
 
 @dataclass(frozen=True, slots=True)

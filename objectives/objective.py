@@ -9,15 +9,14 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from objectives.attribution.composites import check_attention, check_groups, check_shape, fitting
 from objectives.attribution.criteria import ReferenceSamples, criterion_scores
-from objectives.attribution.engine import Attribution, OutputRelevance, ZennitAttribution
-from objectives.attribution.relevance import AbsScope
+from objectives.attribution.engine import Attribution, ZennitAttribution
 from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
 from objectives.canonization import canonize
 from objectives.datasets import LabelledImages, Task
@@ -26,7 +25,7 @@ from objectives.errors import DataError, OptionError, RepairError, UnsupportedNe
 from objectives.layer_groups import group_layers
 from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
-from objectives.network import CanonicalNetwork, Components
+from objectives.network import CanonicalNetwork
 from objectives.procedures import PROCEDURES
 from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
@@ -34,17 +33,21 @@ from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
 from objectives.racing import Correctness, GivenUp, Race
 from objectives.repair.repairer import Repairer
+from search_spaces.choices import (
+    AbsScope,
+    AttributionEngine,
+    Components,
+    Dtype,
+    ImageSet,
+    OutputRelevance,
+    RankingScope,
+)
 from search_spaces.criteria import CriterionSpec, Ranker
 from search_spaces.documents import CompositeDocument
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["Columns", "Evaluation", "ImageSet", "Objective", "ObjectiveOptions"]
-
-AttributionEngine = Literal["shared", "zennit"]
-Dtype = Literal["fp32", "bf16"]
-RankingScope = Literal["kind", "global"]
-ImageSet = Literal["search", "confirmation"]
+__all__ = ["Columns", "Evaluation", "Objective", "ObjectiveOptions"]
 
 _CHOICES = {
     "abs_scope": get_args(AbsScope),
@@ -69,11 +72,11 @@ class ObjectiveOptions:
     Attributes:
         rates: pruning rates, increasing from 0.
         procedure: how pruning proceeds.
-        components: which are pruned, see `objectives.network.Components`; by default the neurons of a transformer's
+        components: which are pruned, see `search_spaces.choices.Components`; by default the neurons of a transformer's
             MLPs, and all of another network.
         ranking: components of each `kind` are ranked within themselves and pruned at every rate, or all over the whole
             network (`global`). Only a transformer's heads and neurons together are of two kinds.
-        abs_scope: where `abs` is taken, see `objectives.attribution.relevance.AbsScope`.
+        abs_scope: where `abs` is taken, see `search_spaces.choices.AbsScope`.
         output_relevance: relevance starts as `one` at the true class's logit, or as the `logit`.
         dtype: of evaluation during the search; attribution and confirmation are in fp32.
         batch_size: images a pass, in attribution and evaluation.

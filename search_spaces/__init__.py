@@ -1,5 +1,15 @@
 """Composites that can be searched: rules, spaces, heuristics, criteria and documents, without torch."""
 
+from search_spaces.choices import (
+    AbsScope,
+    AttributionEngine,
+    Components,
+    Dtype,
+    ImageSet,
+    OutputRelevance,
+    RankingScope,
+    ReferenceSampling,
+)
 from search_spaces.composites import AGGREGATES, ATTENTION_RULES, NORMALIZATIONS, CompositeSpec
 from search_spaces.criteria import CRITERIA, Criterion, CriterionSpec, Ranker, ranker_from_json
 from search_spaces.documents import CompositeDocument, document_schema, load_document, write_document
@@ -46,8 +56,11 @@ from search_spaces.suggestions import did_you_mean
 __all__ = [
     "AGGREGATES",
     "ATTENTION_RULES",
+    "AbsScope",
+    "AttributionEngine",
     "BASELINES",
     "CRITERIA",
+    "Components",
     "CompositeDocument",
     "CompositeError",
     "CompositeSpec",
@@ -60,16 +73,21 @@ __all__ = [
     "DocumentError",
     "DocumentVersionError",
     "DocumentWriteError",
+    "Dtype",
     "GROUPS",
     "HEURISTICS",
+    "ImageSet",
     "NORMALIZATIONS",
     "NO_REPAIR",
     "Named",
+    "OutputRelevance",
     "OutsideSpaceError",
     "PruningHPOError",
     "REPAIRS",
     "RULE_DEFAULTS",
     "Ranker",
+    "RankingScope",
+    "ReferenceSampling",
     "RepairSpec",
     "RepairSpecError",
     "RepairedSpace",

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from search_spaces.choices import AbsScope, Components, OutputRelevance, RankingScope
 from search_spaces.composites import CompositeSpec
 from search_spaces.errors import CompositeError, DocumentError, DocumentVersionError, DocumentWriteError
 from search_spaces.repairs import NO_REPAIR, RepairSpec
@@ -66,11 +67,11 @@ class CompositeDocument:
     kind: str = "pruning-hpo/composite"
     composite: CompositeSpec
     layer_groups: dict[str, str]
-    abs_scope: Literal["sum", "element"]
-    output_relevance: Literal["one", "logit"]
+    abs_scope: AbsScope
+    output_relevance: OutputRelevance
     procedure: str = "one_shot"
-    components: Literal["all", "heads", "mlp"] = "all"
-    ranking: Literal["global", "kind"] = "global"
+    components: Components = "all"
+    ranking: RankingScope = "global"
     rates: tuple[float, ...]
     repair: dict[str, Any] = field(default_factory=NO_REPAIR.to_json)
     preprocessing: dict[str, Any]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
+from search_spaces.choices import ImageSet
 from search_spaces.criteria import Ranker
 
 if TYPE_CHECKING:
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
     from objectives.objective import Evaluation
     from objectives.racing import GivenUp, Race
 
-__all__ = ["Cause", "Executor", "Images", "Job", "Outcome", "Worker", "make_executor"]
-
-Images = Literal["search", "confirmation"]
+__all__ = ["Cause", "Executor", "Job", "Outcome", "Worker", "make_executor"]
 
 Cause = Literal["composite", "objective", "worker", "unstarted"]
 """Why a job has no evaluation.
@@ -40,7 +39,7 @@ class Job:
 
     number: int
     composite: Ranker
-    images: Images = "search"
+    images: ImageSet = "search"
     race: "Race | None" = None
 
 
@@ -84,7 +83,7 @@ class Worker(Protocol):
         """
         ...
 
-    def evaluate(self, composite: Ranker, images: Images) -> "Evaluation":
+    def evaluate(self, composite: Ranker, images: ImageSet) -> "Evaluation":
         """The composite's curve on these images; on confirmation images always in fp32.
 
         Raises:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from objectives.attribution.engine import captured
 from objectives.attribution.operations import Activation, plain_gradients
-from objectives.attribution.relevance import AbsScope, moments, normalized, spread
+from objectives.attribution.relevance import moments, normalized, spread
 from objectives.datasets import LabelledImages
 from objectives.errors import RelevanceError
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
+from search_spaces.choices import AbsScope
 from search_spaces.criteria import Criterion, CriterionSpec
 
 __all__ = ["N_STEPS", "ReferenceSamples", "conductance", "criterion_scores"]

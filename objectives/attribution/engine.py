@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,15 @@ from zennit.core import stabilize
 
 from objectives.attribution.composites import check_attention, check_groups, zennit_composite
 from objectives.attribution.operations import STABILIZER
-from objectives.attribution.relevance import AbsScope, Relevance, moments, spread
+from objectives.attribution.relevance import Relevance, moments, spread
 from objectives.datasets import LabelledImages
 from objectives.errors import RelevanceError
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
+from search_spaces.choices import AbsScope, OutputRelevance
 from search_spaces.composites import CompositeSpec
 
-__all__ = ["Attribution", "OutputRelevance", "ZennitAttribution", "captured", "start_relevance"]
-
-OutputRelevance = Literal["one", "logit"]
+__all__ = ["Attribution", "ZennitAttribution", "captured", "start_relevance"]
 
 _N_KEPT = 8
 _BALANCE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}

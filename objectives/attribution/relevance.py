@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from objectives.errors import RelevanceError
 from objectives.network import CanonicalNetwork
+from search_spaces.choices import AbsScope
 
-__all__ = ["AbsScope", "Relevance", "moments", "normalized", "spread"]
-
-AbsScope = Literal["sum", "element"]
-"""Where the absolute value is taken: of each sample's sum over space (Hatefi et al. 2024), or of every element before
-any sum (Yeom et al. 2021)."""
+__all__ = ["Relevance", "moments", "normalized", "spread"]
 
 
 def spread(network: CanonicalNetwork, name: str, relevance: Tensor) -> Tensor:

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, fx
 
 from objectives.attribution.composites import check_attention, check_groups
-from objectives.attribution.engine import OutputRelevance, ZennitAttribution, start_relevance
+from objectives.attribution.engine import ZennitAttribution, start_relevance
 from objectives.attribution.plan import ATTENTION, Plan, Segment, make_plan
 from objectives.attribution.propagation import Batch, Rule
-from objectives.attribution.relevance import AbsScope, Relevance, moments, spread
+from objectives.attribution.relevance import Relevance, moments, spread
 from objectives.datasets import LabelledImages
 from objectives.errors import OptionError
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
+from search_spaces.choices import AbsScope, OutputRelevance
 from search_spaces.composites import CompositeSpec
 
 __all__ = ["DEFAULT_MEMORY", "SharedAttribution"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from objectives.errors import DataError
+from search_spaces.choices import ReferenceSampling
 
 __all__ = ["Split", "split_images"]
 
@@ -42,7 +42,7 @@ def split_images(
     evaluation_images: int | None,
     confirmation_share: float,
     seed: int,
-    sample: Literal["first", "random"] = "random",
+    sample: ReferenceSampling = "random",
 ) -> Split:
     """Selects images by their labels and a seed.
 
@@ -112,7 +112,7 @@ def _draw(
     classes: Sequence[int],
     n_per_class: int,
     seed: int,
-    sample: Literal["first", "random"],
+    sample: ReferenceSampling,
     names: Mapping[int, str],
 ) -> NDArray[np.intp]:
     """A class's draw depends on the seed and the class alone, so fewer classes leave the others' references."""

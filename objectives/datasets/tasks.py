@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from objectives.errors import DataError
 from objectives.fingerprints import pixels_fingerprint, selection_fingerprint
 from objectives.models import LoadedModel
 from objectives.preprocessing import Preprocessing
+from search_spaces.choices import ReferenceSampling
 from search_spaces.imports import is_import_path, runs_code
 from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
@@ -94,7 +94,7 @@ def load_task(
     confirmation_share: float = 0.5,
     seed: int = 0,
     class_map: str | Path | Mapping[str, int] | None = None,
-    sample: Literal["first", "random"] = "random",
+    sample: ReferenceSampling = "random",
     allow_imports: bool = True,
 ) -> Task:
     """Opens the data, selects the study's images and prepares them; only selected images are decoded.

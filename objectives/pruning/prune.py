@@ -36,6 +36,7 @@ from objectives.pruning.slimming import cost, depends_on_images, draft, slim
 from objectives.pruning.structured import prune_coupled, resize_transformer
 from objectives.repair.own import repaired
 from objectives.repair.repairer import with_layers
+from search_spaces.choices import ImageSet
 from search_spaces.documents import CompositeDocument
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
@@ -324,7 +325,7 @@ class _Pruning:
         kept = self.objective.kept_outputs
         return network if kept is None else Columns(network, kept)
 
-    def _image_set(self) -> Literal["search", "confirmation"]:
+    def _image_set(self) -> ImageSet:
         return "confirmation" if len(self.objective.task.confirmation) else "search"
 
     def _images(self) -> LabelledImages:

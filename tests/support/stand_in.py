@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler
 
 from hpo.config import resolve
 from hpo.driver import StudyDriver
-from hpo.executors import Executor, Images, Job, Outcome, Worker, make_executor
+from hpo.executors import Executor, Job, Outcome, Worker, make_executor
 from hpo.executors.computation import compute
 from hpo.plots import CurvePlotter
 from hpo.progress import LogProgress
@@ -23,6 +23,7 @@ from hpo.samplers import make_sampler
 from objectives.objective import Evaluation
 from objectives.pruning.curve import Curve
 from objectives.racing import Correctness, GivenUp, Race
+from search_spaces.choices import ImageSet
 from search_spaces.composites import CompositeSpec
 from search_spaces.spaces import SearchSpace, load_space
 from storage.patience import IMPATIENT, Patience
@@ -69,7 +70,7 @@ class StandInProblem:
             "versions": {"pruning-hpo": "0"},
         }
 
-    def subject(self, images: Images) -> str:
+    def subject(self, images: ImageSet) -> str:
         return hashlib.md5(f"{self.data} {images}".encode()).hexdigest()
 
     def worker(self) -> Callable[[], Worker]:
@@ -78,7 +79,7 @@ class StandInProblem:
     def prepare(self, composites: Sequence[CompositeSpec]) -> None:
         pass
 
-    def evaluate(self, composite: CompositeSpec, images: Images) -> Evaluation:
+    def evaluate(self, composite: CompositeSpec, images: ImageSet) -> Evaluation:
         self.evaluating.set()
         time.sleep(self.seconds)
         if composite.key in self.failing:
