@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import fx, nn
 from objectives.attribution.attention import Heads
 from objectives.attribution.operations import ConstantGate, ResidualSum
 from objectives.errors import UnsupportedNetworkError
-from objectives.network import CanonicalNetwork, Layer, n_channels, shape_of
+from objectives.network import CanonicalNetwork, Layer, lies_in, n_channels, shape_of
 from objectives.steps import MOVES, arguments_of, name_of
 
 __all__ = ["RewrittenGraph", "describe"]
@@ -74,7 +74,7 @@ def describe(graph: RewrittenGraph) -> CanonicalNetwork:
         if node in carrying and node.op == "call_module" and isinstance(module.get_submodule(node.target), ResidualSum)
     ]
     scopes = tuple(dict.fromkeys(graph.scopes[node] for node in sums))
-    blocks = _blocks(scopes, graph.heads)
+    blocks = _blocks(scopes, layers, classifier, graph.heads)
     return CanonicalNetwork(
         module=module,
         layers=layers,
@@ -88,20 +88,22 @@ def describe(graph: RewrittenGraph) -> CanonicalNetwork:
     )
 
 
-def _kinds(graph: RewrittenGraph, layers: dict[str, Layer], classifier: str, blocks: Sequence[str]) -> dict[str, str]:
+def _kinds(
+    graph: RewrittenGraph, layers: dict[str, Layer], classifier: str, blocks: Sequence[Sequence[str]]
+) -> dict[str, str]:
     """Kind of all that could be components, by name in forward order."""
     if not graph.heads:
         return {name: "filters" for name in layers if name != classifier}
-    of_attention = {name for heads in graph.heads.values() for name in (heads.query, heads.key, heads.value)}
+    no_mlp = {name for heads in graph.heads.values() for name in (heads.query, heads.key, heads.value)} | {classifier}
     kinds = {}
     for node in graph.module.graph.nodes:
         name = str(node.target)
         if name in graph.heads:
             kinds[name] = "heads"
             continue
-        if name not in layers or name in of_attention or layers[name].is_convolution:
+        if name not in layers or name in no_mlp or layers[name].is_convolution:
             continue
-        in_block = any(name.startswith(f"{block}.") for block in blocks)
+        in_block = any(lies_in(name, *block) for block in blocks)
         if in_block and not _reads_heads(graph.module, node, graph.heads):
             kinds[name] = "mlp"
     return kinds
@@ -159,10 +161,25 @@ def _relevance_path(module: fx.GraphModule, logits: fx.Node) -> set[fx.Node]:
     return path
 
 
-def _blocks(residual_scopes: Sequence[str], heads: Collection[str]) -> tuple[str, ...]:
-    """The innermost residual scope around each attention's heads, in forward order."""
-    around = [[scope for scope in residual_scopes if scope and name.startswith(f"{scope}.")] for name in heads]
-    return tuple(dict.fromkeys(max(scopes, key=len) for scopes in around if scopes))
+def _blocks(
+    residual_scopes: Sequence[str], layers: Mapping[str, Layer], classifier: str, heads: Collection[str]
+) -> tuple[tuple[str, ...], ...]:
+    """Residual scopes of each block, in forward order.
+
+    They are the innermost one around an attention's heads, and those behind it with dense layers and no other block's
+    heads: there attention and MLP have a residual sum each in a module of its own.
+    """
+    around = [[scope for scope in residual_scopes if scope and lies_in(name, scope)] for name in heads]
+    blocks: dict[str, list[str]] = {max(scopes, key=len): [] for scopes in around if scopes}
+    latest = None
+    for scope in residual_scopes:
+        if scope in blocks:
+            latest = scope
+        elif latest is not None and scope and not lies_in(classifier, scope):
+            dense = any(lies_in(name, scope) and not layer.is_convolution for name, layer in layers.items())
+            if dense and all(lies_in(name, latest) for name in heads if lies_in(name, scope)):
+                blocks[latest].append(scope)
+    return tuple((scope, *further) for scope, further in blocks.items())
 
 
 def _reads_heads(module: fx.GraphModule, node: fx.Node, heads: dict[str, Heads]) -> bool:

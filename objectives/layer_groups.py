@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from objectives.errors import UnsupportedNetworkError
-from objectives.network import CanonicalNetwork, Layer
+from objectives.network import CanonicalNetwork, Layer, lies_in
 from search_spaces.rules import GROUPS
 from search_spaces.suggestions import did_you_mean
 
@@ -93,7 +93,7 @@ def _by_quarters(network: CanonicalNetwork) -> dict[str, str]:
     groups: dict[str, str] = {}
     latest = -1
     for name in network.layers:
-        block = next((index for index, scope in enumerate(blocks) if name.startswith(f"{scope}.")), None)
+        block = next((index for index, scopes in enumerate(blocks) if lies_in(name, *scopes)), None)
         if block is None and latest >= 0:
             groups[name] = "FCL"
             continue

@@ -13,7 +13,7 @@ from objectives.errors import UnsupportedNetworkError
 from search_spaces.choices import Components
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["CanonicalNetwork", "Layer", "channel_axis", "n_channels", "shape_of"]
+__all__ = ["CanonicalNetwork", "Layer", "channel_axis", "lies_in", "n_channels", "shape_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class CanonicalNetwork:
         classifier: name of the last layer, whose outputs are the logits.
         residual_scopes: names of the modules that hold a residual sum, in forward order.
         residual_sums: names of the sums' modules in `module`.
-        blocks: names of a transformer's blocks, the innermost residual scopes that hold heads, in forward order.
+        blocks: residual scopes of each of a transformer's blocks, in forward order: the innermost one that holds its
+            heads, and the one that holds its MLP, where that is another.
         input_shape: (C, H, W).
         heads: of each attention, by the name of the module in `module` that computes their outputs, in forward order.
         kinds: of all that could be components, by name in forward order: `filters` (neurons of dense layers too), and
@@ -66,7 +67,7 @@ class CanonicalNetwork:
     classifier: str
     residual_scopes: tuple[str, ...]
     residual_sums: tuple[str, ...]
-    blocks: tuple[str, ...]
+    blocks: tuple[tuple[str, ...], ...]
     input_shape: tuple[int, int, int]
     heads: dict[str, Heads]
     kinds: dict[str, str]
@@ -116,6 +117,11 @@ class CanonicalNetwork:
                 "the option out."
             )
         return replace(self, choice=components or ("mlp" if self.is_transformer else "all"))
+
+
+def lies_in(name: str, *scopes: str) -> bool:
+    """Whether a module lies in one of these others."""
+    return name.startswith(tuple(f"{scope}." for scope in scopes))
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, ParallelScalingBlock, VisionTransformer
 from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
@@ -18,7 +19,9 @@ from objectives.errors import UnsupportedNetworkError
 from objectives.layer_groups import group_layers
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
+from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
+from objectives.pruning.slimming import slim
 from search_spaces.heuristics import TRANSFORMER_HEURISTICS
 
 
@@ -72,6 +75,33 @@ def test_a_layer_each_for_query_key_and_value(build_transformer):
     heads = canonical.heads["blocks.1.attn.heads"]
     assert (heads.n_heads, heads.head_dim, heads.projection) == (3, 8, "blocks.1.attn.qkv")
     assert (heads.query, heads.key, heads.value) == tuple(f"blocks.1.attn.qkv.{part}" for part in "qkv")
+
+
+class Residual(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class WrappedBlock(nn.Module):
+    """A transformer's block whose residual sums are in modules of their own, or in its own forward."""
+
+    def __init__(self, wrapped, dim, num_heads, mlp_ratio, **_) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        branches = {
+            "attn": nn.Sequential(nn.LayerNorm(dim), Attention(dim, num_heads, qkv_bias=True)),
+            "mlp": nn.Sequential(nn.LayerNorm(dim), Mlp(dim, int(dim * mlp_ratio))),
+        }
+        for name, branch in branches.items():
+            self.add_module(name, Residual(branch) if name in wrapped else branch)
+
+    def forward(self, x):
+        x = self.attn(x) if "attn" in self.wrapped else x + self.attn(x)
+        return self.mlp(x) if "mlp" in self.wrapped else x + self.mlp(x)
 
 
 class AttendingTwice(nn.Module):
@@ -160,13 +190,39 @@ def test_residual_networks_in_front_are_no_blocks(lively):
     network = lively(VisionTransformer(**sizes, num_classes=10, embed_layer=partial(HybridEmbed, backbone=backbone)))
     canonical = canonize(network, (3, 32, 32))
     assert canonical.residual_scopes[:2] == tuple(f"patch_embed.backbone.layer1.{block}" for block in (0, 1))
-    assert canonical.blocks == tuple(f"blocks.{block}" for block in range(4))
+    assert canonical.blocks == tuple((f"blocks.{block}",) for block in range(4))
     expected = [f"blocks.{block}.mlp.{layer}" for block in range(4) for layer in ("fc1", "fc2")]
     assert list(canonical.choosing("mlp").components) == expected
     groups = group_layers(canonical)
     assert {group for name, group in groups.items() if name.startswith("patch_embed.")} == {"LLR"}
     assert [groups[f"blocks.{block}.mlp.fc2"] for block in range(4)] == ["LLR", "MLL", "MLL", "HLL"]
     assert [name for name, group in groups.items() if group == "FCL"] == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "blocks"),
+    [
+        (("attn", "mlp"), [(f"blocks.{block}.attn", f"blocks.{block}.mlp") for block in range(4)]),
+        (("attn",), [(f"blocks.{block}.attn", f"blocks.{block}") for block in range(4)]),
+        (("mlp",), [(f"blocks.{block}", f"blocks.{block}.mlp") for block in range(4)]),
+    ],
+)
+def test_attention_and_mlp_may_have_a_residual_module_each(build_transformer, wrapped, blocks):
+    network = build_transformer("class-token", block_fn=partial(WrappedBlock, wrapped))
+    canonical = canonize(network, (3, 16, 16))
+    assert list(canonical.blocks) == blocks
+    heads, mlp = (list(canonical.choosing(kind).components) for kind in ("heads", "mlp"))
+    assert heads == list(canonical.heads)
+    assert len(heads) == 4
+    branch = "mlp.branch.1" if "mlp" in wrapped else "mlp.1"
+    assert mlp == [f"blocks.{block}.{branch}.{layer}" for block in range(4) for layer in ("fc1", "fc2")]
+    groups = group_layers(canonical)
+    assert [groups[f"blocks.{block}.{branch}.fc2"] for block in range(4)] == ["LLR", "MLL", "MLL", "HLL"]
+    assert [name for name, group in groups.items() if group == "FCL"] == ["head"]
+    masks = rank({name: torch.rand(n) for name, n in canonical.components.items()}).masks(90)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad(), masked(network, canonical.prunable, masks):
+        assert relative_difference(slim(canonical, masks)(images), network(images)) < 1e-10
 
 
 def test_fewer_than_four_blocks_are_refused(build_transformer):
