@@ -157,14 +157,12 @@ def list_(storage: str | None, as_json: bool, verbose: bool) -> None:
     """
 )
 @click.argument("trial", type=click.IntRange(min=0))
-@configuration_options("study")
+@click.option("--study", metavar="NAME", help="Name of the study; may be left out where there is only one.")
+@_storage
 @_json
 @_verbose
 def show(trial: int, study: str | None, storage: str | None, as_json: bool, verbose: bool) -> None:
-    """Show a trial: its composite, figures and curve.
-
-    --study may be left out where there is only one.
-    """
+    """Show a trial: its composite, figures and curve."""
     start_logging(verbose)
     from hpo.errors import NothingFoundError
     from hpo.report import trial_json, trial_tables
@@ -526,7 +524,8 @@ def db() -> None:
 def init(storage: str | None, dashboard_role: str | None, as_json: bool, verbose: bool) -> None:
     """Create or upgrade the tables of a store.
 
-    Studies stay as they are. Any number of processes may do so at once.
+    Studies stay as they are. Any number of processes may do so at once. A server's database must be there already
+    (`createdb NAME`); the dashboard's role takes a user who owns it and may create roles (`ALTER ROLE ada CREATEROLE`).
     """
     start_logging(verbose)
     from hpo.administration import initialization_json, initialization_lines, initialize
@@ -655,7 +654,7 @@ def _print_study(configuration: "LaunchConfiguration", *, finished_before: bool)
     from storage.errors import StoreUnreachableError
     from storage.patience import Outages, Patience
     from storage.store import StudyStore
-    from storage.urls import default_storage_url, mask_password
+    from storage.urls import mask_password
 
     def read(again: bool) -> StudyReport:
         with StudyStore.open(configuration.storage, read_only=True) as store:
@@ -666,7 +665,7 @@ def _print_study(configuration: "LaunchConfiguration", *, finished_before: bool)
     report = Outages(patience, mask_password(configuration.storage), (StoreUnreachableError,)).wait_out(read)
     if finished_before:
         print_parts(f"Study {configuration.study} is finished; a larger --n-trials goes on with it.")
-    commands = next_commands(report, default_storage_url())
+    commands = next_commands(report, configuration.storage)
     print_parts(*report.parts(), "\n".join(["Next:", *(f"  {line}" for line in commands)]))
 
 

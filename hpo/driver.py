@@ -247,7 +247,9 @@ class StudyDriver:
                     measured=records(outcome.evaluation, self._problem.subject("confirmation")),
                 )
                 seconds = sum(outcome.evaluation.seconds.values())
-                self._report(number, outcome.job.composite.label, confirmed.auc, seconds)
+                # Without the best values so far, which are of other images.
+                label = outcome.job.composite.label
+                self._progress.trial(TrialReport(number, label, confirmed.auc, seconds, "", None, None, figure="auc"))
                 n_left -= 1
                 yield confirmed
             elif outcome.cause in ("worker", "unstarted") and losses[number] <= self._configuration.max_losses:

@@ -27,6 +27,7 @@ class TrialReport:
         best: Best value so far among search trials and heuristics of the space; None if there is none.
         best_heuristic: Best value of a heuristic; None if there is none.
         failed: Whether it failed.
+        figure: Which figure the value is, where it isn't the study's metric.
     """
 
     number: int
@@ -37,6 +38,7 @@ class TrialReport:
     best: float | None
     best_heuristic: float | None
     failed: bool = False
+    figure: str | None = None
 
 
 class Progress(Protocol):
@@ -74,17 +76,17 @@ class LogProgress:
         """See `Progress.trial`."""
         self._done += 1
         seconds = "" if report.seconds is None else f"  {report.seconds:.1f} s"
-        outcome = report.remark if report.value is None else f"{self._metric} {report.value:.4f}"
+        outcome = report.remark if report.value is None else f"{report.figure or self._metric} {report.value:.4f}"
         remark = f"  ({report.remark})" if report.remark and report.value is not None else ""
+        best = f"  best {_value(report.best)}  best heuristic {_value(report.best_heuristic)}"
         _log.info(
-            "%d/%d  trial %d  %s%s  best %s  best heuristic %s%s  %s",
+            "%d/%d  trial %d  %s%s%s%s  %s",
             self._done,
             self._total or self._done,
             report.number,
             outcome,
             remark,
-            _value(report.best),
-            _value(report.best_heuristic),
+            "" if report.best is None and report.best_heuristic is None else best,
             seconds,
             report.label,
         )

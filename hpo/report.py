@@ -256,12 +256,16 @@ def configuration_of(study: "Study") -> LaunchConfiguration:
     return LaunchConfiguration.from_json(saved)
 
 
-def next_commands(report: StudyReport, default_storage: str) -> list[str]:
-    """Commands to go on with after a study, ready to be typed."""
-    from storage.urls import without_user_information
+def next_commands(report: StudyReport, storage: str) -> list[str]:
+    """Commands to go on with after a study, ready to be typed.
 
-    storage = report.configuration.storage
-    elsewhere = [] if storage == without_user_information(default_storage) else ["--storage", storage]
+    Args:
+        report: Of the study.
+        storage: The URL that it was opened with.
+    """
+    from storage.urls import default_storage_url, without_password
+
+    elsewhere = [] if storage == default_storage_url() else ["--storage", without_password(storage)]
     return [
         shlex.join(["hpo", "export", report.name, "-o", "best.json", *elsewhere]),
         prune_command("best.json", report.configuration),

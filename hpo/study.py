@@ -1,9 +1,10 @@
 """Studies: from a configuration to a search that is finished, or can be resumed."""
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from hpo.racing import default_pruner
 from hpo.samplers import GridSampler, make_sampler
 from search_spaces.choices import ImageSet
 from search_spaces.spaces import load_space
-from storage.errors import StoreNotFoundError, StudyInUseError
+from storage.errors import ArtifactsAwayError, StoreNotFoundError, StudyInUseError
 from storage.patience import Patience
 from storage.store import StudyStore
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from hpo.progress import Progress
 
 __all__ = ["launch", "stop_on_signals"]
+
+_log = logging.getLogger("hpo")
 
 
 def launch(configuration: "LaunchConfiguration", progress: "Progress") -> bool:
@@ -107,6 +110,10 @@ def _check_store(configuration: "LaunchConfiguration") -> None:
     try:
         with StudyStore.open(configuration.storage, read_only=True) as store:
             holder = store.lease_holder(configuration.study)
+            # A bucket that is away may be back once there is something to write.
+            with suppress(ArtifactsAwayError):
+                if (elsewhere := store.check_artifacts()) is not None:
+                    _log.warning(elsewhere)
     except StoreNotFoundError:
         return
     if holder is not None:

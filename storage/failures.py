@@ -63,17 +63,23 @@ def database_failure(
     if state in _SQLSTATE_FULL:
         return _full(shown_url)
     if state in _SQLSTATE_READ_ONLY:
-        return StoreReadOnlyError(f"The store {shown_url} may only be read: {reason}")
+        return StoreReadOnlyError(f"The store {shown_url} may only be read: {reason}; name a user who may write to it.")
     if state in _SQLSTATE_NO_RIGHT:
         return StoreReadOnlyError(f"You lack a right at the store {shown_url}: {reason}; ask its owner for it.")
     if state in _SQLSTATE_BUSY:
         return _busy(shown_url)
     if connecting or state.startswith(_SQLSTATE_UNREACHABLE):
-        return StoreUnreachableError(
-            f"Cannot reach the store {shown_url}: {reason.rstrip('.')}. "
-            "Check the address, the user and that the server runs."
-        )
+        return StoreUnreachableError(f"Cannot reach the store {shown_url}: {reason.rstrip('.')}. {_remedy(reason)}")
     return None
+
+
+def _remedy(reason: str) -> str:
+    """What to do where there is no connection; a driver that doesn't get that far gives no SQLSTATE."""
+    if re.search(r"password|authentication", reason, re.IGNORECASE):
+        return "Check the user, and the password in PGPASSWORD or ~/.pgpass."
+    if match := re.search(r'database "([^"]+)" does not exist', reason):
+        return f"Create it first: `createdb {match[1]}`."
+    return "Check the address, the user and that the server runs."
 
 
 def _sqlite_failure(error: sqlite3.Error, shown_url: str, reason: str) -> StorageError | None:

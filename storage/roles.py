@@ -99,7 +99,7 @@ def create_reader(url: str, role: str, password: str) -> bool:
     except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
         raise RoleError(
             f"Cannot set up the role {role!r} on {shown}: {one_line(error)}; "
-            "do it as the store's owner with the right to create roles."
+            "do it as the owner, with the right to create roles (ALTER ROLE ... CREATEROLE); the tables are there."
         ) from None
     except psycopg.Error as error:
         failure = database_failure(error, shown, secrets=[password])

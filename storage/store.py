@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages._rdb import models
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -17,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
 from storage import artifacts, measurements, trials
-from storage.artifact_files import claim, open_artifact_files
+from storage.artifact_files import claim, is_claimed, open_artifact_files
 from storage.artifacts import ArtifactRecord
 from storage.cache import StudyCache
 from storage.engine import connect
@@ -64,6 +65,8 @@ CONFIGURATION = "configuration"
 """The user attribute of a study that holds the resolved configuration of its last launch."""
 
 _T = TypeVar("_T")
+# Of the store's artifacts, to tell whether they are in a place: one may have been removed by hand.
+_N_LOOKED_FOR = 3
 _LONGEST_NAME = models.MAX_INDEXED_STRING_LENGTH
 
 
@@ -503,6 +506,32 @@ class StudyStore:
             if identity is not None:
                 claim(self.artifacts, identity)
             self._has_place = True
+
+    def check_artifacts(self) -> str | None:
+        """Look at the place of artifacts before anything is computed; a sentence if earlier ones are elsewhere.
+
+        Raises:
+            ArtifactsMismatchError: `HPO_ARTIFACTS` names another store's place.
+            StorageError: Nothing can be written there.
+        """
+        with self._transaction() as connection:
+            recorded, identity = artifacts.recorded_ids(connection), store_id(connection)
+        if self.artifacts.is_placed and identity is not None:
+            is_claimed(self.artifacts, identity)
+        self.artifacts.try_writing()
+        if not recorded or any(self._has_artifact(each) for each in sorted(recorded)[:_N_LOOKED_FOR]):
+            return None
+        return (
+            f"The store has {len(recorded)} artifacts, but they aren't in {self.artifacts.location}, where new ones "
+            "will be: set HPO_ARTIFACTS to where they are, or copy them there."
+        )
+
+    def _has_artifact(self, artifact_id: str) -> bool:
+        try:
+            self.artifacts.open_reader(artifact_id).close()
+        except ArtifactNotFound:
+            return False
+        return True
 
     def write_artifact(self, filename: str, content: bytes, mimetype: str | None = None) -> ArtifactRecord:
         """Write a file whose record is still to be stored, as part of a `TrialResult`; waits out a bucket's outage.

@@ -33,6 +33,7 @@ __all__ = [
     "parse_url",
     "secrets",
     "sqlite_path",
+    "without_password",
     "without_user_information",
 ]
 
@@ -44,6 +45,8 @@ _USER_INFORMATION = re.compile(r"^([^:/?#]*://).*@", re.DOTALL)
 _PASSWORD = re.compile(r"^([^:/?#]*://[^:]*:).*@", re.DOTALL)
 # `user:password` without a host, where a port of letters would stand.
 _PASSWORD_ALONE = re.compile(r"^([^:/?#]*://[^:@/\[]*:)(?!\d+(?:[,/?]|$))[^@/?]+$", re.DOTALL)
+# Without a scheme: `user:password@host`.
+_PASSWORD_BARE = re.compile(r"^([^:]*:)(?!//).*@", re.DOTALL)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 _SECRET_OPTION_NAME = re.compile(r"pass|secret|token", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `s3:/x` too, but no drive's letter
@@ -74,7 +77,13 @@ def parse_url(url: str) -> URL:
 
     shown = mask_password(url)
     if "://" not in url:
-        raise StoreUrlError(f"{shown!r} is not a storage URL; for a SQLite file write 'sqlite:///{shown}'.")
+        is_server = "@" in url or url.startswith("postgres")
+        remedy = (
+            "for PostgreSQL write 'postgresql+psycopg://USER@HOST:PORT/NAME'."
+            if is_server
+            else f"for a SQLite file write 'sqlite:///{shown}'."
+        )
+        raise StoreUrlError(f"{shown!r} is not a storage URL; {remedy}")
     if not _SQLITE_FILE.match(url) and re.search(r"[@/?#]", url.partition("://")[2].rpartition("@")[0]):
         raise StoreUrlError(
             f"The storage URL '{shown}' is ambiguous; write '@', '/', '?' and '#' inside a user name, a password "
@@ -128,7 +137,25 @@ def mask_password(url: str) -> str:
     if _SQLITE_FILE.match(url):
         return url
     masked = _PASSWORD_ALONE.sub(r"\1***", _PASSWORD.sub(r"\1***@", url))
+    if "://" not in url:
+        masked = _PASSWORD_BARE.sub(r"\1***@", url)
     return _SECRET_OPTION.sub(r"\1***", masked)
+
+
+def without_password(url: str) -> str:
+    """The URL without password and secret options, fit to be typed again: whoever needs a password gives it apart.
+
+    Raises:
+        StorageError: It is no storage URL.
+    """
+    if _SQLITE_FILE.match(url):
+        return url
+    from sqlalchemy.engine import URL
+
+    parsed = parse_url(url)
+    options = {name: value for name, value in parsed.query.items() if not _SECRET_OPTION_NAME.search(name)}
+    address = (parsed.drivername, parsed.username, None, parsed.host, parsed.port, parsed.database)
+    return URL.create(*address, query=options).render_as_string()
 
 
 def without_user_information(url: str) -> str:

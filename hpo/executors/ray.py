@@ -33,6 +33,7 @@ from storage.urls import mask_password
 __all__ = ["RayExecutor", "Room", "is_users"]
 
 _CONNECT_TIMEOUT_S = 20.0
+_NO_CLUSTER = "Could not find any running Ray instance"
 _MOST_FAILED_STARTS = 3
 _LONGEST_RESTART_DELAY_S = 60.0
 _PATIENCE_S = 30.0
@@ -163,7 +164,8 @@ class RayExecutor:
         if self._waiting_since is not None and now - self._waiting_since > _PATIENCE_S:
             self._waiting_since = None
             _log.warning(
-                "No worker has started for %.0f s: the cluster has no room, or the network is large; waiting.",
+                "No worker has started for %.0f s: the cluster is busy (`ray status` tells), or the network is large; "
+                "waiting.",
                 _PATIENCE_S,
             )
         return now
@@ -530,7 +532,10 @@ def _check_reachable(address: str) -> None:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         lines = (error.stderr or b"").decode(errors="replace").strip().splitlines()
         if any("InvalidAuthToken" in line for line in lines):
-            reason = "it wants another token; set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN."
+            which = "another" if os.environ.get("RAY_AUTH_MODE") == "token" else "a"
+            reason = f"it wants {which} token; set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN."
+        elif any(_NO_CLUSTER in line for line in lines):
+            reason = "no Ray runs on this machine; run `ray start`, or leave out --ray-address."
         elif isinstance(error, subprocess.TimeoutExpired) or not lines:
             reason = f"none answers within {_CONNECT_TIMEOUT_S:.0f} s; run `ray start`, or leave out --ray-address."
         else:

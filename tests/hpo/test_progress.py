@@ -24,7 +24,7 @@ def test_a_log_line_per_trial(caplog):
         "Search (2 of 60 done)",
         "3/60  trial 12  auc 0.2500  best 0.5000  best heuristic 0.4000  1.2 s  ZPlus/ZPlus/ZPlus/ZPlus",
         "4/60  trial 13  auc 0.2500  (equals trial 12)  best 0.5000  best heuristic -  ZPlus/ZPlus/ZPlus/ZPlus",
-        "5/60  trial 14  failed: no memory  best -  best heuristic -  ZPlus/ZPlus/ZPlus/ZPlus",
+        "5/60  trial 14  failed: no memory  ZPlus/ZPlus/ZPlus/ZPlus",
     ]
 
 

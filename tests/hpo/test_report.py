@@ -118,14 +118,17 @@ def test_studies_of_other_programs_are_refused(url):
             configuration_of(study)
 
 
-def test_next_commands_can_be_typed(report, url):
+def test_next_commands_can_be_typed(report, url, monkeypatch):
+    monkeypatch.setenv("HPO_STORAGE", url)
     assert next_commands(report, url) == [
         "hpo export s -o best.json",
         "hpo prune best.json --keep-accuracy 0.95 -o slim",
         "hpo dashboard",
     ]
-    elsewhere = next_commands(report, "sqlite:///other.db")
-    assert elsewhere[0] == f"hpo export s -o best.json --storage {url}"
+    monkeypatch.setenv("HPO_STORAGE", "sqlite:///other.db")
+    assert next_commands(report, url)[0] == f"hpo export s -o best.json --storage {url}"
+    server = "postgresql+psycopg://ada:s3cret@host/studies"
+    assert next_commands(report, server)[2] == "hpo dashboard --storage postgresql+psycopg://ada@host/studies"
 
 
 def test_what_a_document_does_not_hold_is_added(report):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.samplers import RandomSampler
 
 from storage.artifact_files import ArtifactFiles, DirectoryFiles, open_artifact_files
 from storage.artifacts import ArtifactRecord
@@ -162,6 +164,24 @@ def test_what_the_system_says_is_translated(directory: DirectoryFiles, use: str)
     arguments = [new_id()] if use in {"open_reader", "remove"} else []
     with pytest.raises(StoreUnreachableError, match=f"{inside.location}: "):
         list(getattr(inside, use)(*arguments) or ())
+
+
+def test_artifacts_that_are_elsewhere_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    monkeypatch.setenv("HPO_ARTIFACTS", str(tmp_path / "first"))
+    with StudyStore.open(url) as store:
+        assert store.check_artifacts() is None
+        study = store.create_or_resume("s", sampler=RandomSampler(), identity={}, configuration={})
+        store.add_artifact(study, "a.csv", b"1")
+        assert store.check_artifacts() is None
+    monkeypatch.setenv("HPO_ARTIFACTS", str(tmp_path / "second"))
+    with StudyStore.open(url) as store:
+        told = store.check_artifacts()
+        assert told is not None
+        assert told.startswith(f"The store has 1 artifacts, but they aren't in {tmp_path / 'second'}, ")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    with StudyStore.open(url) as store:
+        assert store.check_artifacts() is None
 
 
 def test_full_disk_is_said_of_the_directory(mount_disk: Callable[[int], Path]) -> None:

@@ -89,6 +89,7 @@ def test_wrong_password(postgresql_server: Any, tmp_path: Path, caplog: pytest.L
         error = _refusal(url)
     assert isinstance(error, StoreUnreachableError)
     assert "password authentication failed" in str(error)
+    assert str(error).endswith("Check the user, and the password in PGPASSWORD or ~/.pgpass.")
     assert "s3cret" not in caplog.text
     assert _files(tmp_path) == []
 
@@ -103,7 +104,7 @@ def test_short_password_garbles_nothing(postgresql_server: Any) -> None:
 def test_missing_database(postgresql_server: Any, tmp_path: Path) -> None:
     error = _refusal(postgresql_server.url("nowhere"))
     assert isinstance(error, StoreUnreachableError)
-    assert 'database "nowhere" does not exist' in str(error)
+    assert str(error).endswith('database "nowhere" does not exist. Create it first: `createdb nowhere`.')
     assert _files(tmp_path) == []
 
 

@@ -172,7 +172,7 @@ def test_user_without_the_right_is_told(url: str, role: str, read_only: str) -> 
     create_reader(url, role, PASSWORD)
     with psycopg.connect(_address(url)) as connection:
         connection.execute(f'ALTER ROLE "{role}" SET default_transaction_read_only = {read_only}')
-    with pytest.raises(RoleError, match="do it as the store's owner with the right to create roles") as caught:
+    with pytest.raises(RoleError, match="do it as the owner, with the right to create roles") as caught:
         create_reader(reader_url(url, role), "another", PASSWORD)
     assert "\n" not in str(caught.value)
     assert quote(PASSWORD, safe="") not in str(caught.value)

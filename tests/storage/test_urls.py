@@ -14,6 +14,7 @@ from storage.urls import (
     mask_password,
     parse_url,
     sqlite_path,
+    without_password,
     without_user_information,
 )
 
@@ -60,6 +61,19 @@ def test_environment_overrides_the_artifact_location(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (SERVER, "postgresql+psycopg://ada@db.example.org:5432/studies"),
+        ("postgresql+psycopg://host/db?user=ada&password=s3cret", "postgresql+psycopg://host/db?user=ada"),
+        ("postgresql+psycopg:///db?host=h1&host=h2", "postgresql+psycopg:///db?host=h1&host=h2"),
+        ("sqlite:////data/a:b@c/studies.db", "sqlite:////data/a:b@c/studies.db"),
+    ],
+)
+def test_without_password(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+@pytest.mark.parametrize(
     ("chosen", "bucket", "shown"),
     [
         ("s3://studies", Bucket("studies"), "s3://studies"),
@@ -97,6 +111,7 @@ def test_plain_path_is_refused_with_the_url_to_write(path: str) -> None:
         ("postgresql://ada:s3c@ret@host/studies", StoreUrlError, "%40"),
         ("postgresql://ada:s3c/ret@host/studies", StoreUrlError, "%2F"),
         ("://ada:s3cret@host", StoreUrlError, "malformed"),
+        ("ada:s3cret@host:5432/studies", StoreUrlError, "write 'postgresql.psycopg://USER@HOST:PORT/NAME'"),
     ],
 )
 def test_bad_url_ends_in_one_line_without_the_password(url: str, error: type[StorageError], message: str) -> None:
@@ -122,6 +137,8 @@ def test_bad_url_ends_in_one_line_without_the_password(url: str, error: type[Sto
         ("mysql://host/db?ssl_key=k&PASSWD=s3cret&x=1", "mysql://host/db?ssl_key=k&PASSWD=***&x=1"),
         ("sqlite:////data/a:b@c/studies.db", "sqlite:////data/a:b@c/studies.db"),
         ("studies.db", "studies.db"),
+        ("ada:s3c@ret@host:5432/studies", "ada:***@host:5432/studies"),
+        ("postgresql:/ada:s3cret@host/studies", "postgresql:***@host/studies"),
     ],
 )
 def test_mask_password(url: str, masked: str) -> None:
