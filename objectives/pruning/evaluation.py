@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from objectives.datasets import LabelledImages
 from objectives.fingerprints import state_fingerprint
@@ -87,7 +87,7 @@ class News:
 
 
 def correct_predictions(
-    network: nn.Module, images: LabelledImages, batches: Batches, at_most: int | None = None
+    network: Callable[[Tensor], Tensor], images: LabelledImages, batches: Batches, at_most: int | None = None
 ) -> Tensor:
     """(N,) of bool, on the labels' device: whether the largest logit is the label's.
 
@@ -240,15 +240,15 @@ class Evaluator:
         network = self._repairer.repaired(masks, repair) if repair else self.network
         exact = draft(network, masks)
         size, is_alive = cost(exact), depends_on_images(exact)
-        module = fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
+        program = fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
         images = LabelledImages(self.images.images[part], self.images.labels[part])
         labels = images.labels
         if not is_alive:
             one = images.images[:1].to(labels.device)
             with torch.inference_mode():
-                return Measurement(module(one).argmax(dim=1) == labels, size)
-        at_most = images_cached(module, self.dtype, labels.device)
-        return Measurement(correct_predictions(module, images, self.batches, at_most), size)
+                return Measurement(program(one).argmax(dim=1) == labels, size)
+        at_most = images_cached(program.graph, self.dtype, labels.device)
+        return Measurement(correct_predictions(program, images, self.batches, at_most), size)
 
 
 def _processor(device: torch.device) -> str:

@@ -12,6 +12,7 @@ Everything here keeps the function that the network computes up to rounding; siz
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from objectives.network import shape_of
 from objectives.pruning.slimming import Convolution, Draft
 
-__all__ = ["fused", "images_cached", "largest_step"]
+__all__ = ["Program", "fused", "images_cached", "largest_step"]
 
 aten = torch.ops.aten
 
@@ -50,7 +51,90 @@ _MOVE = 32
 _LARGEST_MATRIX = 2**14
 
 
-def fused(network: Draft) -> fx.GraphModule:
+class Program:
+    """A network as the list of its steps, run one after the other.
+
+    To write Python code for a network and compile it (`fx.GraphModule`) takes longer than a pass over few images; to
+    look a node up at every step (`fx.Interpreter`) doubles the overhead of small layers.
+
+    Args:
+        network: of which the modules and tensors are used as they are.
+
+    Attributes:
+        graph: the network's.
+    """
+
+    def __init__(self, network: Draft) -> None:
+        self.graph = network.graph
+        places = {node: place for place, node in enumerate(self.graph.nodes)}
+        self._values: list[Any] = [None] * len(places)
+        self._steps: list[_Step] = []
+        last_reads: dict[fx.Node, _Step] = {}
+        for node, place in places.items():
+            if node.op == "placeholder":
+                self._images = place
+            elif node.op == "get_attr":
+                self._values[place] = _attribute(network, str(node.target))
+            elif node.op == "output":
+                (self._logits,) = (places[source] for source in node.all_input_nodes)
+            else:
+                target: Any = node.target
+                step = _Step(network.get_submodule(target) if node.op == "call_module" else target, node, places)
+                self._steps.append(step)
+                last_reads |= dict.fromkeys(node.all_input_nodes, step)
+        for node, step in last_reads.items():
+            if node.op != "get_attr" and places[node] != self._logits:
+                step.read_last.append(places[node])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> logits (N, classes)."""
+        values = self._values.copy()
+        values[self._images] = images
+        for step in self._steps:
+            values[step.place] = step(values)
+            for place in step.read_last:  # its memory is free for what comes
+                values[place] = None
+        logits: Tensor = values[self._logits]
+        return logits
+
+
+class _Step:
+    """One call: of what, and where the values are that it takes.
+
+    Attributes:
+        place: of its value.
+        read_last: places of values that no later step takes.
+    """
+
+    def __init__(self, function: Callable[..., Any], node: fx.Node, places: dict[fx.Node, int]) -> None:
+        self.place = places[node]
+        self.read_last: list[int] = []
+        self._function = function
+        self._arguments, self._keywords = list(node.args), dict(node.kwargs)
+        self._taken = [(index, places[each]) for index, each in enumerate(node.args) if isinstance(each, fx.Node)]
+        nested = set(node.all_input_nodes) - {each for each in node.args if isinstance(each, fx.Node)}
+        self._places = places if nested else None
+
+    def __call__(self, values: list[Any]) -> Any:
+        """The step's value, from those before it."""
+        places = self._places
+        if places is None:
+            arguments = self._arguments.copy()
+            for index, place in self._taken:
+                arguments[index] = values[place]
+            return self._function(*arguments, **self._keywords)
+        given: Any = fx.node.map_arg((tuple(self._arguments), self._keywords), lambda node: values[places[node]])
+        return self._function(*given[0], **given[1])
+
+
+def _attribute(network: Draft, path: str) -> Tensor:
+    """A tensor of a network or of one of its modules."""
+    owner, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(network.get_submodule(owner), name)
+    return tensor
+
+
+def fused(network: Draft) -> Program:
     """The same function, faster.
 
     Args:
@@ -60,7 +144,8 @@ def fused(network: Draft) -> fx.GraphModule:
     _widen_kernels(network)
     if _has_onednn(network):
         _LayerFusion(network).run()
-    return network.written()
+    network.erase_unread()
+    return Program(network)
 
 
 def _has_onednn(module: Draft) -> bool:
@@ -74,17 +159,17 @@ def _has_onednn(module: Draft) -> bool:
     return all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors)
 
 
-def largest_step(module: fx.GraphModule) -> int:
+def largest_step(graph: fx.Graph) -> int:
     """Values that a slim network's largest step reads and writes for one image."""
-    sizes = {node: math.prod(shape_of(node)) for node in module.graph.nodes if "shape" in node.meta}
+    sizes = {node: math.prod(shape_of(node)) for node in graph.nodes if "shape" in node.meta}
     return max(size + sum(sizes.get(source, 0) for source in node.all_input_nodes) for node, size in sizes.items())
 
 
-def images_cached(module: fx.GraphModule, dtype: torch.dtype, device: torch.device) -> int | None:
+def images_cached(graph: fx.Graph, dtype: torch.dtype, device: torch.device) -> int | None:
     """Images a pass beyond which larger batches gain nothing, as a CPU's caches hold no more; None elsewhere."""
     if device.type != "cpu":
         return None
-    return max(1, _BYTES_CACHED // (largest_step(module) * dtype.itemsize))
+    return max(1, _BYTES_CACHED // (largest_step(graph) * dtype.itemsize))
 
 
 # Rows in their places.
@@ -127,11 +212,8 @@ def _scattered(module: Draft, node: fx.Node, source: fx.Node, places: Tensor) ->
         return None
     matrix = torch.zeros(n_channels, len(places), 1, 1, dtype=_dtype(module), device=places.device)
     matrix[places, torch.arange(len(places), device=places.device)] = 1
-    layer = Convolution(1, 1, 1, bias=False, device="meta")
-    layer.in_channels, layer.out_channels = len(places), n_channels
-    layer.weight = nn.Parameter(matrix, requires_grad=False)
     name = f"scatter_{node.name}"
-    module.add_module(name, layer)
+    module.add_module(name, Convolution(matrix, None))
     with module.graph.inserting_before(node):
         moved = module.graph.call_module(name, (source,))
     moved.meta["shape"] = (n_channels, *shape_of(source)[1:])

@@ -169,6 +169,7 @@ class _Slimmer:
         self.values: dict[fx.Node, _Value] = {}
         self.other: dict[fx.Node, fx.Node] = {}
         self.demanded: set[fx.Node] = set()
+        self.parents: dict[str, nn.Module] = {"": self.root}
         self.n_buffers = 0
         self.images: fx.Node | None = None
         self.heads = network.heads
@@ -354,13 +355,15 @@ class _Slimmer:
         self._store(node, _Value(new, outputs, shape))
 
     def _add_layer(self, name: str, layer: nn.Module) -> None:
-        *parents, last = name.split(".")
-        parent: nn.Module = self.root
-        for part in parents:
-            if part not in dict(parent.named_children()):
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, layer)
+        self._parent(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], layer)
+
+    def _parent(self, name: str) -> nn.Module:
+        """The module of this name, made if it isn't there."""
+        if name not in self.parents:
+            above, _, last = name.rpartition(".")
+            self.parents[name] = nn.Module()
+            self._parent(above).add_module(last, self.parents[name])
+        return self.parents[name]
 
     def _sum(self, node: fx.Node, left: _Value, right: _Value) -> None:
         shape = shape_of(node)
@@ -563,30 +566,36 @@ def _averages_space_only(module: Operation, value: _Value) -> bool:
 
 
 class Convolution(nn.Conv2d):
-    """A convolution whose weights are about to be given, so that drawing them would only take time."""
+    """A convolution of given weights, made without what takes the time: weights are neither drawn nor allocated.
 
-    def reset_parameters(self) -> None:
-        """Draws nothing."""
+    Args:
+        weight: (out, in / groups, height, width).
+        bias: (out,).
+        like: has the same stride, padding and dilation; by default 1, 0 and 1.
+        groups: of the channels.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, like: nn.Conv2d | None = None, groups: int = 1) -> None:
+        nn.Module.__init__(self)
+        self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
+        self.kernel_size = tuple(weight.shape[2:])
+        self.stride, self.padding, self.dilation = (
+            ((1, 1), (0, 0), (1, 1)) if like is None else (like.stride, like.padding, like.dilation)
+        )
+        self.groups, self.padding_mode = groups, "zeros"
+        self.transposed, self.output_padding = False, (0, 0)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
 
 def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
     """A layer with other rows and columns."""
-    new: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):
-        new = Convolution(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            groups,
-            device="meta",
-        )
-    else:
-        new = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        return Convolution(weight, bias, layer, groups)
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     new.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    new.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return new
 
 

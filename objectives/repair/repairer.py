@@ -70,7 +70,7 @@ class Repairer:
         """The references that are used: all, or as many as there is memory for, drawn by a fixed seed."""
         references = self._references
         # Of the original's step two branches and one value more are alive at a time.
-        bytes_each = 3 * largest_step(self.network.module) * references.element_size()
+        bytes_each = 3 * largest_step(self.network.module.graph) * references.element_size()
         n_images = max(1, min(len(references), _BYTES_KEPT // bytes_each))
         if n_images == len(references):
             return references
@@ -141,7 +141,7 @@ class Repairer:
 
     @cached_property
     def _at_most(self) -> int | None:
-        return images_cached(self.network.module, self._references.dtype, self._references.device)
+        return images_cached(self.network.module.graph, self._references.dtype, self._references.device)
 
     @cached_property
     def _ordered(self) -> OrderedNetwork:

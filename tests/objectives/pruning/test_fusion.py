@@ -175,5 +175,5 @@ def test_the_largest_step_reads_and_writes_most():
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.Flatten(), nn.Linear(72, 5)
     )
     module = draft(canonize(network.eval(), (3, 6, 6)), {})
-    assert largest_step(module) == 2 * 8 * 36  # the ReLU
-    assert largest_step(fused(module)) == (3 + 8) * 36  # the convolution that has taken it over
+    assert largest_step(module.graph) == 2 * 8 * 36  # the ReLU
+    assert largest_step(fused(module).graph) == (3 + 8) * 36  # the convolution that has taken it over
