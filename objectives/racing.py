@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 __all__ = ["Correctness", "GivenUp", "RUNGS", "Race"]
 
@@ -176,6 +175,8 @@ class Race:
         exact = float(differences.mean())
         if exact < 0 or n_seen == n_images:
             return exact, True
+        from scipy.special import stdtrit  # here, as importing it takes long where nothing races
+
         sample = differences[:n_seen]
         # A sample whose images all agree still doesn't know the others: one of them is taken to be the opposite.
         variance = (sample.var() * n_seen + sum(map(abs, self.weights)) ** 2 / n_seen) / (n_seen - 1)
