@@ -6,31 +6,32 @@ use it is trained from a fixed seed and kept in the user's cache directory.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.util
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import platformdirs
 import safetensors
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-__all__ = ["DigitsCNN", "DigitsData", "Recipe", "digits_cnn", "digits_data", "train", "trained_weights"]
+from objectives.datasets import LabelledImages
+from objectives.datasets.digits import digits_data
+from objectives.training import TrainingOptions
+from objectives.training import train as fit
+from search_spaces.files import write_atomically
+
+__all__ = ["DigitsCNN", "Recipe", "digits_cnn", "train", "trained_weights"]
 
 _logger = logging.getLogger(__name__)
 
@@ -51,45 +52,6 @@ default_cfgs = generate_default_cfgs(
         }
     }
 )
-
-
-class DigitsData(NamedTuple):
-    """The digits, split for good: the network is trained on `train_*` only.
-
-    Attributes:
-        train_images: uint8 (1000, 8, 8), 100 of each digit.
-        train_labels: int64 (1000,).
-        evaluation_images: uint8 (797, 8, 8).
-        evaluation_labels: int64 (797,).
-    """
-
-    train_images: NDArray[np.uint8]
-    train_labels: NDArray[np.int64]
-    evaluation_images: NDArray[np.uint8]
-    evaluation_labels: NDArray[np.int64]
-
-
-@functools.cache
-def digits_data() -> DigitsData:
-    """The 1,797 images, scaled from 0..16 to 0..255, split by a fixed seed."""
-    table = np.loadtxt(_digits_file(), delimiter=",")
-    images = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    labels = table[:, -1].astype(np.int64)
-    order = np.random.RandomState(0).permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)  # of an image inside its class, in that order
-    for label in range(10):
-        members = order[labels[order] == label]
-        rank[members] = np.arange(len(members))
-    is_train = rank < 100
-    return DigitsData(images[is_train], labels[is_train], images[~is_train], labels[~is_train])
-
-
-def _digits_file() -> Path:
-    """The table that `sklearn.datasets.load_digits` reads; importing scikit-learn takes a tenth of a short launch."""
-    package = importlib.util.find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("The digits ship inside scikit-learn, which isn't installed.", name="sklearn")
-    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
 class DigitsCNN(nn.Module):
@@ -176,6 +138,20 @@ class Recipe:
     weight_decay: float = 5e-2
 
     @property
+    def options(self) -> TrainingOptions:
+        """The training that it means."""
+        return TrainingOptions(
+            n_epochs=self.n_epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            optimizer="adamw",
+            weight_decay=self.weight_decay,
+            schedule="one-cycle",
+            label_smoothing=0.1,
+            seed=self.seed,
+        )
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the recipe."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -193,21 +169,13 @@ def train(recipe: Recipe) -> DigitsCNN:
     data = digits_data()
     images = ((torch.from_numpy(data.train_images) / 255 - _MEAN) / _STD).unsqueeze(1)
     labels = torch.from_numpy(data.train_labels)
-    n_batches = len(labels) // recipe.batch_size
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(recipe.seed)
-        network = DigitsCNN().train()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=recipe.n_epochs * n_batches
-        )
-        for _ in range(recipe.n_epochs):
-            for batch in torch.randperm(len(labels)).reshape(n_batches, recipe.batch_size):
-                loss = nn.functional.cross_entropy(network(_shifted(images[batch])), labels[batch], label_smoothing=0.1)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                schedule.step()
+        network = DigitsCNN()
+        # The images' order goes on with the random numbers that the initial weights are drawn from.
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())
+        fit(network, LabelledImages(images, labels), recipe.options, augment=_shifted, generator=generator)
     return network.eval()
 
 
@@ -229,7 +197,8 @@ def trained_weights(recipe: Recipe = Recipe()) -> dict[str, Tensor]:
     _logger.info("training digits_cnn (once; kept in %s)", path)
     state = {key: value.detach().clone() for key, value in train(recipe).state_dict().items()}
     try:
-        _write_atomically(path, safetensors.torch.save(state, metadata={"recipe": recipe.fingerprint}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, safetensors.torch.save(state, metadata={"recipe": recipe.fingerprint}))
     except OSError as error:
         _logger.warning("the trained digits_cnn can't be kept in %s (%s)", path, error)
     return state
@@ -239,23 +208,11 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("HPO_CACHE") or platformdirs.user_cache_dir("pruning-hpo"))
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _shifted(images: Tensor) -> Tensor:
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shifts each image (N, C, H, W) by -1, 0 or 1 pixel each way, filled with black."""
     n_images, _, height, width = images.shape
     padded = nn.functional.pad(images, (1, 1, 1, 1), value=-_MEAN / _STD)
-    rows, columns = torch.randint(3, (2, n_images))
+    rows, columns = torch.randint(3, (2, n_images), generator=generator)
     return torch.stack(
         [
             image[:, row : row + height, column : column + width]

@@ -7,6 +7,7 @@ Every message is one line that names the offending value and the remedy; the com
         ├── UnsupportedNetworkError    (ValueError)       a network that cannot be attributed or slimmed correctly
         ├── RelevanceError             (ArithmeticError)  relevance that is not finite, absent or unbalanced
         ├── RepairError                (ValueError)       a pruned network whose layers cannot be refitted
+        ├── TrainingError              (ArithmeticError)  a training that diverges or has nothing to train
         ├── ModelError                 (ValueError)       a model that cannot be built or loaded
         │   └── CheckpointMismatchError                   weights that do not fit the architecture
         ├── DataError                  (ValueError)       images, labels or splits that cannot be used
@@ -31,6 +32,7 @@ __all__ = [
     "RelevanceError",
     "RepairError",
     "SlimFileError",
+    "TrainingError",
     "UnsupportedNetworkError",
 ]
 
@@ -49,6 +51,10 @@ class RelevanceError(ObjectiveError, ArithmeticError):
 
 class RepairError(ObjectiveError, ValueError):
     """A pruned network that cannot be repaired; the message names the layer or the option."""
+
+
+class TrainingError(ObjectiveError, ArithmeticError):
+    """A training that diverges (the message names epoch and learning rate), or a network without anything to train."""
 
 
 class ModelError(ObjectiveError, ValueError):

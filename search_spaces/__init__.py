@@ -30,6 +30,7 @@ from search_spaces.errors import (
     UnknownRuleError,
     UnknownSpaceError,
 )
+from search_spaces.files import write_atomically
 from search_spaces.heuristics import (
     BASELINES,
     HEURISTICS,
@@ -116,5 +117,6 @@ __all__ = [
     "reason_of",
     "register",
     "runs_code",
+    "write_atomically",
     "write_document",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from search_spaces.choices import AbsScope, Components, OutputRelevance, RankingScope
 from search_spaces.composites import CompositeSpec
 from search_spaces.errors import CompositeError, DocumentError, DocumentVersionError, DocumentWriteError
+from search_spaces.files import write_atomically
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -159,7 +160,7 @@ def write_document(path: str | os.PathLike[str], document: CompositeDocument) ->
         if target.exists() and not target.is_file() and not target.is_dir():
             target.write_bytes(content)  # a device or a pipe, which must not be replaced by a file
         else:
-            _write_atomically(Path(os.path.realpath(target)), content)
+            write_atomically(Path(os.path.realpath(target)), content)
     except OSError as error:
         raise DocumentWriteError(
             f"Document {str(target)!r} cannot be written: {error.strerror}; choose another path or make room."
@@ -172,18 +173,6 @@ def document_schema() -> dict[str, Any]:
 
     schema: dict[str, Any] = json.loads((resources.files("search_spaces") / "schemas" / _SCHEMA).read_bytes())
     return schema
-
-
-def _write_atomically(target: Path, content: bytes) -> None:
-    temporary = target.parent / f".{os.urandom(8).hex()}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any, path: str) -> Any:

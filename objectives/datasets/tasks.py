@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from objectives.datasets.sources import SOURCES, ImageSource, SourcePair, image_
 from objectives.datasets.splits import split_images
 from objectives.errors import DataError
 from objectives.fingerprints import pixels_fingerprint, selection_fingerprint
-from objectives.models import LoadedModel
 from objectives.preprocessing import Preprocessing
 from search_spaces.choices import ReferenceSampling
 from search_spaces.imports import is_import_path, runs_code
 from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from objectives.models import LoadedModel
 
 __all__ = ["LabelledImages", "Task", "load_task"]
 

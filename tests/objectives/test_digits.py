@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from objectives.digits import DigitsCNN, Recipe, digits_cnn, digits_data, train, trained_weights
+from objectives.datasets.digits import digits_data
+from objectives.digits import DigitsCNN, Recipe, digits_cnn, train, trained_weights
 
 QUICK = Recipe(n_epochs=1)
 
