@@ -11,15 +11,13 @@ import bisect
 import copy
 import json
 import logging
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from objectives.canonization import canonize
 from objectives.datasets import LabelledImages, Task
@@ -29,6 +27,7 @@ from objectives.models import LoadedModel
 from objectives.objective import Columns, Objective, ObjectiveOptions
 from objectives.pruning.curve import keeps
 from objectives.pruning.evaluation import correct_predictions
+from objectives.pruning.latency import latency_ms
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import Ranking
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
@@ -51,7 +50,6 @@ _OPTIONS: dict[AmountKind, str] = {
     "flops": "--flops",
 }
 _ACCURACY_STEPS = 100
-_LATENCY_RUNS = 20
 
 _log = logging.getLogger(__name__)
 
@@ -356,7 +354,7 @@ class _Pruning:
             parameters=size.parameters,
             flops=size.flops,
             size_bytes=sum(tensor.nbytes for tensor in canonical.state_dict().values()),
-            latency_ms=_latency_ms(network, self._images().images[:1].to(self.objective.device)),
+            latency_ms=latency_ms(network, self._images().images[:1].to(self.objective.device)),
         )
 
     def _warnings(self, slim_network: fx.GraphModule) -> list[str]:
@@ -377,17 +375,3 @@ class _Pruning:
 
 def _on_cpu(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).cpu()
-
-
-def _latency_ms(network: nn.Module, image: Tensor) -> float:
-    """Median time of a forward pass for one image, in milliseconds."""
-    synchronize: Callable[[], None] = torch.cuda.synchronize if image.device.type == "cuda" else lambda: None
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(_LATENCY_RUNS + 3):
-            synchronize()
-            start = time.perf_counter()
-            network(image)
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds[3:])

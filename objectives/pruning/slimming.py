@@ -13,7 +13,7 @@ Grouped convolutions keep their groups; only wholly dead groups go, other pruned
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from objectives.attribution.operations import (
 from objectives.network import CanonicalNetwork, channel_axis, n_channels, shape_of
 from objectives.pruning.ranking import Masks
 
-__all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "slim"]
+__all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "slim", "stored_channels"]
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ def cost(module: fx.GraphModule | Draft) -> Cost:
         elif node.target is aten.scaled_dot_product_attention.default:
             n_heads, n_tokens, head_dim = shape_of(node)
             flops += 2 * n_heads * n_tokens**2 * head_dim
-        elif node.op == "get_attr" and node.meta.get("is_parameter"):
+        elif node.op == "get_attr" and node.meta.get("parameter") is not None:
             parameters += math.prod(getattr(module, str(node.target)).shape)
     return Cost(parameters, flops)
 
@@ -129,9 +129,25 @@ def slim(network: CanonicalNetwork, masks: Masks) -> fx.GraphModule:
     return draft(network, masks).written()
 
 
-def draft(network: CanonicalNetwork, masks: Masks) -> Draft:
-    """As `slim`, for who goes on to change the network."""
-    return _Slimmer(network, masks).build()
+def draft(network: CanonicalNetwork, masks: Masks, orders: Mapping[str, Tensor] | None = None) -> Draft:
+    """As `slim`, for who goes on to change the network.
+
+    Args:
+        network: canonical; it isn't changed.
+        masks: kept components of every layer or attention that has any pruned.
+        orders: name of a node of the canonical graph -> its channels, all of them, in the order in which the slim
+            network has those that it stores; ascending by default. With orders no weight is changed, but for the rows
+            and columns that it is without: what masks leave dead in groups that aren't wholly dead is zeroed behind the
+            convolution instead.
+    """
+    return _Slimmer(network, masks, orders).build()
+
+
+def stored_channels(network: CanonicalNetwork, masks: Masks) -> dict[str, Tensor]:
+    """Channels that the slim network stores of each value, name of the canonical graph's node -> indices, ascending."""
+    slimmer = _Slimmer(network, masks)
+    slimmer.build()
+    return {node.name: value.channels for node, value in slimmer.values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +156,7 @@ class _Value:
 
     Attributes:
         node: computes it; `None` where no channel is stored, that is, where it is zero.
-        channels: (stored,) indices of the stored channels, ascending; the others are zero.
+        channels: (stored,) indices of the stored channels, in the order in which they are stored; the others are zero.
         shape: of the full value, without the batch dimension.
     """
 
@@ -160,8 +176,9 @@ class _Value:
 
 
 class _Slimmer:
-    def __init__(self, network: CanonicalNetwork, masks: Masks) -> None:
+    def __init__(self, network: CanonicalNetwork, masks: Masks, orders: Mapping[str, Tensor] | None = None) -> None:
         self.network = network
+        self.orders = orders
         self.masks = {name: mask.cpu() for name, mask in masks.items()}
         self.source = network.module
         self.root = Draft()
@@ -203,12 +220,13 @@ class _Slimmer:
     def _emit(self, operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> fx.Node:
         return self.graph.call_function(operator, arguments, keywords)
 
-    def _buffer(self, tensor: Tensor, *, is_parameter: bool = False) -> fx.Node:
+    def _buffer(self, tensor: Tensor, *, parameter: str | None = None) -> fx.Node:
+        """A tensor of the network's own; `parameter` names what it is of, if it counts as a parameter."""
         name = f"buffer_{self.n_buffers}"
         self.n_buffers += 1
         self.root.register_buffer(name, tensor.clone())
         node = self.graph.get_attr(name)
-        node.meta["is_parameter"] = is_parameter
+        node.meta["parameter"] = parameter
         return node
 
     def _index(self, indices: Tensor) -> fx.Node:
@@ -220,13 +238,15 @@ class _Slimmer:
         return weight.device
 
     def _with_channels(self, value: _Value, channels: Tensor) -> fx.Node:
-        """The value with exactly these channels: others are dropped, missing ones are zeros."""
+        """The value with exactly these channels in this order: others are dropped, missing ones are zeros."""
         if value.node is not None and torch.equal(value.channels, channels):
             return value.node
-        kept = torch.isin(value.channels, channels)
-        node, n_kept, shape = value.node, int(kept.sum()), value.shape_of(len(channels))
-        if node is not None and 0 < n_kept < len(kept):
-            node = self._emit(aten.index_select.default, node, value.axis, self._index(kept.nonzero().flatten()))
+        places = _places(value.channels, n_channels(value.shape))[channels]
+        is_stored = places >= 0
+        taken = places[is_stored]
+        node, n_kept, shape = value.node, len(taken), value.shape_of(len(channels))
+        if node is not None and n_kept > 0 and not torch.equal(taken, torch.arange(len(value.channels))):
+            node = self._emit(aten.index_select.default, node, value.axis, self._index(taken))
             node.meta["shape"] = value.shape_of(n_kept)
         if node is None or n_kept < len(channels):
             batch = self._emit(aten.sym_size.int, self.images, 0)
@@ -234,10 +254,15 @@ class _Slimmer:
             zeros.meta["shape"] = shape
             if node is None or n_kept == 0:
                 return zeros
-            places = self._index(torch.searchsorted(channels, value.channels[kept]))
-            node = self._emit(aten.index_copy.default, zeros, value.axis, places, node)
+            stored = self._index(is_stored.nonzero().flatten())
+            node = self._emit(aten.index_copy.default, zeros, value.axis, stored, node)
             node.meta["shape"] = shape
         return node
+
+    def _in_order(self, node: fx.Node, channels: Tensor) -> Tensor:
+        """Channels of a node's value, given in ascending order, in the order in which they are to be stored."""
+        order = None if self.orders is None else self.orders.get(node.name)
+        return channels if order is None else order[torch.isin(order, channels)]
 
     def _full(self, old: fx.Node) -> fx.Node:
         value = self.values[old]
@@ -265,7 +290,7 @@ class _Slimmer:
             case nn.LayerNorm():
                 self._norm(node, module, inputs[0])
             case ConstantSum():
-                constant = self._buffer(module.constant, is_parameter=True)
+                constant = self._buffer(module.constant, parameter=str(node.target))
                 self._store_full(node, self._emit(aten.add.Tensor, self._full(operands[0]), constant))
             case ConstantTokens():
                 self._tokens(node, module)
@@ -282,10 +307,10 @@ class _Slimmer:
         if (heads := self.of_heads.get(str(node.target))) is not None:
             return heads.rows(self._kept_heads(heads.name))
         if mask is not None:
-            return mask.nonzero().flatten()
+            return self._in_order(node, mask.nonzero().flatten())
         features = self._gated_by(node)
         if features is None:
-            return torch.arange(n_channels(shape_of(node)))
+            return self._in_order(node, torch.arange(n_channels(shape_of(node))))
         self.demanded.add(node)
         return self.values[features].channels
 
@@ -325,7 +350,7 @@ class _Slimmer:
         batch = self._emit(aten.sym_size.int, self.images, 0)
         value = _Value(None, rows, shape)
         places = [len(rows) if axis == value.axis else 1 for axis in range(len(shape) + 1)]
-        column = self._buffer(bias.detach().reshape(places), is_parameter=True)
+        column = self._buffer(bias.detach().reshape(places), parameter=f"{node.target}.bias")
         new = self._emit(aten.expand.default, column, [batch, *value.shape_of(len(rows))])
         self._store(node, _Value(new, rows, shape))
 
@@ -335,24 +360,37 @@ class _Slimmer:
         out_of_group = shape[0] // layer.groups
         in_of_group = value.shape[0] // layer.groups
         groups = (rows // out_of_group).unique()
-        outputs = (groups[:, None] * out_of_group + torch.arange(out_of_group)).flatten()
+        outputs = self._in_order(node, (groups[:, None] * out_of_group + torch.arange(out_of_group)).flatten())
+        groups = outputs[::out_of_group] // out_of_group
         if len(groups) == 0:
             self._store(node, _Value(None, rows, shape))
             return
         weight, bias = layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
         dead = torch.ones(shape[0], dtype=torch.bool)
         dead[rows] = False
-        weight[dead.to(weight.device)] = 0
+        if self.orders is None:
+            weight[dead.to(weight.device)] = 0
         if bias is not None:
-            bias[dead.to(bias.device)] = 0
+            if self.orders is None:
+                bias[dead.to(bias.device)] = 0
             bias = _select(bias, 0, outputs)
         if value.node is None:
             self._constant(node, outputs, bias)
+            self._silence(node, dead)
             return
         inputs = (groups[:, None] * in_of_group + torch.arange(in_of_group)).flatten()
         self._add_layer(name, _like(layer, _select(weight, 0, outputs), bias, groups=len(groups)))
         new = self.graph.call_module(name, (self._with_channels(value, inputs),))
         self._store(node, _Value(new, outputs, shape))
+        self._silence(node, dead)
+
+    def _silence(self, node: fx.Node, dead: Tensor) -> None:
+        """Zeroes the stored rows that are dead (channels of bool), where the weights don't."""
+        value = self.values[node]
+        rows = dead[value.channels].nonzero().flatten()
+        if self.orders is not None and value.node is not None and len(rows) > 0:
+            silent = self._emit(aten.index_fill.int_Scalar, value.node, value.axis, self._index(rows), 0)
+            self._store(node, _Value(silent, value.channels, value.shape))
 
     def _add_layer(self, name: str, layer: nn.Module) -> None:
         self._parent(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], layer)
@@ -372,13 +410,12 @@ class _Slimmer:
             return
         if len(right.channels) > len(left.channels):
             left, right = right, left
-        if not bool(torch.isin(right.channels, left.channels).all()):
-            union = torch.cat([left.channels, right.channels]).unique()
-            left = _Value(self._with_channels(left, union), union, shape)
+        union = self._in_order(node, torch.cat([left.channels, right.channels]).unique())
+        left = _Value(self._with_channels(left, union), union, shape)
         if torch.equal(left.channels, right.channels):
             new = self._emit(aten.add.Tensor, left.node, right.node)
         else:
-            places = self._index(torch.searchsorted(left.channels, right.channels))
+            places = self._index(_places(union, shape[left.axis - 1])[right.channels])
             new = self._emit(aten.index_add.default, left.node, left.axis, places, right.node)
         self._store(node, _Value(new, left.channels, shape))
 
@@ -409,7 +446,7 @@ class _Slimmer:
 
     def _tokens(self, node: fx.Node, module: ConstantTokens) -> None:
         batch = self._emit(aten.sym_size.int, self.images, 0)
-        constant = self._buffer(module.tokens, is_parameter=True)
+        constant = self._buffer(module.tokens, parameter=str(node.target))
         spread = self._emit(aten.expand.default, constant, [batch, *module.tokens.shape[1:]])
         self._store_full(node, self._emit(aten.cat.default, [spread, self._full(node.all_input_nodes[0])], 1))
 
@@ -432,8 +469,10 @@ class _Slimmer:
         self._store(node, _Value(self._emit(aten.flatten.using_ints, normed, -2), value.channels, value.shape))
 
     def _kept_heads(self, name: str) -> Tensor:
-        mask = self.masks.get(name)
-        return torch.arange(self.heads[name].n_heads) if mask is None else mask.nonzero().flatten()
+        mask, heads = self.masks.get(name), self.heads[name]
+        kept = torch.arange(heads.n_heads) if mask is None else mask.nonzero().flatten()
+        (node,) = (node for node in self.source.graph.nodes if node.target == name)
+        return self._in_order(node, heads.rows(kept))[:: heads.head_dim] // heads.head_dim
 
     def _attention(self, node: fx.Node, value: _Value) -> None:
         heads, shape = self.heads[str(node.target)], shape_of(node)
@@ -529,7 +568,12 @@ class _Slimmer:
         channels = torch.cat([value.channels + start for value, start in zip(values, starts, strict=False)])
         parts = [value.node for value in values if value.node is not None]
         new = self._emit(aten.cat.default, parts, 1) if parts else None
-        self._store(node, _Value(new, channels, shape_of(node)))
+        joined = _Value(new, channels, shape_of(node))
+        ordered = self._in_order(node, channels)
+        if new is not None and not torch.equal(ordered, channels):
+            new.meta["shape"] = joined.shape_of(len(channels))
+            joined = _Value(self._with_channels(joined, ordered), ordered, joined.shape)
+        self._store(node, joined)
 
     def _dense(self, node: fx.Node) -> None:
         """Any other step, on values filled up with zeros."""
@@ -555,6 +599,13 @@ class _Slimmer:
 
 
 _NOTHING = _Value(None, torch.arange(0), (0,))
+
+
+def _places(channels: Tensor, n: int) -> Tensor:
+    """Where each of `n` channels is among the given ones; -1 where it isn't."""
+    places = torch.full((n,), -1)
+    places[channels] = torch.arange(len(channels))
+    return places
 
 
 def _is_spatial(dimension: Any, value: _Value) -> bool:
@@ -600,7 +651,7 @@ def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, gro
 
 
 def _select(tensor: Tensor, dimension: int, indices: Tensor) -> Tensor:
-    """Rows or columns of a tensor; the tensor itself, not a copy, where all are kept."""
-    if len(indices) == tensor.shape[dimension]:
+    """Rows or columns of a tensor; the tensor itself, not a copy, where all are kept as they are."""
+    if len(indices) == tensor.shape[dimension] and torch.equal(indices, torch.arange(len(indices))):
         return tensor.detach()
     return tensor.detach().index_select(dimension, indices.to(tensor.device, non_blocking=True))

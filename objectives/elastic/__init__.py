@@ -1,0 +1,1 @@
+"""Elastic networks: nested levels of one network on one set of weights, switched at run time."""

@@ -1,0 +1,53 @@
+import os
+
+import pytest
+import safetensors.torch
+import torch
+
+from objectives.elastic.files import load_elastic, save_elastic
+from objectives.elastic.model import ElasticModel
+from objectives.errors import SlimFileError
+from objectives.network import canonize
+
+
+@pytest.mark.parametrize("name", ["branches", "cifar_resnet20"])
+def test_a_file_is_read_back_bit_for_bit(elastic, tmp_path, name):
+    subject, path = elastic(name), tmp_path / "elastic.safetensors"
+    model = ElasticModel(subject.canonical, subject.masks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)  # as training would
+    model.set_level(2)
+    save_elastic(model, path)
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.stat().st_size < 1.1 * sum(value.nbytes for value in model.state_dict().values()) + 50_000
+    loaded = load_elastic(path, subject.canonical)
+    assert loaded.level == 0
+    assert loaded.n_levels == 4
+    for level in range(4):
+        assert torch.equal(loaded.at(level)(subject.images), model.at(level)(subject.images))
+        for layer, mask in model.masks[level].items():
+            assert torch.equal(loaded.masks[level][layer], mask)
+
+
+def test_a_file_of_another_network_is_refused(elastic, tmp_path):
+    subject, path = elastic("branches"), tmp_path / "elastic.safetensors"
+    save_elastic(ElasticModel(subject.canonical, subject.masks), path)
+    with pytest.raises(SlimFileError, match="made for a network without the 16 components of 'conv1'"):
+        load_elastic(path, elastic("cifar_resnet20").canonical)
+    with pytest.raises(SlimFileError, match="doesn't hold weights of this network"):
+        load_elastic(path, canonize(subject.network, (3, 6, 6), classes=[0, 1]))
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", safetensors.torch.save({"x": torch.zeros(1)})])
+def test_what_is_no_elastic_network_is_refused(elastic, tmp_path, content):
+    path = tmp_path / "elastic.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(SlimFileError, match=r"can't be read|holds no elastic network of format pruning-hpo/elastic/1"):
+        load_elastic(path, elastic("branches").canonical)
+
+
+def test_a_file_that_cannot_be_written_says_so(elastic, tmp_path):
+    subject = elastic("branches")
+    with pytest.raises(SlimFileError, match=r"can't be written .*; make room or choose another path"):
+        save_elastic(ElasticModel(subject.canonical, subject.masks), tmp_path / "no such directory" / "file")
