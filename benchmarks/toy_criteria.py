@@ -48,9 +48,10 @@ from zennit.rules import ClampMod
 from objectives.attribution.criteria import ReferenceSamples, criterion_scores, plain
 from objectives.attribution.engine import ZennitAttribution, captured, start_relevance
 from objectives.attribution.relevance import normalized
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.memory import Batches
-from objectives.network import CanonicalNetwork, canonize
+from objectives.network import CanonicalNetwork
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import slim

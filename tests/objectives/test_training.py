@@ -7,9 +7,9 @@ import safetensors
 import torch
 from torch import nn
 
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.errors import OptionError, TrainingError
-from objectives.network import canonize
 from objectives.training import TrainingOptions, train
 
 

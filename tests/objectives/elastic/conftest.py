@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from objectives.network import CanonicalNetwork, canonize
+from objectives.canonization import canonize
+from objectives.network import CanonicalNetwork
 from objectives.pruning.ranking import Masks, rank
 
 RATES = (0.0, 0.3, 0.5, 0.7)

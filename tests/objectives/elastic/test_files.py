@@ -4,10 +4,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from objectives.canonization import canonize
 from objectives.elastic.files import load_elastic, save_elastic
 from objectives.elastic.model import ElasticModel
 from objectives.errors import SlimFileError
-from objectives.network import canonize
 
 
 @pytest.mark.parametrize("name", ["branches", "cifar_resnet20"])
