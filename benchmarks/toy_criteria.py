@@ -16,6 +16,7 @@ The network and the criteria W, T, G and L are those of the paper's published co
 - L propagates a W+ over sum a W+, without biases, and divides the samples' sum by the layer's. Behind the third layer,
   which has no ReLU, a may be negative, and such neurons receive negative relevance: they go first. This product's rule
   `ZPlus` shares a+ W+ + a- W- + b+ instead, which is never negative, so that L is a zennit hook of its own here.
+  Relevance starts as the true class's logit; L1 starts with 1, as the paper's text says (section 3.2).
 
 So the criteria are written down here as the code has them, on this product's canonical network, gradients and
 start of relevance; `ours` is what this product's own criteria weight, taylor, gradient and the heuristic zplus give on
@@ -55,6 +56,7 @@ from objectives.network import CanonicalNetwork
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import slim
+from search_spaces.choices import OutputRelevance
 from search_spaces.composites import CompositeSpec
 from search_spaces.criteria import CriterionSpec
 from search_spaces.heuristics import heuristic
@@ -72,7 +74,8 @@ N_PRUNED = 1000
 N_TRAINING = 1000  # points a class
 TRAINING_SEED = 1000  # none of the references'
 AT_ONCE = 4000  # samples, in scores
-CRITERIA = ("W", "T", "G", "L")
+CRITERIA = ("W", "T", "G", "L", "L1")
+OWN_CRITERIA = CRITERIA[:4]
 
 # Supplementary Table 1: unpruned, W, and T, G, L for n = 1, 5, 20, 100.
 ACCURACY = {
@@ -174,10 +177,10 @@ PUBLISHED = Training(10_000, 0.001, "fp32")
 # The paper's criteria, of the references of all seeds at once.
 
 
-def in_parts(score: Callable[[CanonicalNetwork, Tensor, Tensor], dict[str, Tensor]]) -> Callable[..., Scores]:
+def in_parts(score: Callable[..., dict[str, Tensor]]) -> Callable[..., Scores]:
     """A criterion that sums over each seed's samples, from one that gives values (samples, neurons)."""
 
-    def scores(network: CanonicalNetwork, references: list[LabelledImages]) -> Scores:
+    def scores(network: CanonicalNetwork, references: list[LabelledImages], *arguments: Any) -> Scores:
         n_samples = len(references[0])
         parts: list[dict[str, Tensor]] = []
         n_seeds = max(1, AT_ONCE // n_samples)
@@ -185,7 +188,7 @@ def in_parts(score: Callable[[CanonicalNetwork, Tensor, Tensor], dict[str, Tenso
             some = references[first : first + n_seeds]
             images = torch.cat([samples.images for samples in some])
             labels = torch.cat([samples.labels for samples in some])
-            values = score(network, images, labels)
+            values = score(network, images, labels, *arguments)
             parts.append({name: value.detach().unflatten(0, (-1, n_samples)).sum(1) for name, value in values.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -231,13 +234,15 @@ class PositiveWeights(BasicHook):
 
 
 @in_parts
-def relevance(network: CanonicalNetwork, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What L sums."""
+def relevance(
+    network: CanonicalNetwork, images: Tensor, labels: Tensor, output_relevance: OutputRelevance
+) -> dict[str, Tensor]:
+    """What L and L1 sum."""
     rules = Composite(module_map=lambda _, name, module: PositiveWeights() if name in network.layers else None)
     with rules.context(network.module) as module, captured(module, network) as values:
         logits = module(images.clone().requires_grad_())
         outputs = dict(values.outputs)
-        start = start_relevance(logits.detach(), labels, "one")
+        start = start_relevance(logits.detach(), labels, output_relevance)
         return dict(zip(outputs, torch.autograd.grad(logits, list(outputs.values()), start), strict=True))
 
 
@@ -247,12 +252,15 @@ def published(network: CanonicalNetwork, references: list[LabelledImages]) -> di
     def by_l2(scores: Scores) -> Scores:
         return {name: torch.stack([normalized(row, "l2") for row in rows.abs()]) for name, rows in scores.items()}
 
-    relevances = relevance(network, references)
+    def by_sum(scores: Scores) -> Scores:
+        return {name: rows / rows.sum(1, keepdim=True) for name, rows in scores.items()}
+
     return {
         "W": weight(network, references),
         "T": by_l2(taylor(network, references)),
         "G": by_l2(gradient(network, references)),
-        "L": {name: rows / rows.sum(1, keepdim=True) for name, rows in relevances.items()},
+        "L": by_sum(relevance(network, references, "logit")),
+        "L1": by_sum(relevance(network, references, "one")),
     }
 
 
@@ -264,7 +272,7 @@ def ours(network: CanonicalNetwork, references: list[LabelledImages]) -> dict[st
     zplus = heuristic("zplus")
     assert isinstance(zplus, CompositeSpec)
     groups = dict.fromkeys(network.layers, "FCL")
-    rows: dict[str, list[dict[str, Tensor]]] = {criterion: [] for criterion in CRITERIA}
+    rows: dict[str, list[dict[str, Tensor]]] = {criterion: [] for criterion in OWN_CRITERIA}
     for samples in references:
         given = ReferenceSamples(network, samples, Batches("attribution", AT_ONCE))
         for criterion, name in (("W", "weight"), ("T", "taylor"), ("G", "gradient")):
@@ -353,13 +361,13 @@ def measure(data_set: str, training: Training) -> dict[str, Any]:
     print(f"{data_set}: trained in {seconds:.0f} s, accuracy {result['unpruned']:.2f} %", flush=True)
     for name, criteria in (("published", published), ("ours", ours)):
         by_n: dict[int, dict[str, Tensor]] = {}
-        accuracy_by_n: dict[str, dict[int, list[float]]] = {criterion: {} for criterion in CRITERIA}
+        accuracy_by_n: dict[str, dict[int, list[float]]] = {}
         for n in N_REFERENCES if name == "published" else N_TABULATED:
             scores = criteria(network, [points(data_set, n, seed) for seed in range(N_SEEDS)])
             by_n[n] = {criterion: orders(of_criterion) for criterion, of_criterion in scores.items()}
             for criterion, of_criterion in scores.items():
-                accuracy_by_n[criterion][n] = accuracies(network, data, of_criterion)
-            means = (f"{criterion} {np.mean(accuracy_by_n[criterion][n]):.2f}" for criterion in CRITERIA)
+                accuracy_by_n.setdefault(criterion, {})[n] = accuracies(network, data, of_criterion)
+            means = (f"{criterion} {np.mean(accuracy_by_n[criterion][n]):.2f}" for criterion in scores)
             print(f"  {name:10}n = {n:<4}{'  '.join(means)}", flush=True)
         result[name] = {
             "accuracy": {
@@ -377,21 +385,22 @@ def measure(data_set: str, training: Training) -> dict[str, Any]:
 
 def holds(results: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
     """What should hold: the claim, whether it does, and where it doesn't."""
-    for name in ("published", "ours"):
+    for name, criterion in (("published", "L"), ("published", "L1"), ("ours", "L")):
         failing = []
         for data_set in N_CLASSES:
             means = means_of(results, data_set, name)
-            for n, of_l in means["L"].items():
-                if int(n) >= 5 and of_l <= max(means["T"][n], means["G"][n]):
+            for n, found in means[criterion].items():
+                if int(n) >= 5 and found <= max(means["T"][n], means["G"][n]):
                     failing.append(f"{data_set} n = {n}")
-        yield f"L ({name}) is first of T, G and L at n >= 5 on all three", not failing, ", ".join(failing)
+        yield f"{criterion} ({name}) is before T and G at n >= 5 on all three", not failing, ", ".join(failing)
         failing = []
         for data_set in ("moon", "circle"):
             for n, cells in zip(N_TABULATED, ACCURACY[data_set][2:], strict=True):
-                found = means_of(results, data_set, name)["L"][str(n)]
+                found = means_of(results, data_set, name)[criterion][str(n)]
                 if n >= 5 and abs(found - cells[2]) > 0.5:
                     failing.append(f"{data_set} n = {n}: {found:.2f} for {cells[2]:.2f}")
-        yield f"L ({name}) is within 0.5 of the paper at n >= 5 on moon and circle", not failing, ", ".join(failing)
+        claim = f"{criterion} ({name}) is within 0.5 of the paper at n >= 5 on moon and circle"
+        yield claim, not failing, ", ".join(failing)
 
 
 def means_of(results: Mapping[str, Any], data_set: str, name: str) -> dict[str, dict[str, float]]:
@@ -405,7 +414,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
     training = results["training"]
     print(f"{training['n_steps']} steps at {training['learning_rate']}, {training['dtype']}; {N_SEEDS} seeds\n")
     print("Accuracy after pruning, measured (paper; ours)\n")
-    columns = [f"{c} n={n}" for n in N_TABULATED for c in CRITERIA[1:]]
+    columns = [f"{c} n={n}" for n in N_TABULATED for c in OWN_CRITERIA[1:]]
     print_row("data", "unpruned", "W", *columns)
     print_row(*["---"] * (3 + len(columns)))
     for data_set, (unpruned, of_weight, *by_n) in ACCURACY.items():
@@ -423,7 +432,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
     print("\nAll numbers of references, accuracy +- standard deviation\n")
     print_row("data", "criterion", *(f"n = {n}" for n in N_REFERENCES))
     print_row(*["---"] * (2 + len(N_REFERENCES)))
-    for data_set, criterion in itertools.product(N_CLASSES, "TGL"):
+    for data_set, criterion in itertools.product(N_CLASSES, CRITERIA[1:]):
         of_n = results["data_sets"][data_set]["published"]["accuracy"][criterion]
         cells = [f"{of_n[str(n)]['mean']:.2f} +- {of_n[str(n)]['std']:.2f}" for n in N_REFERENCES]
         print_row(data_set, criterion, *cells)
