@@ -316,7 +316,9 @@ class _Run:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             # What the network itself draws must not depend on the epochs that were computed before a restart.
-            torch.manual_seed(int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0]))
+            seed = int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0])
+            for generator in [torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)]:
+                generator.manual_seed(seed)  # `torch.manual_seed` would seed devices that aren't forked, too
             for batch in order.tensor_split(self.n_batches):
                 try:
                     losses.append(self._step(batch))
