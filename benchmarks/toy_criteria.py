@@ -1,6 +1,6 @@
 """Criteria on toy data: Yeom et al. 2021, section 4.1, beside the figures that the paper prints.
 
-    python benchmarks/toy_criteria.py            # trains three networks and measures; half an hour of one core
+    python benchmarks/toy_criteria.py            # trains three networks and measures: an hour of one busy core
     python benchmarks/toy_criteria.py --table    # prints what has been measured
 
 A network of three hidden layers of 1,000 neurons is trained on each of moon, circle and multi (1,000 points a class).
