@@ -120,7 +120,8 @@ class LoadedProblem:
             "layer_groups": dict(self.objective.layer_groups),
             "abs_scope": configuration.abs_scope,
             "output_relevance": configuration.output_relevance,
-            "procedure": self.objective.options.procedure,
+            "procedure": self.objective.options.procedure.name,
+            "procedure_options": self.objective.options.procedure.options,
             "components": self.objective.network.choice,
             "ranking": self.objective.ranking_scope,
             "rates": list(configuration.rates),
@@ -251,7 +252,7 @@ def load_problem(
         repair=configuration.repair_spec(),
     )
     if document is not None:
-        options = replace(options, procedure=document.procedure)
+        options = replace(options, procedure=document.procedure_spec)
     return LoadedProblem(configuration, Objective(model, task, options, document), document)
 
 

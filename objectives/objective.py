@@ -27,10 +27,12 @@ from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
 from objectives.network import CanonicalNetwork
 from objectives.procedures import PROCEDURES
+from objectives.procedures.path import PruningPath
 from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
 from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
+from objectives.pruning.zeroing import zeroed
 from objectives.racing import Correctness, GivenUp, Race
 from objectives.repair.repairer import Repairer
 from search_spaces.choices import (
@@ -44,6 +46,7 @@ from search_spaces.choices import (
 )
 from search_spaces.criteria import CriterionSpec, Ranker
 from search_spaces.documents import CompositeDocument
+from search_spaces.procedures import OneShot, ProcedureSpec
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -74,8 +77,8 @@ class ObjectiveOptions:
         procedure: how pruning proceeds.
         components: which are pruned, see `search_spaces.choices.Components`; by default the neurons of a transformer's
             MLPs, and all of another network.
-        ranking: components of each `kind` are ranked within themselves and pruned at every rate, or all over the whole
-            network (`global`). Only a transformer's heads and neurons together are of two kinds.
+        ranking: components of each `kind`, or of each `layer`, are ranked within themselves and pruned at every rate,
+            or all over the whole network (`global`). Only a transformer's heads and neurons together are of two kinds.
         abs_scope: where `abs` is taken, see `search_spaces.choices.AbsScope`.
         output_relevance: relevance starts as `one` at the true class's logit, or as the `logit`.
         dtype: of evaluation during the search; attribution and confirmation are in fp32.
@@ -89,7 +92,7 @@ class ObjectiveOptions:
     """
 
     rates: tuple[float, ...]
-    procedure: str = "one_shot"
+    procedure: ProcedureSpec = OneShot()  # noqa: RUF009 (frozen)
     components: Components | None = None
     ranking: RankingScope = "kind"
     abs_scope: AbsScope = "sum"
@@ -104,8 +107,6 @@ class ObjectiveOptions:
 
     def __post_init__(self) -> None:
         check_rates(self.rates)
-        if self.procedure not in PROCEDURES:
-            raise OptionError(f"Unknown procedure {self.procedure!r}.{did_you_mean(self.procedure, PROCEDURES)}")
         for option, known in _CHOICES.items():
             value = getattr(self, option)
             if value not in known:
@@ -161,6 +162,17 @@ class _Stopwatch:
         }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pruning:
+    """See `objectives.procedures.steps.Pruning`."""
+
+    objective: Objective
+    composite: Ranker
+
+    def rank(self, masks: Masks | None = None) -> Ranking:
+        return self.objective.ranking(self.composite, masks)
+
+
 class Objective:
     """Evaluates composites for one model, task and set of options.
 
@@ -199,7 +211,7 @@ class Objective:
         )
         self.ranking_scope: RankingScope = options.ranking
         if len(set(self._kinds.values())) == 1:
-            self.ranking_scope = "global"
+            self.ranking_scope = "global"  # the same, under its usual name
         self.layer_groups: dict[str, str]
         if document is None:
             self.layer_groups = group_layers(self.network, options.layer_groups)
@@ -211,12 +223,8 @@ class Objective:
             self.layer_groups = {name: document.layer_groups[name] for name in self.network.layers}
         references = task.references.to(self.device)
         self._check_copy(original, references)
-        settings = (references, options.batch_size, options.abs_scope, options.output_relevance)
-        self.attribution: Attribution = (
-            ZennitAttribution(self.network, self.layer_groups, *settings)
-            if options.attribution == "zennit"
-            else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
-        )
+        self._references = references
+        self.attribution: Attribution = self._engine(self.network)
         self._samples = ReferenceSamples(self.network, references, self.attribution.batches, options.abs_scope)
         self._check_repair(options.repair)
         self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
@@ -259,7 +267,8 @@ class Objective:
             "layer_groups": dict(self.layer_groups),
             "components": dict(self.network.components),
             **({} if self.ranking_scope == "global" else {"ranking": self.ranking_scope}),
-            "procedure": options.procedure,
+            "procedure": options.procedure.name,
+            **({"procedure_options": options.procedure.options} if options.procedure.options else {}),
             "rates": list(options.rates),
             "references": len(self.task.references),
             "abs_scope": options.abs_scope,
@@ -272,20 +281,51 @@ class Objective:
         """Computes together what attributions of composites that will be evaluated soon share."""
         self.attribution.prepare([each for each in composites if not isinstance(each, CriterionSpec)])
 
-    def scores(self, composite: Ranker) -> dict[str, Tensor]:
-        """Score of every component, layer -> (components,); all rankings of one attribution share it."""
-        if isinstance(composite, CriterionSpec):
-            return criterion_scores(composite, self._samples)
-        relevance = self.attribution.attribute(composite)
-        return relevance.scores(absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize)
+    def scores(self, composite: Ranker, masks: Masks | None = None) -> dict[str, Tensor]:
+        """Score of every component, layer -> (components,); all rankings of one attribution share it.
 
-    def ranking(self, composite: Ranker) -> Ranking:
-        """The order in which a composite prunes components."""
-        return rank(self.scores(composite), None if self.ranking_scope == "global" else self._kinds)
+        Args:
+            composite: or criterion.
+            masks: of a pruned network, on which the scores of kept components are computed, see `of_kept`; by default
+                nothing is pruned.
+
+        Raises:
+            RelevanceError: the composite's relevance can't be used.
+            OutOfMemoryError: the device has no room for a single image.
+        """
+        if masks is not None and all(bool(mask.all()) for mask in masks.values()):
+            masks = None
+        network = self.network if masks is None else zeroed(self.network, masks)
+        if isinstance(composite, CriterionSpec):
+            return criterion_scores(composite, replace(self._samples, network=network), masks)
+        # Composites share what is attributed on the unpruned network; pruned ones are all different.
+        engine = self.attribution if masks is None else self._engine(network)
+        relevance = engine.attribute(composite)
+        return relevance.scores(
+            absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize, masks=masks
+        )
+
+    def ranking(self, composite: Ranker, masks: Masks | None = None) -> Ranking:
+        """The order in which a composite prunes components, on the network under masks."""
+        return rank(self.scores(composite, masks), None if self.ranking_scope == "global" else self._kinds, masks)
+
+    def path(self, composite: Ranker) -> PruningPath:
+        """All networks that the procedure comes to with a composite; made as far as they are asked for."""
+        procedure = self.options.procedure
+        return PruningPath(PROCEDURES[procedure.name](_Pruning(self, composite), procedure))
 
     @property
     def _kinds(self) -> dict[str, str]:
-        return {name: self.network.kinds[name] for name in self.network.components}
+        """What is ranked within itself, of all that has components."""
+        by_layer = self.options.ranking == "layer"
+        return {name: name if by_layer else self.network.kinds[name] for name in self.network.components}
+
+    def _engine(self, network: CanonicalNetwork) -> Attribution:
+        options = self.options
+        settings = (self._references, options.batch_size, options.abs_scope, options.output_relevance)
+        if options.attribution == "zennit":
+            return ZennitAttribution(network, self.layer_groups, *settings)
+        return SharedAttribution(network, self.layer_groups, *settings, options.attribution_memory)
 
     def repair(self, composite: Ranker) -> RepairSpec:
         """How the networks that a composite prunes are repaired.
@@ -334,8 +374,8 @@ class Objective:
 
     def _masks(self, composite: Ranker, stopwatch: _Stopwatch) -> list[Masks]:
         """Of every rate."""
-        procedure = PROCEDURES[self.options.procedure]
-        masks = list(procedure(lambda: self.ranking(composite), self.options.rates))
+        path = self.path(composite)
+        masks = [path.masks(path.n_pruned(rate)) for rate in self.options.rates]
         stopwatch.attributed()
         return masks
 

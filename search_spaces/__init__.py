@@ -20,6 +20,7 @@ from search_spaces.errors import (
     DocumentVersionError,
     DocumentWriteError,
     OutsideSpaceError,
+    ProcedureError,
     PruningHPOError,
     RepairSpecError,
     SearchSpaceError,
@@ -40,6 +41,7 @@ from search_spaces.heuristics import (
     heuristics_of,
 )
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
+from search_spaces.procedures import PROCEDURES, Iterative, OneShot, ProcedureSpec, procedure_from_json
 from search_spaces.reasons import message_of, reason_of
 from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
@@ -78,11 +80,16 @@ __all__ = [
     "GROUPS",
     "HEURISTICS",
     "ImageSet",
+    "Iterative",
     "NORMALIZATIONS",
     "NO_REPAIR",
     "Named",
+    "OneShot",
     "OutputRelevance",
     "OutsideSpaceError",
+    "PROCEDURES",
+    "ProcedureError",
+    "ProcedureSpec",
     "PruningHPOError",
     "REPAIRS",
     "RULE_DEFAULTS",
@@ -113,6 +120,7 @@ __all__ = [
     "load_document",
     "load_space",
     "message_of",
+    "procedure_from_json",
     "ranker_from_json",
     "reason_of",
     "register",

@@ -32,8 +32,8 @@ ImageSet = Literal["search", "confirmation"]
 OutputRelevance = Literal["one", "logit"]
 """What relevance the true class's output starts with."""
 
-RankingScope = Literal["kind", "global"]
-"""Whether components of each kind are ranked within themselves, or all over the whole network."""
+RankingScope = Literal["kind", "layer", "global"]
+"""Whether components of each kind, or of each layer, are ranked within themselves, or all over the whole network."""
 
 ReferenceSampling = Literal["random", "first"]
 """Which training images of a class are references: drawn ones, or the first ones."""

@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from search_spaces.choices import AbsScope, Components, OutputRelevance, RankingScope
 from search_spaces.composites import CompositeSpec
-from search_spaces.errors import CompositeError, DocumentError, DocumentVersionError, DocumentWriteError
+from search_spaces.errors import (
+    CompositeError,
+    DocumentError,
+    DocumentVersionError,
+    DocumentWriteError,
+    ProcedureError,
+)
 from search_spaces.files import write_atomically
+from search_spaces.procedures import OneShot, ProcedureSpec, procedure_from_json
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -28,7 +35,7 @@ __all__ = ["CompositeDocument", "document_schema", "load_document", "write_docum
 
 _VERSION = 1
 _SCHEMA = f"composite-v{_VERSION}.schema.json"
-_USUAL = {"components": "all", "ranking": "global"}
+_USUAL: Mapping[str, Any] = {"components": "all", "procedure_options": {}, "ranking": "global"}
 _LONGEST = 120  # characters of a value in a message
 
 
@@ -44,9 +51,10 @@ class CompositeDocument:
         layer_groups: Layer group of each layer by its module name.
         abs_scope: Where `abs` takes the absolute value: of each sample's sum over space, or before any sum.
         output_relevance: Relevance at the true class's output.
-        procedure: How pruning proceeds from the ranking.
+        procedure: How pruning proceeds from rankings, of `search_spaces.procedures.PROCEDURES`.
+        procedure_options: What the procedure takes, by name.
         components: What is pruned: attention heads, neurons of a transformer's MLPs, or all that there are.
-        ranking: Whether components are ranked over the whole network, or each kind of them within itself.
+        ranking: Whether components are ranked over the whole network, or each kind or layer of them within itself.
         rates: Pruning rates of the curves, increasing from 0.
         repair: Method and strength of the repair of every pruned network, as `RepairSpec.to_json` gives them.
         preprocessing: Size, mean, standard deviation and the like of the model's images.
@@ -70,7 +78,8 @@ class CompositeDocument:
     layer_groups: dict[str, str]
     abs_scope: AbsScope
     output_relevance: OutputRelevance
-    procedure: str = "one_shot"
+    procedure: str = OneShot.name
+    procedure_options: dict[str, Any] = field(default_factory=dict)
     components: Components = "all"
     ranking: RankingScope = "global"
     rates: tuple[float, ...]
@@ -95,6 +104,11 @@ class CompositeDocument:
         for name in value.keys() - {"composite", "rates"}:
             object.__setattr__(self, name, value[name])
         object.__setattr__(self, "rates", tuple(value["rates"]))
+
+    @property
+    def procedure_spec(self) -> ProcedureSpec:
+        """The procedure with its options."""
+        return procedure_from_json(self.procedure, self.procedure_options)
 
     def to_json(self) -> dict[str, Any]:
         """The document as its JSON file holds it, in the file's order; a copy."""
@@ -233,6 +247,10 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
             RepairSpec.from_json(value["repair"])
         except CompositeError as error:
             yield "$.repair", f"cannot be used: {str(error).removesuffix('.')}"
+    try:
+        procedure_from_json(value["procedure"], value.get("procedure_options"))
+    except ProcedureError as error:
+        yield "$.procedure_options", f"cannot be used: {str(error).removesuffix('.')}"
     confirmation = value.get("confirmation")
     if confirmation is not None and len(confirmation["accuracies"]) != len(rates):
         yield "$.confirmation.accuracies", f"has {len(confirmation['accuracies'])} values for {len(rates)} rates"

@@ -8,6 +8,7 @@ Every message is one line that names the offending value and the remedy; the com
         │   ├── UnknownRuleError                     a rule that has no such name
         │   └── RepairSpecError                      values that make no repair
         ├── CriterionError           (ValueError)    values that make no criterion
+        ├── ProcedureError           (ValueError)    values that make no procedure
         ├── UnknownHeuristicError    (KeyError)      a heuristic that has no such name
         ├── SpaceError               (ValueError)    a search space that cannot be read or used
         │   ├── UnknownSpaceError                    a space that has no such name
@@ -26,6 +27,7 @@ __all__ = [
     "DocumentVersionError",
     "DocumentWriteError",
     "OutsideSpaceError",
+    "ProcedureError",
     "PruningHPOError",
     "RepairSpecError",
     "SearchSpaceError",
@@ -64,6 +66,10 @@ class RepairSpecError(CompositeError):
 
 class CriterionError(SearchSpaceError, ValueError):
     """Values that make no criterion."""
+
+
+class ProcedureError(SearchSpaceError, ValueError):
+    """Values that make no procedure."""
 
 
 class UnknownHeuristicError(SearchSpaceError, KeyError):

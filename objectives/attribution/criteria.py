@@ -27,6 +27,7 @@ from objectives.datasets import LabelledImages
 from objectives.errors import RelevanceError
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
+from objectives.pruning.ranking import Masks, of_kept
 from search_spaces.choices import AbsScope
 from search_spaces.criteria import Criterion, CriterionSpec
 
@@ -108,18 +109,25 @@ def _register(name: Criterion) -> Callable[[_Scores], _Scores]:
     return register
 
 
-def criterion_scores(spec: CriterionSpec, samples: ReferenceSamples) -> dict[str, Tensor]:
+def criterion_scores(spec: CriterionSpec, samples: ReferenceSamples, masks: Masks | None = None) -> dict[str, Tensor]:
     """Score of every component, layer -> (components,) in float64 in forward order; the highest are pruned last.
 
+    Args:
+        spec: the criterion.
+        samples: network and images that it is computed on.
+        masks: of the samples' network, where it is a pruned one: only kept components have a score, see `of_kept`.
+
     Raises:
-        RelevanceError: a score isn't finite, or all scores of a layer are 0.
+        RelevanceError: a score isn't finite, or all scores of a layer of an unpruned network are 0.
         OutOfMemoryError: the device has no room for a single image.
     """
     scores = _CRITERIA[spec.name](spec, samples)
+    if masks is not None:
+        scores = of_kept(scores, masks)
     for name, of_layer in scores.items():
         if not bool(of_layer.isfinite().all()):
             raise RelevanceError(f"The criterion {spec.label} of layer {name!r} isn't finite; use another one.")
-        if not bool((of_layer != 0).any()):
+        if masks is None and not bool((of_layer != 0).any()):
             raise RelevanceError(f"The criterion {spec.label} is 0 all over layer {name!r}; use another one.")
     assert spec.normalize is not None, "the specification fills it in"
     return {name: normalized(of_layer, spec.normalize) for name, of_layer in scores.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from objectives.errors import RelevanceError
 from objectives.network import CanonicalNetwork
+from objectives.pruning.ranking import Masks, of_kept
 from search_spaces.choices import AbsScope
 
 __all__ = ["Relevance", "moments", "normalized", "spread"]
@@ -85,7 +86,9 @@ class Relevance:
         """Bytes of all moments."""
         return sum(sums.nbytes for sums in self.sums.values())
 
-    def scores(self, *, absolute: bool, aggregate: str = "mean", normalize: str = "none") -> dict[str, Tensor]:
+    def scores(
+        self, *, absolute: bool, aggregate: str = "mean", normalize: str = "none", masks: Masks | None = None
+    ) -> dict[str, Tensor]:
         """Score of every component, layer -> (components,).
 
         Args:
@@ -93,19 +96,21 @@ class Relevance:
             aggregate: the mean over samples, or `rms`, the root of the mean square of the magnitude, whatever
                 `absolute` is.
             normalize: `l2` divides a layer's scores by their l2 norm, `mean` by the mean of their absolute values.
+            masks: of the pruned network whose relevance this is: only kept components have a score, see `of_kept`, and
+                those of layers that relevance no longer reaches have 0.
 
         Raises:
-            RelevanceError: a score isn't finite, or a layer has no relevance at all.
+            RelevanceError: a score isn't finite, or a layer of an unpruned network has no relevance at all.
         """
         scores: dict[str, Tensor] = {}
-        for name, (signed, magnitude, square) in self.sums.items():
+        for name, (signed, magnitude, square) in (self.sums if masks is None else of_kept(self.sums, masks)).items():
             means = magnitude if absolute else signed
             values = (square / self.n_samples).sqrt() if aggregate == "rms" else means / self.n_samples
             if not bool(values.isfinite().all()):
                 raise RelevanceError(
                     f"The relevance of layer {name!r} isn't finite; use a larger epsilon or another rule there."
                 )
-            if not bool((magnitude != 0).any()):
+            if masks is None and not bool((magnitude != 0).any()):
                 raise RelevanceError(f"No relevance reaches layer {name!r} under this composite; use another rule.")
             scores[name] = normalized(values, normalize)
         return scores

@@ -1,26 +1,23 @@
-"""Procedures: how pruning proceeds from relevance to a curve, one module each.
+"""Procedures: how pruning proceeds from rankings to ever smaller networks, one module each.
 
-A procedure takes a way to rank components and yields masks, one set a rate; the objective measures them, or as many of
-them as it needs. It is registered under its name, the value of `--procedure`.
+A procedure is given a way to rank what masks leave, and yields the steps in which it prunes, up to the last component;
+the objective measures as much of their path as it needs. Its options and its name, the value of `--procedure`, are in
+`search_spaces.procedures`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from objectives.procedures.iterative import iterative
 from objectives.procedures.one_shot import one_shot
-from objectives.pruning.ranking import Masks, Ranking
+from objectives.procedures.steps import Pruning, Step
 
 __all__ = ["PROCEDURES", "Procedure"]
 
+Procedure = Callable[[Pruning, Any], Iterator[Step]]
+"""Yields the steps in which it prunes; its second argument is its own `ProcedureSpec`."""
 
-class Procedure(Protocol):
-    """How pruning proceeds."""
-
-    def __call__(self, ranking: Callable[[], Ranking], rates: Sequence[float]) -> Iterator[Masks]:
-        """Yields the masks of each rate, in the order of `rates`."""
-        ...
-
-
-PROCEDURES: dict[str, Procedure] = {"one_shot": one_shot}
+PROCEDURES: Mapping[str, Procedure] = {"iterative": iterative, "one_shot": one_shot}
+"""By name."""

@@ -1,21 +1,16 @@
-"""One-shot pruning (Hatefi et al. 2024): rank once on the unpruned network, then prune at every rate."""
+"""One-shot pruning (Hatefi et al. 2024): rank once, on the unpruned network, and prune in that order to the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
-from objectives.pruning.ranking import Masks, Ranking
+from objectives.procedures.steps import Pruning, Step
+from search_spaces.procedures import OneShot
 
 __all__ = ["one_shot"]
 
 
-def one_shot(ranking: Callable[[], Ranking], rates: Sequence[float]) -> Iterator[Masks]:
-    """Yields the masks of each rate, from a single ranking.
-
-    Args:
-        ranking: of all components on the unpruned network.
-        rates: increasing from 0.
-    """
-    ranked = ranking()
-    for rate in rates:
-        yield ranked.masks(ranked.n_pruned(rate))
+def one_shot(pruning: Pruning, options: OneShot) -> Iterator[Step]:
+    """Yields a single step."""
+    ranking = pruning.rank()
+    yield Step(ranking, len(ranking))

@@ -25,11 +25,11 @@ from objectives.devices import on_device
 from objectives.errors import OptionError
 from objectives.models import LoadedModel
 from objectives.objective import Columns, Objective, ObjectiveOptions
+from objectives.procedures.path import PruningPath
 from objectives.pruning.curve import keeps
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.latency import latency_ms
 from objectives.pruning.masking import masked
-from objectives.pruning.ranking import Ranking
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
 from objectives.pruning.slimming import cost, depends_on_images, draft, slim
 from objectives.pruning.structured import prune_coupled, resize_transformer
@@ -196,7 +196,7 @@ def prune(
         repair = RepairSpec("refit") if document.composite.attention is None else NO_REPAIR
     options = ObjectiveOptions(
         rates=document.rates,
-        procedure=document.procedure,
+        procedure=document.procedure_spec,
         components=document.components,
         ranking=document.ranking,
         abs_scope=document.abs_scope,
@@ -207,28 +207,28 @@ def prune(
     )
     with new_directory(output) as directory:
         objective = Objective(model, task, options, document)
-        ranking = objective.ranking(document.composite)
-        n = _n_pruned(objective, ranking, amount)
-        return _Pruning(objective, document, ranking, n).write(directory, output, amount, coupled)
+        path = objective.path(document.composite)
+        n = _n_pruned(objective, path, amount)
+        return _Pruning(objective, document, path, n).write(directory, output, amount, coupled)
 
 
-def _n_pruned(objective: Objective, ranking: Ranking, amount: PruneAmount) -> int:
+def _n_pruned(objective: Objective, path: PruningPath, amount: PruneAmount) -> int:
     match amount.kind:
         case "rate":
-            return ranking.n_pruned(amount.value)
+            return path.n_pruned(amount.value)
         case "keep_accuracy":
-            return _most_that_keep(objective, ranking, amount.value)
+            return _most_that_keep(objective, path, amount.value)
         case _:
-            return _fewest_that_fit(objective, ranking, amount)
+            return _fewest_that_fit(objective, path, amount)
 
 
-def _most_that_keep(objective: Objective, ranking: Ranking, share: float) -> int:
+def _most_that_keep(objective: Objective, path: PruningPath, share: float) -> int:
     """The largest number, in steps of 1 %, up to which every step keeps a share of the unpruned accuracy."""
     evaluator, repair = objective.evaluator("search"), objective.options.repair
     kept, start = 0, None
     for step in range(_ACCURACY_STEPS):
-        n = step * len(ranking) // _ACCURACY_STEPS
-        accuracy = float(evaluator.measure(ranking.masks(n), repair=repair).correct.double().mean())
+        n = step * len(path) // _ACCURACY_STEPS
+        accuracy = float(evaluator.measure(path.masks(n), repair=repair).correct.double().mean())
         start = accuracy if start is None else start
         if not keeps(accuracy, share, start):
             break
@@ -236,15 +236,15 @@ def _most_that_keep(objective: Objective, ranking: Ranking, share: float) -> int
     return kept
 
 
-def _fewest_that_fit(objective: Objective, ranking: Ranking, amount: PruneAmount) -> int:
+def _fewest_that_fit(objective: Objective, path: PruningPath, amount: PruneAmount) -> int:
     """The smallest number that leaves at most a share of the parameters or multiply-adds."""
 
     def size(n: int) -> int:
-        return int(getattr(cost(draft(objective.network, ranking.masks(n))), amount.kind))
+        return int(getattr(cost(draft(objective.network, path.masks(n))), amount.kind))
 
     limit = amount.value * size(0)
-    n = bisect.bisect_left(range(len(ranking)), -limit, key=lambda n: -size(n))
-    if n == len(ranking):
+    n = bisect.bisect_left(range(len(path)), -limit, key=lambda n: -size(n))
+    if n == len(path):
         left = size(n - 1) / size(0)
         raise OptionError(
             f"{_OPTIONS[amount.kind]} {amount.value} can't be reached: {left:.3f} is left with one component."
@@ -256,12 +256,12 @@ def _fewest_that_fit(objective: Objective, ranking: Ranking, amount: PruneAmount
 class _Pruning:
     objective: Objective
     document: CompositeDocument
-    ranking: Ranking
+    path: PruningPath
     n_pruned: int
 
     def write(self, directory: Path, target: Path, amount: PruneAmount, coupled: bool) -> PruneReport:
         objective, network = self.objective, self.objective.network
-        masks = self.ranking.masks(self.n_pruned)
+        masks = self.path.masks(self.n_pruned)
         repair, repairer = objective.options.repair, objective.repairer
         unrepaired = slim(network, masks)
         start = time.perf_counter()
@@ -296,7 +296,7 @@ class _Pruning:
             n_removed = result.n_removed
         report = PruneReport(
             amount=amount,
-            n_components=len(self.ranking),
+            n_components=len(self.path),
             n_pruned=self.n_pruned,
             images={"set": self._image_set(), "n_images": len(self._images())},
             unpruned=self._figures(original, network.module),

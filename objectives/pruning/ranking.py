@@ -10,7 +10,7 @@ from torch import Tensor
 
 from objectives.pruning.rates import n_pruned
 
-__all__ = ["Masks", "Ranking", "rank"]
+__all__ = ["Masks", "Ranking", "of_kept", "rank"]
 
 Masks = Mapping[str, Tensor]
 """Layer -> (components,) of bool: true where the component is kept."""
@@ -44,21 +44,31 @@ class Ranking:
         return dict(zip(self.widths, kept.split(list(self.widths.values())), strict=True))
 
 
-def rank(scores: Mapping[str, Tensor], kinds: Mapping[str, str] | None = None) -> Ranking:
+def of_kept(values: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+    """Of values (..., components) by layer those of kept components, without layers that keep none."""
+    return {name: of_layer[..., masks[name]] for name, of_layer in values.items() if bool(masks[name].any())}
+
+
+def rank(scores: Mapping[str, Tensor], kinds: Mapping[str, str] | None = None, masks: Masks | None = None) -> Ranking:
     """Ranks components by score over the whole network, or each kind of them within itself.
 
     Kinds that are ranked apart take turns in the one order, so that each has lost its share at
     `Ranking.n_pruned(rate)`.
 
     Args:
-        scores: layer -> (components,), in forward order.
+        scores: layer -> (components,), in forward order; under masks those of kept components alone, see `of_kept`.
         kinds: layer -> kind, where each is ranked within itself.
+        masks: of a pruned network, in forward order: what it has lost comes before all that it keeps.
 
     Returns:
         The stable order: ties follow layer order, then index.
     """
     values = torch.cat([values.detach().cpu().double() for values in scores.values()])
     widths = {name: len(values) for name, values in scores.items()}
+    if masks is not None:
+        widths = {name: len(mask) for name, mask in masks.items()}
+        kept = torch.cat(list(masks.values()))
+        values = torch.full(kept.shape, -torch.inf, dtype=torch.float64).masked_scatter(kept, values)
     order = values.argsort(stable=True)
     if kinds is None:
         return Ranking(order, widths, (len(values),))

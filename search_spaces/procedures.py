@@ -1,0 +1,78 @@
+"""Procedures: how pruning proceeds from rankings to ever smaller networks, and what each of them takes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+from search_spaces.errors import ProcedureError
+from search_spaces.suggestions import did_you_mean
+
+__all__ = ["Iterative", "OneShot", "PROCEDURES", "ProcedureSpec", "procedure_from_json"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What all procedures share: a name, and options that are their fields."""
+
+    name: ClassVar[str]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """JSON form of the options by name; with `name` the inverse of `procedure_from_json`."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class OneShot(_Named):
+    """One ranking, of the unpruned network, prunes at every rate (Hatefi et al. 2024)."""
+
+    name: ClassVar[str] = "one_shot"
+
+
+@dataclass(frozen=True, slots=True)
+class Iterative(_Named):
+    """Every step prunes a share of the components, then ranks what is left anew (Yeom et al. 2021, Algorithm 1).
+
+    Attributes:
+        step_share: Of the original components, pruned in each step; above 0 and at most 1.
+
+    Raises:
+        ProcedureError: The share is out of range.
+    """
+
+    name: ClassVar[str] = "iterative"
+    step_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_share("step_share", self.step_share)
+
+
+ProcedureSpec: TypeAlias = OneShot | Iterative
+
+PROCEDURES: Mapping[str, type[ProcedureSpec]] = {each.name: each for each in (OneShot, Iterative)}
+"""Every procedure by name; `objectives.procedures` carries them out."""
+
+
+def procedure_from_json(name: str, options: Mapping[str, Any] | None = None) -> ProcedureSpec:
+    """The procedure of this name; options that aren't given have their defaults.
+
+    Raises:
+        ProcedureError: There is no such procedure, or it takes no such option or value.
+    """
+    if name not in PROCEDURES:
+        raise ProcedureError(f"Unknown procedure {name!r}.{did_you_mean(str(name), PROCEDURES)}")
+    known = [field.name for field in fields(PROCEDURES[name])]
+    for option in options or {}:
+        if option not in known:
+            reason = did_you_mean(str(option), known) if known else " It takes none."
+            raise ProcedureError(f"Procedure {name} takes no option {option!r}.{reason}")
+    return PROCEDURES[name](**(options or {}))
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ProcedureError(f"`{name}` of a procedure must be a share above 0 and at most 1, but got {value!r}.")
