@@ -263,7 +263,7 @@ def test_class_accuracies_are_named_by_the_classes_that_have_images(model, task)
     ("changes", "message"),
     [
         ({"rates": (0.1, 0.5)}, "must increase strictly from 0"),
-        ({"procedure": "oneshot"}, "Unknown procedure 'oneshot'. Did you mean 'one_shot'"),
+        ({"ranking": "layers"}, "Unknown ranking 'layers'. Did you mean 'layer'"),
         ({"dtype": "fp16"}, "Unknown dtype 'fp16'. Did you mean"),
         ({"abs_scope": "sums"}, "Unknown abs_scope 'sums'. Did you mean 'sum'"),
         ({"output_relevance": 1}, "Unknown output_relevance 1. Known: logit, one"),

@@ -1,36 +1,201 @@
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
+from objectives.attribution.engine import ZennitAttribution
+from objectives.datasets import load_task
+from objectives.models import load_model
+from objectives.network import canonize
+from objectives.objective import Objective, ObjectiveOptions
 from objectives.procedures import PROCEDURES
-from objectives.pruning.ranking import rank
+from objectives.procedures.path import PruningPath
+from objectives.pruning.masking import masked
+from objectives.pruning.ranking import of_kept, rank
+from objectives.pruning.rates import n_pruned
+from search_spaces import procedures
+from search_spaces.heuristics import heuristic
+from search_spaces.procedures import Iterative, OneShot
 
-RATES = (0.0, 0.25, 0.5, 0.75)
+RATES = (0.0, 0.05, 0.12, 0.3, 0.31, 0.5, 0.75, 0.95)
+EPSILON = heuristic("epsilon-abs")
+
+
+@dataclass
+class Pruning:
+    """Ranks by scores that depend on what is kept."""
+
+    scores: Callable
+    kinds: dict | None = None
+    n_ranked: int = 0
+
+    def rank(self, masks=None):
+        self.n_ranked += 1
+        scores = self.scores(masks)
+        return rank(scores if masks is None else of_kept(scores, masks), self.kinds, masks)
+
+
+def fixed(masks):
+    return {"a": torch.tensor([0.5, 0.1, 0.3]), "b": torch.tensor([0.2, 0.4])}
+
+
+def made(pruning, options):
+    return PruningPath(PROCEDURES[options.name](pruning, options))
+
+
+def listed(masks):
+    return {name: mask.tolist() for name, mask in masks.items()}
+
+
+def test_every_procedure_is_carried_out():
+    assert PROCEDURES.keys() == procedures.PROCEDURES.keys()
 
 
 @pytest.mark.parametrize("name", sorted(PROCEDURES))
-def test_a_procedure_yields_masks_for_every_rate(name):
-    scores = {"a": torch.tensor([0.5, 0.1, 0.3]), "b": torch.tensor([0.2, 0.4])}
-    masks = list(PROCEDURES[name](lambda: rank(scores), RATES))
-    assert len(masks) == len(RATES)
-    assert sum(int(mask.sum()) for mask in masks[0].values()) == 5
+@pytest.mark.parametrize("kinds", [None, {"a": "a", "b": "b"}])
+def test_a_procedure_yields_nested_masks_for_every_number_of_components(name, kinds):
+    path = made(Pruning(fixed, kinds), procedures.PROCEDURES[name]())
+    kept = [torch.cat(list(path.masks(n).values())) for n in range(len(path) + 1)]
+    assert [int(mask.sum()) for mask in kept] == [5, 4, 3, 2, 1, 0]
+    assert all(bool((more | ~fewer).all()) for more, fewer in itertools.pairwise(kept))
+    assert path.n_pruned(0.5) == (2 if kinds is None else 1 + 1)
 
 
 def test_one_shot_ranks_once_and_prunes_by_it():
-    n_ranked = 0
-
-    def ranking():
-        nonlocal n_ranked
-        n_ranked += 1
-        return rank({"a": torch.tensor([0.5, 0.1, 0.3]), "b": torch.tensor([0.2, 0.4])})
-
-    masks = [
-        {name: mask.tolist() for name, mask in masks.items()}
-        for masks in PROCEDURES["one_shot"](ranking, (0.0, 0.2, 0.5, 0.8))
-    ]
-    assert n_ranked == 1
-    assert masks == [
+    pruning = Pruning(fixed)
+    path = made(pruning, OneShot())
+    assert [listed(path.masks(path.n_pruned(rate))) for rate in (0.0, 0.2, 0.5, 0.8)] == [
         {"a": [True, True, True], "b": [True, True]},
         {"a": [True, False, True], "b": [True, True]},
         {"a": [True, False, True], "b": [False, True]},
         {"a": [True, False, False], "b": [False, False]},
     ]
+    assert pruning.n_ranked == 1
+
+
+def test_iterative_ranks_what_each_step_leaves_and_no_step_that_is_not_asked_for():
+    def reversing(masks):
+        """Once anything is pruned, what was most relevant is least."""
+        scores = fixed(masks)
+        return scores if masks is None else {name: -values for name, values in scores.items()}
+
+    pruning = Pruning(reversing)
+    path = made(pruning, Iterative(step_share=0.4))
+    assert path.n_pruned(0.4) == 2
+    assert listed(path.masks(1)) == {"a": [True, False, True], "b": [True, True]}
+    assert listed(path.masks(2)) == {"a": [True, False, True], "b": [False, True]}
+    assert pruning.n_ranked == 1
+    assert listed(path.masks(3)) == {"a": [False, False, True], "b": [False, True]}
+    assert pruning.n_ranked == 2
+    assert listed(path.masks(5)) == {"a": [False] * 3, "b": [False] * 2}
+    assert [step.n_pruned for step in path.steps] == [2, 4, 5]
+    assert pruning.n_ranked == 3
+
+
+def test_a_step_of_less_than_a_component_ranks_nothing():
+    pruning = Pruning(fixed)
+    path = made(pruning, Iterative(step_share=0.07))  # of 5 components: 0.35, 0.7, 1.05, ...
+    path.masks(5)
+    assert [step.n_pruned for step in path.steps] == [1, 2, 3, 4, 5]
+    assert pruning.n_ranked == 5
+
+
+# On a real network
+
+
+@pytest.fixture(scope="module")
+def model(_own_cache):
+    return load_model("digits_cnn")
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    return load_task("digits", model, evaluation_images=100, references_per_class=3)
+
+
+def objective_of(model, task, **options):
+    return Objective(model, task, replace(ObjectiveOptions(RATES, device="cpu"), **options))
+
+
+def rederived(objective, composite, step_share, by_layer):
+    """Masks at the rates by their definition: the user's network is masked, captured and attributed at each step."""
+    network, references = objective.model.network, objective.task.references
+    masks = {name: torch.ones(n, dtype=torch.bool) for name, n in objective.component_widths.items()}
+    n_all, n_steps, at_rates = objective.n_components, round(1 / step_share), {0.0: masks}
+    for step in range(n_steps):
+        with masked(network, objective.network.prunable, masks):
+            own = canonize(network, objective.network.input_shape)
+        engine = ZennitAttribution(own, objective.layer_groups, references, 100)
+        relevance = engine.attribute(composite).magnitude
+        left = [
+            (float(relevance[name][index]), place, index, name)
+            for place, name in enumerate(masks)
+            for index in range(len(masks[name]))
+            if masks[name][index]
+        ]
+        begin, end = round(step * step_share, 9), round((step + 1) * step_share, 9)
+        for rate in [rate for rate in (*RATES, end) if begin < rate <= end]:
+            pruned = {name: mask.clone() for name, mask in masks.items()}
+            if by_layer:
+                for name, mask in masks.items():
+                    own_left = sorted(each for each in left if each[3] == name)
+                    n = n_pruned(rate, len(mask)) - int((~mask).sum())
+                    for _, _, index, _ in own_left[:n]:
+                        pruned[name][index] = False
+            else:
+                for _, _, index, name in sorted(left)[: n_pruned(rate, n_all) - (n_all - len(left))]:
+                    pruned[name][index] = False
+            at_rates[rate] = pruned
+        masks = at_rates[end]
+    return [at_rates[rate] for rate in RATES]
+
+
+@pytest.mark.parametrize("ranking", ["kind", "layer"])
+def test_iterative_is_what_its_definition_says(model, task, ranking):
+    options = {"procedure": Iterative(0.25), "ranking": ranking, "attribution": "zennit"}
+    objective = objective_of(model, task, **options)
+    path = objective.path(EPSILON)
+    expected = rederived(objective, EPSILON, 0.25, ranking == "layer")
+    for rate, masks in zip(RATES, expected, strict=True):
+        assert listed(path.masks(path.n_pruned(rate))) == listed(masks)
+    assert len(path.steps) == 4
+    # The curve is that of these masks.
+    curve = objective.evaluate(EPSILON).curve
+    measured = [objective.evaluator("search").measure(masks) for masks in expected]
+    assert curve.accuracies == tuple(float(each.correct.double().mean()) for each in measured)
+    assert curve.parameters == tuple(each.cost.parameters for each in measured)
+
+
+def test_iterative_with_one_ranking_is_one_shot(model, task):
+    one_shot, iterative = (objective_of(model, task, procedure=each) for each in (OneShot(), Iterative(1.0)))
+    assert one_shot.evaluate(EPSILON).curve == iterative.evaluate(EPSILON).curve
+    assert (
+        one_shot.evaluate(EPSILON).curve != objective_of(model, task, procedure=Iterative(0.3)).evaluate(EPSILON).curve
+    )
+
+
+def test_engines_prune_the_same_in_every_step(model, task):
+    shared, zennit = (
+        objective_of(model, task, procedure=Iterative(0.2), attribution=name) for name in ("shared", "zennit")
+    )
+    for name in ("zplus", "epsilon-gamma-abs"):
+        paths = [each.path(heuristic(name)) for each in (shared, zennit)]
+        masks = [[listed(path.masks(path.n_pruned(rate))) for rate in RATES] for path in paths]
+        assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize("name", ["weight", "gradient", "taylor", "random-1"])
+def test_criteria_rank_the_pruned_network_too(model, task, name):
+    one_shot, iterative = (objective_of(model, task, procedure=each) for each in (OneShot(), Iterative(0.25)))
+    paths = [each.path(heuristic(name)) for each in (one_shot, iterative)]
+    first, second = ([listed(path.masks(path.n_pruned(rate))) for rate in RATES] for path in paths)
+    assert (first == second) == (name == "random-1")
+    assert first[:3] == second[:3]  # up to the first step's end
+
+
+def test_a_path_ends_with_nothing_left(model, task):
+    """Layers that relevance no longer reaches, and networks that no image gets through, are no failure on the way."""
+    path = objective_of(model, task, procedure=Iterative(0.1)).path(heuristic("epsilon-gamma"))
+    assert not any(bool(mask.any()) for mask in path.masks(len(path)).values())
