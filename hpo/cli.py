@@ -21,6 +21,7 @@ from hpo.config import OPTIONS, given_fields, resolve
 from hpo.errors import ConfigurationError, Interrupted
 from hpo.terminal import print_json, print_parts, start_logging
 from search_spaces.choices import ImageSet
+from search_spaces.procedures import OneShot
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -60,6 +61,7 @@ def cli() -> None:
     hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
     hpo launch --repair refit
+    hpo launch --procedure iterative --step-share 0.1
     hpo launch --baselines
     hpo launch --config study.toml --device cuda:0
     hpo launch --sampler grid --executor ray --workers 4
@@ -182,6 +184,7 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
     examples="""
     hpo evaluate --heuristic epsilon-plus-abs
     hpo evaluate --heuristic epsilon-abs --repair refit
+    hpo evaluate --heuristic zplus --procedure iterative --ranking layer
     hpo evaluate --rules LLR=Epsilon,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon --abs --epsilon 1e-6 --json
     hpo evaluate --composite best.json --model resnet18 --data folder:flowers
     """
@@ -279,12 +282,15 @@ def evaluate(
                 "accuracies": list(curve.accuracies),
                 **evaluation.figures,
                 "composite": spec.to_json(),
+                "procedure": problem.objective.options.procedure.name,
+                "procedure_options": problem.objective.options.procedure.options,
                 "repair": configuration.repair_spec().to_json(),
                 "images": images,
                 "n_images": len(evaluation.image_auc),
                 "parameters": list(curve.parameters),
                 "flops": list(curve.flops),
                 "class_accuracies": [list(accuracies) for accuracies in curve.class_accuracies],
+                "steps": [step.to_json() for step in evaluation.steps],
                 "seconds": dict(evaluation.seconds),
                 "remarks": list(evaluation.remarks),
             }
@@ -292,7 +298,9 @@ def evaluate(
         return
     repair = configuration.repair_spec()
     repaired = f", repaired by {repair}" if repair else ""
-    title = f"{spec.label} on {len(evaluation.image_auc)} {images} images{repaired}"
+    procedure = configuration.procedure_spec()
+    by = "" if procedure == OneShot() else f", pruned by {procedure}"
+    title = f"{spec.label} on {len(evaluation.image_auc)} {images} images{by}{repaired}"
     print_parts(title, *evaluation_tables(evaluation), *evaluation.remarks)
 
 

@@ -5,6 +5,7 @@ study all follow from that declaration.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import tomllib
@@ -27,6 +28,7 @@ from search_spaces.choices import (
 )
 from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
+from search_spaces.procedures import PROCEDURES, ProcedureSpec, procedure_from_json
 from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -63,6 +65,10 @@ _DEFAULT_TRIALS_PER_BATCH = 8
 _ABS_SCOPES = get_args(AbsScope)
 _COMPONENTS = get_args(Components)
 _RANKINGS = get_args(RankingScope)
+_PROCEDURE_OPTIONS = {
+    name: tuple(field.name for field in dataclasses.fields(procedure)) for name, procedure in PROCEDURES.items()
+}
+_OF_PROCEDURES = frozenset(itertools.chain(*_PROCEDURE_OPTIONS.values()))
 _ATTRIBUTIONS = get_args(AttributionEngine)
 _DTYPES = get_args(Dtype)
 _EXECUTORS = get_args(ExecutorName)
@@ -150,6 +156,13 @@ def _between(low: float, high: float, wanted: str) -> Callable[[Any], float]:
         return number
 
     return read
+
+
+def _share(value: Any) -> float:
+    number = _number(value)
+    if not 0 < number <= 1:
+        raise ValueError("must be a share above 0 and at most 1")
+    return number
 
 
 def _cpus(value: Any) -> float:
@@ -532,9 +545,25 @@ class LaunchConfiguration:
         metavar="|".join(_COMPONENTS),
         shown="mlp for vision transformers, else all",
     )
+    procedure: str = _option(
+        "objective",
+        "How pruning proceeds: one_shot ranks the unpruned network once; iterative ranks what is left anew after every "
+        "step.",
+        read=_choice(tuple(PROCEDURES)),
+        metavar="|".join(PROCEDURES),
+        default="one_shot",
+    )
+    step_share: float | None = _option(
+        "objective",
+        "Of --procedure iterative: share of the original components that a step prunes.",
+        read=_share,
+        metavar="SHARE",
+        shown="0.05",
+    )
     ranking: RankingScope = _option(
         "objective",
-        "Of a transformer's heads and neurons together: rank each kind within itself, or all over the whole network.",
+        "Rank all components over the whole network, or each kind (a transformer's heads and neurons) or each layer "
+        "within itself.",
         read=_choice(_RANKINGS),
         metavar="|".join(_RANKINGS),
         default="kind",
@@ -600,6 +629,15 @@ class LaunchConfiguration:
         "objective", "Device to compute on.", read=_device, metavar="auto|cpu|cuda[:N]", default="auto"
     )
 
+    def procedure_spec(self) -> ProcedureSpec:
+        """How pruning proceeds.
+
+        Raises:
+            ProcedureError: The procedure takes no such option.
+        """
+        options = {name: value for name in _OF_PROCEDURES if (value := getattr(self, name)) is not None}
+        return procedure_from_json(self.procedure, options)
+
     def repair_spec(self, default: str = "none") -> RepairSpec:
         """The repair of pruned networks, by a default method.
 
@@ -650,7 +688,8 @@ def resolve(
         command_line: Values by field name; None and () mean that an option was not given.
         file: TOML file whose keys are the names of the options; relative paths in it start at the working directory.
         fallback: Values by field name that hold over the defaults, such as those of an export document; they are read
-            as if given. Its repair's strength is that repair's own: where another is given, it doesn't hold.
+            as if given. Its repair's strength is that repair's own, and so are a procedure's options: where another is
+            given, they don't hold.
 
     Raises:
         ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
@@ -663,6 +702,9 @@ def resolve(
     given = _given(command_line, file)
     if "repair" in given:
         read.pop("repair_strength", None)
+    if given.get("procedure", read.get("procedure")) != read.get("procedure"):
+        for name in _OF_PROCEDURES:
+            read.pop(name, None)
     return _checked(LaunchConfiguration(**_defaults({**read, **given})))
 
 
@@ -767,6 +809,14 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
         raise ConfigurationError(
             f"Unknown metric {configuration.metric!r}.{did_you_mean(configuration.metric, FIGURES)}"
         )
+    for option in OPTIONS.values():
+        owners = [name for name, options in _PROCEDURE_OPTIONS.items() if option.field in options]
+        given = owners and getattr(configuration, option.field) is not None
+        if given and configuration.procedure not in owners:
+            raise ConfigurationError(
+                f"`--{option.name}` is for `--procedure {' or '.join(owners)}`, but the procedure is "
+                f"{configuration.procedure}; leave one out."
+            )
     if configuration.pruner == "race" and weights(configuration.metric, configuration.rates) is None:
         raise ConfigurationError(
             f"`--metric {configuration.metric}` is no weighted sum of accuracies, so its trials cannot race; "

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from hpo.failures import FailureCount
 from hpo.identity import identity, upgraded
 from hpo.in_flight import Asked, InFlight
 from hpo.measurements import records
-from hpo.plots import CURVE_CSV, CURVE_PNG, STUDY_PNG, CurvePlotter, curve_csv, study_png
+from hpo.plots import CURVE_CSV, CURVE_PNG, STEPS_CSV, STUDY_PNG, CurvePlotter, curve_csv, steps_csv, study_png
 from hpo.progress import TrialReport
 from hpo.racing import RIVAL, Races, described, given_up
 from hpo.samplers import GridSampler, learns, sampler_failure
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from hpo.problem import Problem
     from hpo.progress import Progress
     from objectives.objective import Evaluation
-    from objectives.pruning.curve import Curve
     from objectives.racing import GivenUp
     from search_spaces.criteria import Ranker
     from search_spaces.spaces import SearchSpace
@@ -161,7 +160,7 @@ class StudyDriver:
                 continue
             self._remember(trial, composite, trial.values[0], trial.user_attrs.get("heuristic"))
             if CURVE_PNG not in self._artifacts(trial):
-                self._draw_trial(trial, composite, trial.values[0], trials.curve_of(trial))
+                self._draw_trial(trial, composite, trial.values[0], trial.user_attrs)
         self._failures = FailureCount(self._executor.n_workers, some_work=bool(self._known))
 
     def _evaluate_heuristics(self) -> None:
@@ -420,16 +419,19 @@ class StudyDriver:
         self, source: TrialSource, asked: Asked, result: TrialResult, *, seconds: float | None, remark: str = ""
     ) -> None:
         curve = trials.curve_from(result.attributes)
-        table = self._store.write_artifact(CURVE_CSV, curve_csv(curve, self._problem.class_names), "text/csv")
+        tables = [self._store.write_artifact(CURVE_CSV, curve_csv(curve, self._problem.class_names), "text/csv")]
+        if steps := trials.steps_of(result.attributes):
+            tables.append(self._store.write_artifact(STEPS_CSV, steps_csv(steps), "text/csv"))
         try:
             with self._naming_sampler():
-                self._store.finish(asked.trial, replace(result, artifacts=(table,)))
+                self._store.finish(asked.trial, replace(result, artifacts=tuple(tables)))
         except StorageError as error:
-            self._store.discard_refused(table, error)
+            for table in tables:
+                self._store.discard_refused(table, error)
             raise
         source.told(asked)
         self._remember(asked.trial, asked.composite, result.value, asked.heuristic)
-        self._draw_trial(asked.trial, asked.composite, result.value, curve)
+        self._draw_trial(asked.trial, asked.composite, result.value, result.attributes)
         self._report(asked.number, asked.label, result.value, seconds, remark)
 
     def _fail(self, source: TrialSource, asked: Asked, reason: str, *, by_composite: bool) -> None:
@@ -463,9 +465,11 @@ class StudyDriver:
         """Whether a trial is better than all before; a heuristic outside the search space has no parameters."""
         return bool(trial.params) and (self._best is None or value > self._best)
 
-    def _draw_trial(self, trial: Trial | FrozenTrial, composite: "Ranker", value: float, curve: "Curve") -> None:
+    def _draw_trial(
+        self, trial: Trial | FrozenTrial, composite: "Ranker", value: float, attributes: Mapping[str, Any]
+    ) -> None:
         title = f"trial {trial.number}: {composite.label}\n{self._configuration.metric} {value:.4f}"
-        self._plotter.draw(trial, curve, title)
+        self._plotter.draw(trial, trials.curve_from(attributes), title, trials.steps_of(attributes))
 
     # Progress
 

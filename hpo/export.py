@@ -111,6 +111,8 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
         "seed": references["seed"],
         "batch_size": references.get("batch_size"),
         "rates": document.rates,
+        "procedure": document.procedure,
+        **document.procedure_options,
         "components": document.components,
         "ranking": document.ranking,
         "abs_scope": document.abs_scope,

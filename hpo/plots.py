@@ -17,15 +17,20 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
     from objectives.pruning.curve import Curve
+    from objectives.pruning.records import StepRecord
     from storage.store import StudyStore
 
-__all__ = ["CurvePage", "CurvePlotter", "curve_csv", "curve_png", "study_png"]
+__all__ = ["CurvePage", "CurvePlotter", "curve_csv", "curve_png", "layers_png", "steps_csv", "study_png"]
 
 _log = logging.getLogger(__name__)
 
 CURVE_CSV = "curve.csv"
 CURVE_PNG = "curve.png"
+LAYERS_PNG = "layers.png"
+STEPS_CSV = "steps.csv"
 STUDY_PNG = "study.png"
+
+_N_STEPS_DRAWN = 7
 
 
 def curve_csv(curve: "Curve", classes: Sequence[str]) -> bytes:
@@ -46,6 +51,23 @@ def curve_csv(curve: "Curve", classes: Sequence[str]) -> bytes:
         for rate, accuracy, parameters, flops, of_classes in zip(
             curve.rates, curve.accuracies, curve.parameters, curve.flops, curve.class_accuracies, strict=True
         )
+    )
+    return text.getvalue().encode()
+
+
+def steps_csv(steps: "Sequence[StepRecord]") -> bytes:
+    """The steps of a procedure as a table: a row each, with the components left in every layer.
+
+    Args:
+        steps: At least one.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    layers = list(steps[0].left)
+    table.writerow(["pruned", "accuracy", "loss", "parameters", "flops", *(f"left {name}" for name in layers)])
+    table.writerows(
+        [step.n_pruned, step.accuracy, step.loss, step.parameters, step.flops, *(step.left[name] for name in layers)]
+        for step in steps
     )
     return text.getvalue().encode()
 
@@ -106,6 +128,29 @@ def study_png(best: Mapping[str, "Curve"], heuristics: Mapping[str, "Curve"], ti
     return _finish(figure, title)
 
 
+def layers_png(steps: "Sequence[StepRecord]", title: str) -> bytes:
+    """A picture of how many components each layer has left after some of the steps (Yeom et al. 2021, Figure 7).
+
+    Args:
+        steps: At least one; at most seven of them are drawn, evenly spread.
+        title: Of the picture.
+    """
+    import numpy as np
+
+    figure = _figure(9.0, right=0.85)
+    axes = figure.add_subplot()
+    layers = list(steps[0].left)
+    for index in np.unique(np.linspace(0, len(steps) - 1, _N_STEPS_DRAWN).round().astype(int)):
+        step = steps[index]
+        label = f"{100 * step.n_pruned / step.n_components:.0f} % pruned"
+        axes.plot([step.left[name] for name in layers], marker="o", markersize=3, linewidth=1.0, label=label)
+    axes.set(xlabel="layer, in forward order", ylabel="components left")
+    axes.set_xticks(range(len(layers)), [str(number) for number in range(1, len(layers) + 1)], fontsize="xx-small")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _png(figure, title)
+
+
 def _figure(width: float, right: float) -> "Figure":
     # The object-oriented interface alone: pyplot keeps global state and is not thread-safe.
     from matplotlib.figure import Figure
@@ -124,6 +169,11 @@ def _label(axes: "Axes") -> None:
 def _finish(figure: "Figure", title: str) -> bytes:
     (axes,) = figure.axes
     _label(axes)
+    return _png(figure, title)
+
+
+def _png(figure: "Figure", title: str) -> bytes:
+    (axes,) = figure.axes
     axes.set_title(title, fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
@@ -138,13 +188,17 @@ class CurvePlotter:
 
     def __init__(self, store: "StudyStore") -> None:
         self._store = store
-        self._waiting: queue.SimpleQueue[tuple[FrozenTrial | Trial, Curve, str] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[FrozenTrial | Trial, Curve, Sequence[StepRecord], str] | None] = (
+            queue.SimpleQueue()
+        )
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._work, name="curve-plotter", daemon=True)
 
-    def draw(self, trial: "FrozenTrial | Trial", curve: "Curve", title: str) -> None:
-        """Have the picture of a finished trial drawn; returns at once."""
-        self._waiting.put((trial, curve, title))
+    def draw(
+        self, trial: "FrozenTrial | Trial", curve: "Curve", title: str, steps: "Sequence[StepRecord]" = ()
+    ) -> None:
+        """Have the pictures of a finished trial drawn, one of its procedure's steps too; returns at once."""
+        self._waiting.put((trial, curve, steps, title))
 
     def finish(self, timeout_s: float) -> bool:
         """Wait for the pictures; whether all are drawn. Nothing may be drawn afterwards."""
@@ -167,8 +221,10 @@ class CurvePlotter:
     def _work(self) -> None:
         page: CurvePage | None = None
         while (item := self._waiting.get()) is not None and not self._abandoned.is_set():
-            trial, curve, title = item
+            trial, curve, steps, title = item
             try:
+                if steps:  # first: who finds the curve's picture takes it that all are there
+                    self._store.add_artifact(trial, LAYERS_PNG, layers_png(steps, title), "image/png")
                 if page is None or page.rates != curve.rates:
                     page = CurvePage(curve.rates)
                 self._store.add_artifact(trial, CURVE_PNG, page.png(curve, title), "image/png")

@@ -229,7 +229,7 @@ def load_problem(
         configuration: A resolved configuration.
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
         given: As for `load_model_and_task`.
-        document: The export document that the network must fit; layers have its groups, and its procedure is followed.
+        document: The export document that the network must fit; layers have its groups.
 
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
@@ -250,9 +250,8 @@ def load_problem(
         attribution=configuration.attribution,
         attribution_memory=configuration.attribution_memory * 2**20,
         repair=configuration.repair_spec(),
+        procedure=configuration.procedure_spec(),
     )
-    if document is not None:
-        options = replace(options, procedure=document.procedure_spec)
     return LoadedProblem(configuration, Objective(model, task, options, document), document)
 
 

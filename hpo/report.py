@@ -16,6 +16,7 @@ from hpo.errors import NothingFoundError
 from hpo.racing import RaceSummary, described, given_up
 from search_spaces.criteria import CriterionSpec
 from search_spaces.imports import Named, runs_code
+from search_spaces.procedures import OneShot
 from storage.store import CONFIGURATION
 from storage.trials import FAILURE, LOSSES
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from objectives.objective import Evaluation
     from objectives.pruning.prune import PruneReport
+    from objectives.pruning.records import StepRecord
     from storage.lease import LeaseHolder
     from storage.summaries import StudySummary
 
@@ -183,7 +185,9 @@ class StudyReport:
             if self.n_trials[state]
         ]
         remark = f" ({', '.join(others)})" if others else ""
-        return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {self.metric}."
+        procedure = self.configuration.procedure_spec()
+        how = self.metric if procedure == OneShot() else f"{self.metric}, procedure {procedure}"
+        return f"Study {self.name}: {counted} trials{remark}, {len(self.heuristics)} heuristics, metric {how}."
 
     def remarks(self) -> list[str]:
         """Who drives the study, what races saved, what was known or lost, why trials failed, a line each."""
@@ -336,6 +340,7 @@ def trial_json(trial: FrozenTrial) -> dict[str, Any]:
         "value": trial.value if trial.state == TrialState.COMPLETE else None,
         "figures": trials.figures_of(trial),
         "curve": trial.user_attrs.get("curve"),
+        "steps": trial.user_attrs.get(trials.STEPS, []),
         "seconds": trial.user_attrs.get("seconds"),
         "losses": trial.user_attrs.get(LOSSES, 0),
         "failure": trial.user_attrs.get(FAILURE),
@@ -372,12 +377,21 @@ def trial_tables(trial: FrozenTrial) -> list["Table"]:
         facts.add_row(name, f"{seconds:.2f} s")
     if trial.state != TrialState.COMPLETE:
         return [facts]
-    return [facts, _figures_table(trials.figures_of(trial)), _curve_table(trials.curve_of(trial).to_json())]
+    return [
+        facts,
+        _figures_table(trials.figures_of(trial)),
+        _curve_table(trials.curve_of(trial).to_json()),
+        *_steps_tables(trials.steps_of(trial.user_attrs)),
+    ]
 
 
 def evaluation_tables(evaluation: "Evaluation") -> list["Table"]:
-    """An evaluation: its figures and its curve."""
-    return [_figures_table(evaluation.figures), _curve_table(evaluation.curve.to_json())]
+    """An evaluation: its figures, its curve and the procedure's steps."""
+    return [
+        _figures_table(evaluation.figures),
+        _curve_table(evaluation.curve.to_json()),
+        *_steps_tables(evaluation.steps),
+    ]
 
 
 def prune_parts(report: "PruneReport") -> "list[Table | str]":
@@ -408,7 +422,7 @@ def prune_parts(report: "PruneReport") -> "list[Table | str]":
             f"{agrees} of {measured_on}, without on {100 * repair.agreement_without:.1f} %."
         )
     images = f"Accuracy on {measured_on}; latency of one image, median."
-    removed = f"Pruned {report.n_pruned} of {report.n_components} components."
+    removed = f"Pruned {report.n_pruned} of {report.n_components} components by {report.procedure}."
     if report.n_removed_coupled is not None:
         removed += f" The coupled network lost {report.n_removed_coupled}."
     return [
@@ -447,6 +461,23 @@ def _curve_table(curve: Mapping[str, Any]) -> "Table":
     ):
         table.add_row(f"{rate:g}", f"{accuracy:.4f}", f"{parameters:,}", f"{flops:,}")
     return table
+
+
+def _steps_tables(steps: "Sequence[StepRecord]") -> "list[Table]":
+    """A table of a procedure's steps; none where there are none."""
+    if not steps:
+        return []
+    table = plain_table("step", numbers=("pruned", "accuracy", "loss (references)", "parameters", "FLOPs"))
+    for number, step in enumerate(steps):
+        table.add_row(
+            str(number) if number else "before",
+            f"{step.n_pruned:,} of {step.n_components:,}",
+            f"{step.accuracy:.4f}",
+            f"{step.loss:.4f}",
+            f"{step.parameters:,}",
+            f"{step.flops:,}",
+        )
+    return [table]
 
 
 def plain_table(*texts: str, numbers: Sequence[str] = ()) -> "Table":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from objectives.pruning.curve import FIGURES, Curve
+from objectives.pruning.records import StepRecord
 from search_spaces.composites import CompositeSpec
 from search_spaces.criteria import Ranker, ranker_from_json
 from search_spaces.errors import SearchSpaceError
@@ -20,6 +21,7 @@ __all__ = [
     "OWN",
     "RACE",
     "Role",
+    "STEPS",
     "attributes",
     "best",
     "composite_of",
@@ -31,6 +33,7 @@ __all__ = [
     "result_of",
     "role",
     "steps",
+    "steps_of",
 ]
 
 Role = Literal["heuristic", "search"]
@@ -47,6 +50,10 @@ OWN = ("role", "heuristic", "reused_from", "seconds", MASKS, LOSSES)
 
 RACE = "race"
 """The user attribute that says how a trial lost its race."""
+
+
+STEPS = "steps"
+"""The user attribute that holds the records of a procedure's steps."""
 
 
 def role(trial: FrozenTrial) -> Role:
@@ -79,6 +86,11 @@ def curve_from(attributes: Mapping[str, Any]) -> Curve:
     return Curve.from_json(attributes["curve"])
 
 
+def steps_of(attributes: Mapping[str, Any]) -> tuple[StepRecord, ...]:
+    """The records of a procedure's steps among the user attributes of a complete trial; none of one shot."""
+    return tuple(map(StepRecord.from_json, attributes.get(STEPS, ())))
+
+
 def attributes(evaluation: "Evaluation") -> dict[str, Any]:
     """User attributes that keep an evaluation: curve, every figure by its name, what it took, and remarks on it."""
     masks = {"n": evaluation.n_masks, "n_known": evaluation.n_known}
@@ -88,6 +100,7 @@ def attributes(evaluation: "Evaluation") -> dict[str, Any]:
         "seconds": dict(evaluation.seconds),
         **({MASKS: masks} if evaluation.n_masks else {}),
         **({"remarks": list(evaluation.remarks)} if evaluation.remarks else {}),
+        **({STEPS: [step.to_json() for step in evaluation.steps]} if evaluation.steps else {}),
     }
 
 

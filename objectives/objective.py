@@ -32,6 +32,7 @@ from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
 from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
+from objectives.pruning.records import StepRecord
 from objectives.pruning.zeroing import zeroed
 from objectives.racing import Correctness, GivenUp, Race
 from objectives.repair.repairer import Repairer
@@ -130,6 +131,7 @@ class Evaluation:
         origin: digest of what these depend on but for the masks, see `Evaluator.origin`.
         n_masks: masks asked for.
         n_known: those that had been measured before, here or elsewhere.
+        steps: of the procedure, up to the largest rate, and before them the unpruned network; none of one shot.
     """
 
     curve: Curve
@@ -142,6 +144,7 @@ class Evaluation:
     origin: str = ""
     n_masks: int = 0
     n_known: int = 0
+    steps: tuple[StepRecord, ...] = ()
 
 
 class _Stopwatch:
@@ -228,7 +231,7 @@ class Objective:
         self._samples = ReferenceSamples(self.network, references, self.attribution.batches, options.abs_scope)
         self._check_repair(options.repair)
         self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
-        self._evaluators: dict[ImageSet, Evaluator] = {}
+        self._evaluators: dict[str, Evaluator] = {}
         self._learnt: dict[str, tuple[KnownMeasurement, ...]] = {}
         self.unpruned_accuracy: float = self._unpruned(original)
 
@@ -351,7 +354,9 @@ class Objective:
         """
         stopwatch = _Stopwatch()
         repair = self.repair(composite)  # first: it may be refused
-        return self._count(self._masks(composite, stopwatch), repair, images, stopwatch)
+        path = self.path(composite)
+        masks = self._masks(path, stopwatch)
+        return self._count(path, masks, repair, images, stopwatch)
 
     def race(self, composite: Ranker, race: Race) -> Evaluation | GivenUp:
         """As `evaluate` on the search images, unless the composite loses a race on the way.
@@ -363,23 +368,30 @@ class Objective:
         """
         stopwatch = _Stopwatch()
         repair = self.repair(composite)  # first: it may be refused
-        masks, evaluator = self._masks(composite, stopwatch), self.evaluator("search")
+        path, evaluator = self.path(composite), self.evaluator("search")
+        masks = self._masks(path, stopwatch)
         given_up = race.run(
             lambda index, n_images: evaluator.measure(masks[index], n_images, repair).correct.cpu().numpy()
         )
         if given_up is not None:
             evaluator.news()  # of nobody's interest: most masks were measured on few images
             return replace(given_up, seconds=stopwatch.seconds())
-        return self._count(masks, repair, "search", stopwatch)  # of what has been measured
+        return self._count(path, masks, repair, "search", stopwatch)  # of what has been measured
 
-    def _masks(self, composite: Ranker, stopwatch: _Stopwatch) -> list[Masks]:
+    def _masks(self, path: PruningPath, stopwatch: _Stopwatch) -> list[Masks]:
         """Of every rate."""
-        path = self.path(composite)
         masks = [path.masks(path.n_pruned(rate)) for rate in self.options.rates]
         stopwatch.attributed()
         return masks
 
-    def _count(self, masks: Sequence[Masks], repair: RepairSpec, images: ImageSet, stopwatch: _Stopwatch) -> Evaluation:
+    def _count(
+        self,
+        path: PruningPath,
+        masks: Sequence[Masks],
+        repair: RepairSpec,
+        images: ImageSet,
+        stopwatch: _Stopwatch,
+    ) -> Evaluation:
         """On all images."""
         evaluator = self.evaluator(images)
         measurements = [evaluator.measure(each, repair=repair) for each in masks]
@@ -388,6 +400,7 @@ class Objective:
         # The one time that the device is waited for.
         correct = torch.stack([measurement.correct for measurement in (*measurements, collapsed)]).cpu()
         labels: Tensor = getattr(self.task, images).labels
+        steps = self._records(path, repair, evaluator)
         evaluation = self._summary(correct, measurements, labels, stopwatch.seconds())
         if images == "search":
             self._check_start(evaluation.curve)
@@ -398,7 +411,26 @@ class Objective:
             origin=evaluator.origin,
             n_masks=news.n_masks,
             n_known=news.n_known,
+            steps=steps,
         )
+
+    def _records(self, path: PruningPath, repair: RepairSpec, evaluator: Evaluator) -> tuple[StepRecord, ...]:
+        """Of the steps up to the largest rate; most of their networks are those of rates, and measured already."""
+        ends = path.ends(path.n_pruned(self.options.rates[-1]))
+        records = []
+        for n_pruned in [0, *ends] if ends else []:
+            masks = path.masks(n_pruned)
+            measurement = evaluator.measure(masks, repair=repair)
+            record = StepRecord(
+                n_pruned=n_pruned,
+                accuracy=float(measurement.correct.double().mean()),
+                loss=self.evaluator("references").loss(masks, repair),
+                parameters=measurement.cost.parameters,
+                flops=measurement.cost.flops,
+                left={name: int(mask.sum()) for name, mask in masks.items()},
+            )
+            records.append(record)
+        return tuple(records)
 
     def learn(self, measurements: Mapping[str, Iterable[KnownMeasurement]]) -> None:
         """Takes over measurements made elsewhere, so that their masks need not be measured again.
@@ -411,11 +443,11 @@ class Objective:
         for evaluator in self._evaluators.values():
             self._teach(evaluator)
 
-    def evaluator(self, images: ImageSet) -> Evaluator:
+    def evaluator(self, images: ImageSet | Literal["references"]) -> Evaluator:
         """Measures masks on one set of images; made at first use and kept."""
         if images not in self._evaluators:
             labelled: LabelledImages = getattr(self.task, images)
-            if len(labelled) == 0:
+            if len(labelled) == 0:  # only confirmation may have none
                 raise DataError(f"There are no {images} images; change `--confirmation-share`.")
             dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
             here = self._resident(labelled, dtype)

@@ -46,6 +46,11 @@ class PruningPath:
         """
         return self._reaching(n_pruned).ranking.masks(n_pruned)
 
+    def ends(self, n_pruned: int) -> list[int]:
+        """Components pruned where steps end, among the first `n_pruned`."""
+        self._reaching(n_pruned)
+        return [step.n_pruned for step in self.steps if step.n_pruned <= n_pruned]
+
     def _reaching(self, n_pruned: int) -> Step:
         """The step in which this number is reached."""
         while not self.steps or self.steps[-1].n_pruned < n_pruned:

@@ -10,15 +10,15 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from objectives.datasets import LabelledImages
 from objectives.fingerprints import state_fingerprint
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
-from objectives.pruning.fusion import fused, images_cached
+from objectives.pruning.fusion import Program, fused, images_cached
 from objectives.pruning.ranking import Masks
-from objectives.pruning.slimming import Cost, cost, depends_on_images, draft
+from objectives.pruning.slimming import Cost, Draft, cost, depends_on_images, draft
 from objectives.repair.repairer import Repairer
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
@@ -202,6 +202,30 @@ class Evaluator:
         self._measured.move_to_end(mask)
         return known if len(known.correct) == wanted else Measurement(known.correct[:wanted], known.cost)
 
+    def loss(self, masks: Masks, repair: RepairSpec = NO_REPAIR) -> float:
+        """Mean cross entropy of the true class under masks, on all images; computed anew each time.
+
+        Raises:
+            RepairError: the pruned network can't be repaired.
+            OutOfMemoryError: not even a single image fits on the device.
+        """
+        program = self._prepared(self._draft(masks, repair))
+        images, labels = self.images.images, self.images.labels
+
+        def total(batch_size: int) -> float:
+            parts = [
+                nn.functional.cross_entropy(
+                    program(images[start : start + batch_size].to(labels.device)).double(),
+                    labels[start : start + batch_size],
+                    reduction="sum",
+                )
+                for start in range(0, len(images), batch_size)
+            ]
+            return float(torch.stack(parts).sum())
+
+        with torch.inference_mode():
+            return self.batches.run(total, images_cached(program.graph, self.dtype, labels.device)) / len(images)
+
     def learn(self, measurements: Iterable[KnownMeasurement]) -> None:
         """Takes over what is known of this `origin` from elsewhere; all of it is kept."""
         self._learnt.update((known.mask, known) for known in measurements)
@@ -235,12 +259,18 @@ class Evaluator:
         if len(self._measured) * (len(self.images) + _BYTES_BESIDE) > _BYTES_KEPT:
             self._measured.popitem(last=False)
 
+    def _draft(self, masks: Masks, repair: RepairSpec) -> Draft:
+        return draft(self._repairer.repaired(masks, repair) if repair else self.network, masks)
+
+    def _prepared(self, exact: Draft) -> Program:
+        """The slim network as it is run."""
+        return fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
+
     def _measure(self, masks: Masks, repair: RepairSpec, part: slice) -> Measurement:
         """On a part of the images."""
-        network = self._repairer.repaired(masks, repair) if repair else self.network
-        exact = draft(network, masks)
+        exact = self._draft(masks, repair)
         size, is_alive = cost(exact), depends_on_images(exact)
-        program = fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
+        program = self._prepared(exact)
         images = LabelledImages(self.images.images[part], self.images.labels[part])
         labels = images.labels
         if not is_alive:

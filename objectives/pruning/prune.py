@@ -37,6 +37,7 @@ from objectives.repair.own import repaired
 from objectives.repair.repairer import with_layers
 from search_spaces.choices import ImageSet
 from search_spaces.documents import CompositeDocument
+from search_spaces.procedures import OneShot
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "RepairFigures", "prune"]
@@ -129,6 +130,7 @@ class PruneReport:
 
     Attributes:
         amount: what was asked for.
+        procedure: how pruning proceeded, with its options.
         n_components: of the whole network.
         n_pruned: components removed.
         images: which images accuracy was measured on, and how many.
@@ -143,6 +145,7 @@ class PruneReport:
     """
 
     amount: PruneAmount
+    procedure: str
     n_components: int
     n_pruned: int
     images: dict[str, Any]
@@ -190,8 +193,13 @@ def prune(
         RepairError: the pruned network can't be repaired.
         UnsupportedNetworkError: the network isn't the document's, or can't be pruned.
         SlimFileError: the output exists or can't be written.
-        OptionError: the amount can't be reached.
+        OptionError: the amount can't be reached, or coupled groups are to be removed in another way than in one shot.
     """
+    if coupled and document.procedure != OneShot.name and document.composite.attention is None:
+        raise OptionError(
+            f"Coupled groups are removed in one shot, but the document's procedure is {document.procedure_spec}; leave "
+            "`--coupled` out."
+        )
     if repair is None:
         repair = RepairSpec("refit") if document.composite.attention is None else NO_REPAIR
     options = ObjectiveOptions(
@@ -296,6 +304,7 @@ class _Pruning:
             n_removed = result.n_removed
         report = PruneReport(
             amount=amount,
+            procedure=str(objective.options.procedure),
             n_components=len(self.path),
             n_pruned=self.n_pruned,
             images={"set": self._image_set(), "n_images": len(self._images())},

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from optuna.artifacts import get_all_artifact_meta
 
 from hpo.cli import cli
 from hpo.config import OPTIONS
 from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
+from storage.store import StudyStore
 
 COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "db", "gc", "spaces"]
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
@@ -293,6 +295,72 @@ def test_evaluate_repairs_and_says_so():
     lines = hpo("evaluate", "--heuristic", "zplus", *QUICK, "--repair", "bn").stdout.splitlines()
     assert lines[0] == "ZPlus/ZPlus/ZPlus/ZPlus on 40 search images, repaired by bn"
     assert "must be one of none, bn, refit" in refused("evaluate", "--heuristic", "zplus", "--repair", "glue", *QUICK)
+
+
+ITERATIVE = ["--procedure", "iterative", "--step-share", "0.25", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def iterative(tmp_path_factory):
+    """A study of iterative pruning, begun and gone on with, and its document."""
+    folder = tmp_path_factory.mktemp("iterative")
+    environment = pytest.MonkeyPatch()
+    environment.setenv("HPO_STORAGE", f"sqlite:///{folder / 'studies.db'}")
+    for n_trials in (1, 2):
+        result = hpo("launch", "--study", "steps", "--exact", "--n-trials", n_trials, *ITERATIVE)
+    hpo("export", "steps", "-o", folder / "best.json")
+    environment.undo()
+    return folder, result.stdout
+
+
+def test_a_study_of_another_procedure_says_so_and_resumes(iterative, monkeypatch):
+    folder, printed = iterative
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{folder / 'studies.db'}")
+    how = "procedure iterative(step_share=0.25)"
+    assert printed.startswith(f"Study steps: 2 of 2 trials, 10 heuristics, metric auc, {how}.")
+    stderr = hpo("launch", "--study", "steps", "--exact", *QUICK, code=1).stderr
+    assert 'objective.procedure: "iterative" -> "one_shot"' in stderr
+    trial = json.loads(hpo("show", 0, "--json").stdout)
+    assert [step["n_pruned"] for step in trial["steps"]] == [0, 84, 168]
+    assert [step["accuracy"] for step in trial["steps"]][::2] == trial["curve"]["accuracies"]
+    assert [sum(step["left"].values()) for step in trial["steps"]] == [336, 252, 168]
+    assert trial["steps"][0]["loss"] < trial["steps"][1]["loss"]
+    assert " before     0 of 336 " in hpo("show", 0).stdout
+    with StudyStore.open(f"sqlite:///{folder / 'studies.db'}", read_only=True) as store:
+        first = store.load("steps").get_trials()[0]
+        artifacts = {each.filename: each for each in get_all_artifact_meta(first, storage=store.storage)}
+        assert set(artifacts) == {"curve.csv", "curve.png", "layers.png", "steps.csv"}
+        with store.artifacts.open_reader(artifacts["steps.csv"].artifact_id) as content:
+            header, *rows = content.read().decode().splitlines()
+    assert header.startswith("pruned,accuracy,loss,parameters,flops,left conv1,")
+    assert [row.split(",")[0] for row in rows] == ["0", "84", "168"]
+
+
+def test_an_iterative_document_is_replayed_exactly(iterative, tmp_path):
+    path = iterative[0] / "best.json"
+    content = json.loads(path.read_text())
+    assert (content["procedure"], content["procedure_options"]) == ("iterative", {"step_share": 0.25})
+    evaluated = json.loads(hpo("evaluate", "--composite", path, "--json").stdout)
+    assert evaluated["accuracies"] == content["curve"]["accuracies"]
+    assert (evaluated["procedure"], evaluated["procedure_options"]) == ("iterative", {"step_share": 0.25})
+    options = "--repair", "none", "-o", tmp_path / "slim"
+    report = json.loads(hpo("prune", path, "--rate", 0.5, *options, "--json").stdout)
+    assert report["procedure"] == "iterative(step_share=0.25)"
+    # The report's images are those of the confirmation.
+    assert report["exact"]["accuracy"] == report["masked_accuracy"] == content["confirmation"]["accuracies"][1]
+    assert report["exact"]["parameters"] == evaluated["parameters"][1]
+    once = json.loads(hpo("evaluate", "--composite", path, "--procedure", "one_shot", "--json").stdout)
+    assert (once["procedure"], once["procedure_options"], once["steps"]) == ("one_shot", {}, [])
+    assert refused("prune", path, "--rate", 0.5, "--coupled", "-o", tmp_path / "coupled") == (
+        "Coupled groups are removed in one shot, but the document's procedure is iterative(step_share=0.25); "
+        "leave `--coupled` out."
+    )
+
+
+def test_evaluate_says_how_it_pruned():
+    lines = hpo("evaluate", "--heuristic", "taylor", *ITERATIVE, "--ranking", "layer").stdout.splitlines()
+    assert lines[0] == "taylor on 40 search images, pruned by iterative(step_share=0.25)"
+    assert [line for line in lines if line.startswith(" before     0 of 336 ")]
 
 
 def test_prune_repairs_unless_told_otherwise(document, tmp_path):

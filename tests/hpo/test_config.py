@@ -6,6 +6,7 @@ import pytest
 from hpo.config import OPTIONS, LaunchConfiguration, resolve
 from hpo.errors import ConfigurationError
 from objectives.pruning.rates import PruningRatesError
+from search_spaces.procedures import Iterative, OneShot
 from search_spaces.repairs import RepairSpec
 
 
@@ -73,6 +74,8 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         pruner = "race"
         race-risk = 0.05
         components = "all"
+        procedure = "iterative"
+        step-share = 0.1
         ranking = "global"
         executor = "ray"
         workers = 2
@@ -274,3 +277,27 @@ def test_a_flag_of_the_file_is_true_or_false(tmp_path):
     assert resolve({"baselines": True}, write(tmp_path / "off.toml", "baselines = false")).baselines is True
     with pytest.raises(ConfigurationError, match=r"Key 'baselines' of '.*' must be true or false, but got 'no'"):
         resolve({}, write(tmp_path / "no.toml", 'baselines = "no"'))
+
+
+def test_a_procedure_has_its_own_options(tmp_path):
+    assert resolve({}).procedure_spec() == OneShot()
+    assert resolve({"procedure": "iterative"}).procedure_spec() == Iterative()
+    assert resolve({"procedure": "iterative", "step_share": "0.1"}).procedure_spec() == Iterative(0.1)
+    with pytest.raises(ConfigurationError) as caught:
+        resolve({"step_share": 0.1})
+    assert str(caught.value) == (
+        "`--step-share` is for `--procedure iterative`, but the procedure is one_shot; leave one out."
+    )
+    for bad in (0, 1.5, "all"):
+        with pytest.raises(ConfigurationError, match=r"^`--step-share` must be a "):
+            resolve({"procedure": "iterative", "step_share": bad})
+    with pytest.raises(ConfigurationError, match=r"^`--procedure` must be one of one_shot, iterative"):
+        resolve({"procedure": "iterativ"})
+
+
+def test_a_documents_options_are_of_its_own_procedure():
+    saved = {"procedure": "iterative", "step_share": 0.1}
+    assert resolve({}, fallback=saved).procedure_spec() == Iterative(0.1)
+    assert resolve({"step_share": 0.2}, fallback=saved).procedure_spec() == Iterative(0.2)
+    assert resolve({"procedure": "iterative"}, fallback=saved).procedure_spec() == Iterative(0.1)
+    assert resolve({"procedure": "one_shot"}, fallback=saved).procedure_spec() == OneShot()

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from search_spaces import (
     ATTENTION_RULES,
     GROUPS,
     NORMALIZATIONS,
+    PROCEDURES,
     REPAIRS,
     RULE_DEFAULTS,
     CompositeDocument,
@@ -25,6 +26,8 @@ from search_spaces import (
     DocumentError,
     DocumentVersionError,
     DocumentWriteError,
+    Iterative,
+    OneShot,
     RuleSpec,
     SearchSpaceError,
     document_schema,
@@ -96,6 +99,15 @@ def test_documents_of_before_there_was_repair_repair_nothing() -> None:
     assert document.repair == {"method": "none", "strength": None}
 
 
+def test_a_procedure_has_its_options() -> None:
+    assert CompositeDocument.from_json(content()).procedure_spec == OneShot()
+    assert "procedure_options" not in CompositeDocument.from_json(content()).to_json()
+    value = {**content(), "procedure": "iterative", "procedure_options": {"step_share": 0.1}}
+    document = CompositeDocument.from_json(value)
+    assert document.procedure_spec == Iterative(0.1)
+    assert CompositeDocument.from_json(document.to_json()) == document
+
+
 @pytest.mark.parametrize(
     ("repair", "message"),
     [
@@ -117,7 +129,10 @@ def test_schema_is_valid_and_names_what_the_code_knows() -> None:
     assert schema["$id"] == "urn:pruning-hpo:schema:composite:1"
     assert schema["additionalProperties"] is False
     assert schema["properties"]["version"] == {"const": 1}
-    assert schema["properties"].keys() == content().keys() | {"components", "ranking"}
+    assert schema["properties"].keys() == content().keys() | {"components", "procedure_options", "ranking"}
+    assert schema["properties"]["procedure"]["enum"] == list(PROCEDURES)
+    known = {field.name for procedure in PROCEDURES.values() for field in fields(procedure)}
+    assert schema["properties"]["procedure_options"]["properties"].keys() == known
     assert schema["$defs"]["rule"]["properties"]["name"]["enum"] == list(RULE_DEFAULTS)
     assert schema["properties"]["repair"]["properties"]["method"]["enum"] == list(REPAIRS)
     composite = schema["properties"]["composite"]["properties"]
@@ -230,7 +245,14 @@ def test_other_versions(version: object) -> None:
         ),
         (("layer_groups",), {}, "$.layer_groups is {}, which breaks the schema's minProperties 1."),
         (("abs_scope",), "sums", "$.abs_scope has the unknown value 'sums'. Did you mean 'sum'? Known: element, sum."),
-        (("procedure",), "iterative", "$.procedure has the unknown value 'iterative'. Known: one_shot."),
+        (("procedure",), "iterativ", "$.procedure has the unknown value 'iterativ'. Did you mean 'iterative'?"),
+        (
+            ("procedure_options",),
+            {"step_share": 0.1},
+            "$.procedure_options cannot be used: Procedure one_shot takes no option 'step_share'.",
+        ),
+        (("procedure_options",), {"step_share": 0}, "$.procedure_options.step_share is 0, which breaks the schema's"),
+        (("procedure_options",), {"stepshare": 1}, "$.procedure_options has the unknown key 'stepshare'. Did you"),
         (("rates",), [0, 0.5, 0.5], "$.rates is [0, 0.5, 0.5], but must increase strictly from 0."),
         (("rates",), [0.1, 0.5, 0.6], "$.rates is [0.1, 0.5, 0.6], but must increase strictly from 0."),
         (("rates", 2), 1.0, "$.rates[2] is 1.0, which breaks the schema's exclusiveMaximum 1."),
