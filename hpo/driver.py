@@ -328,6 +328,7 @@ class StudyDriver:
     def _wait(self) -> Outcome:
         while (outcome := self._executor.wait(timeout_s=_POLL_S)) is None:
             self._check_stop()
+            self._progress.stages(self._executor.stages())
         return outcome
 
     def _check_stop(self) -> None:

@@ -106,6 +106,11 @@ class LoadedProblem:
         """See `Problem.has_attention`."""
         return self.objective.network.is_transformer
 
+    @property
+    def stage(self) -> str | None:
+        """See `Worker.stage`."""
+        return self.objective.stage
+
     def identity(self) -> dict[str, Any]:
         """See `Problem.identity`."""
         identity = self.objective.identity()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["LiveProgress", "LogProgress", "Progress", "TrialReport", "make_progress"]
+
+_SILENCE_S = 30
 
 _log = logging.getLogger("hpo")
 
@@ -52,6 +55,10 @@ class Progress(Protocol):
         """A trial has ended."""
         ...
 
+    def stages(self, stages: Mapping[int, str]) -> None:
+        """How far trials at work are, by their numbers; told several times a second."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -64,6 +71,7 @@ class LogProgress:
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
+        self._said = time.monotonic()
         self._total: int | None = None
         self._done = 0
 
@@ -72,8 +80,15 @@ class LogProgress:
         self._total, self._done = total, done
         _log.info("%s%s", name, "" if total is None else f" ({done} of {total} done)")
 
+    def stages(self, stages: Mapping[int, str]) -> None:
+        """See `Progress.stages`; a line where nothing was said for half a minute."""
+        if stages and time.monotonic() - self._said >= _SILENCE_S:
+            self._said = time.monotonic()
+            _log.info("%s", _stages(stages))
+
     def trial(self, report: TrialReport) -> None:
         """See `Progress.trial`."""
+        self._said = time.monotonic()
         self._done += 1
         seconds = "" if report.seconds is None else f"  {report.seconds:.1f} s"
         outcome = report.remark if report.value is None else f"{report.figure or self._metric} {report.value:.4f}"
@@ -114,10 +129,11 @@ class LiveProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[values]}"),
             TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[stages]}"),
             console=console,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=None, values="", left="")
+        self._task = self._bar.add_task("", total=None, values="", left="", stages="")
         self._done = 0
         self._total: int | None = None
         self._evaluated = 0
@@ -126,12 +142,13 @@ class LiveProgress:
     def phase(self, name: str, total: int | None = None, done: int = 0) -> None:
         """See `Progress.phase`."""
         self._done, self._total, self._evaluated, self._began = done, total, 0, time.monotonic()
-        self._bar.update(self._task, description=name, total=total, completed=done, left="")
+        self._bar.update(self._task, description=name, total=total, completed=done, left="", stages="")
 
     def trial(self, report: TrialReport) -> None:
         """See `Progress.trial`."""
         self._done += 1
         self._evaluated += 1
+        self._bar.update(self._task, stages="")
         self._bar.update(
             self._task,
             completed=self._done,
@@ -140,6 +157,10 @@ class LiveProgress:
         )
         if report.failed:
             self._bar.console.print(f"Trial {report.number} {report.remark}", highlight=False, markup=False)
+
+    def stages(self, stages: Mapping[int, str]) -> None:
+        """See `Progress.stages`."""
+        self._bar.update(self._task, stages=_stages(stages))
 
     def _time_left(self) -> str:
         if self._total is None:
@@ -163,6 +184,10 @@ class LiveProgress:
 def make_progress(metric: str, console: "Console") -> Progress:
     """The display that suits the console: live on a terminal, log lines elsewhere."""
     return LiveProgress(console) if console.is_terminal else LogProgress(metric)
+
+
+def _stages(stages: Mapping[int, str]) -> str:
+    return ", ".join(f"trial {number}: {stage}" for number, stage in sorted(stages.items()))
 
 
 def _value(value: float | None) -> str:

@@ -173,6 +173,9 @@ class _Pruning:
     composite: Ranker
 
     def rank(self, masks: Masks | None = None) -> Ranking:
+        if masks is not None:
+            n_pruned = sum(int((~mask).sum()) for mask in masks.values())
+            self.objective.stage = f"{100 * n_pruned / self.objective.n_components:.0f} % pruned"
         return self.objective.ranking(self.composite, masks)
 
 
@@ -186,6 +189,9 @@ class Objective:
         task: reference samples and evaluation images.
         options: what to measure.
         document: an export document that the network must fit; layers have its groups, not the options'.
+
+    Attributes:
+        stage: how far the procedure is where it ranks more than once, for another thread to read; None between.
 
     Raises:
         UnsupportedNetworkError: the network can't be attributed correctly, or isn't of the document's shape.
@@ -201,6 +207,7 @@ class Objective:
                 f"The document was made for `--components {document.components}`, but got {options.components}; leave "
                 "the option out."
             )
+        self.stage: str | None = None
         self.model = model
         self.task = task
         self.options = options
@@ -380,7 +387,10 @@ class Objective:
 
     def _masks(self, path: PruningPath, stopwatch: _Stopwatch) -> list[Masks]:
         """Of every rate."""
-        masks = [path.masks(path.n_pruned(rate)) for rate in self.options.rates]
+        try:
+            masks = [path.masks(path.n_pruned(rate)) for rate in self.options.rates]
+        finally:
+            self.stage = None
         stopwatch.attributed()
         return masks
 

@@ -1,6 +1,6 @@
 """Executors: where trials are computed. Workers compute, the driver writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self
@@ -74,7 +74,12 @@ class Outcome:
 
 
 class Worker(Protocol):
-    """What computes jobs, one at a time. Not thread-safe."""
+    """What computes jobs, one at a time. Not thread-safe, but for `stage`."""
+
+    @property
+    def stage(self) -> str | None:
+        """How far the job at work is, such as `35 % pruned`; None where there is nothing to say."""
+        ...
 
     def prepare(self, composites: Sequence[Ranker]) -> None:
         """Compute what these composites share, if anything; `evaluate` is then called for each, in this order.
@@ -128,6 +133,10 @@ class Executor(Protocol):
         Raises:
             ExecutorError: No worker can be had any more.
         """
+        ...
+
+    def stages(self) -> Mapping[int, str]:
+        """How far jobs at work are, by the number of their trials; of jobs of which nothing is known nothing."""
         ...
 
     def __enter__(self) -> Self: ...

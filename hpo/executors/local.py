@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +23,7 @@ class LocalExecutor:
         self._worker = worker
         self._batches: queue.SimpleQueue[Sequence[Job] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._at_work: Job | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._work, name="trial-worker", daemon=True)
 
@@ -42,6 +43,11 @@ class LocalExecutor:
         except queue.Empty:
             return None
 
+    def stages(self) -> Mapping[int, str]:
+        """See `Executor.stages`."""
+        job, stage = self._at_work, self._worker.stage
+        return {} if job is None or stage is None else {job.number: stage}
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -58,4 +64,7 @@ class LocalExecutor:
             for job in jobs:
                 if self._left.is_set():
                     return
-                self._outcomes.put(compute(self._worker, job))
+                self._at_work = job
+                outcome = compute(self._worker, job)
+                self._at_work = None
+                self._outcomes.put(outcome)

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +91,10 @@ class RayExecutor:
     def n_workers(self) -> int:
         """See `Executor.n_workers`."""
         return self._n_workers
+
+    def stages(self) -> Mapping[int, str]:
+        """See `Executor.stages`; a worker that computes answers no questions."""
+        return {}
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """See `Executor.submit`."""

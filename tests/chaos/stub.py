@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from objectives.pruning.curve import Curve
+from objectives.pruning.records import StepRecord
 from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.composites import CompositeSpec
 from search_spaces.heuristics import HEURISTICS
@@ -101,6 +102,7 @@ class StubEvaluation:
     origin: str = ""
     n_masks: int = 0
     n_known: int = 0
+    steps: tuple[StepRecord, ...] = ()
 
 
 class StubWorker:
@@ -108,6 +110,10 @@ class StubWorker:
 
     def __init__(self, settings: StubSettings) -> None:
         self._settings = settings
+
+    @property
+    def stage(self) -> str | None:
+        return None
 
     def prepare(self, composites: Sequence[CompositeSpec]) -> None:
         pass

@@ -72,6 +72,18 @@ def test_leaving_does_not_wait_for_a_running_job():
     end.set()
 
 
+def test_an_executor_says_how_far_its_job_is():
+    running, end = threading.Event(), threading.Event()
+    worker = Stub(lambda composite: running.set() or end.wait(60))
+    worker.stage = "35 % pruned"
+    with LocalExecutor(worker) as executor:
+        assert executor.stages() == {}
+        executor.submit([Job(4, ZPLUS)])
+        assert running.wait(10)
+        assert executor.stages() == {4: "35 % pruned"}
+        end.set()
+
+
 def test_a_batch_is_prepared_whole_and_computed_in_order():
     prepared = []
     worker = Stub(lambda composite: raise_(SpaceError(composite.key)), prepare=prepared.append)

@@ -44,6 +44,22 @@ def test_a_live_line_on_a_terminal():
     assert "Trial 15" not in shown  # most trials of a race are given up
 
 
+def test_how_far_a_trial_is_is_shown(monkeypatch, caplog):
+    text = io.StringIO()
+    with LiveProgress(Console(file=text, force_terminal=True, width=160)) as progress:
+        progress.phase("Search", 60)
+        progress.stages({7: "35 % pruned"})
+        progress._bar.refresh()
+    assert "trial 7: 35 % pruned" in text.getvalue()
+    caplog.set_level(logging.INFO, "hpo")
+    now = 100.0
+    monkeypatch.setattr("hpo.progress.time.monotonic", lambda: now)
+    with LogProgress("auc") as log:
+        for now, stage in ((110.0, "5 % pruned"), (131.0, "35 % pruned"), (140.0, "40 % pruned")):  # noqa: B007
+            log.stages({7: stage})
+    assert caplog.messages == ["trial 7: 35 % pruned"]  # half a minute after the last line
+
+
 @pytest.mark.parametrize(("terminal", "kind"), [(True, LiveProgress), (False, LogProgress)])
 def test_the_display_suits_the_console(terminal, kind):
     assert type(make_progress("auc", Console(file=io.StringIO(), force_terminal=terminal))) is kind

@@ -15,6 +15,7 @@ from objectives.procedures.path import PruningPath
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import of_kept, rank
 from objectives.pruning.rates import n_pruned
+from objectives.pruning.records import StepRecord
 from search_spaces import procedures
 from search_spaces.heuristics import heuristic
 from search_spaces.procedures import Iterative, OneShot
@@ -199,3 +200,25 @@ def test_a_path_ends_with_nothing_left(model, task):
     """Layers that relevance no longer reaches, and networks that no image gets through, are no failure on the way."""
     path = objective_of(model, task, procedure=Iterative(0.1)).path(heuristic("epsilon-gamma"))
     assert not any(bool(mask.any()) for mask in path.masks(len(path)).values())
+
+
+def test_a_trial_keeps_what_its_steps_came_to(model, task):
+    objective = objective_of(model, task, procedure=Iterative(0.25), rates=(0.0, 0.25, 0.6))
+    stages = []
+    ranking = objective.ranking
+    objective.ranking = lambda composite, masks=None: stages.append(objective.stage) or ranking(composite, masks)
+    evaluation = objective.evaluate(EPSILON)
+    assert (stages, objective.stage) == ([None, "25 % pruned", "50 % pruned"], None)
+    assert [step.n_pruned for step in evaluation.steps] == [0, 84, 168]  # the third ends beyond the last rate
+    assert [step.accuracy for step in evaluation.steps[:2]] == list(evaluation.curve.accuracies[:2])
+    assert [step.flops for step in evaluation.steps[:2]] == list(evaluation.curve.flops[:2])
+    path = objective.path(EPSILON)
+    references = objective.task.references
+    for step in evaluation.steps:
+        masks = path.masks(step.n_pruned)
+        assert step.left == {name: int(mask.sum()) for name, mask in masks.items()}
+        with masked(model.network, objective.network.prunable, masks) as network, torch.inference_mode():
+            loss = torch.nn.functional.cross_entropy(network(references.images), references.labels)
+        assert step.loss == pytest.approx(float(loss), rel=1e-4)
+        assert StepRecord.from_json(step.to_json()) == step
+    assert objective_of(model, task).evaluate(EPSILON).steps == ()

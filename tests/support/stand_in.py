@@ -76,6 +76,10 @@ class StandInProblem:
     def worker(self) -> Callable[[], Worker]:
         return partial(StandInProblem, data=self.data, seconds=self.seconds)
 
+    @property
+    def stage(self) -> str | None:
+        return None
+
     def prepare(self, composites: Sequence[CompositeSpec]) -> None:
         pass
 
@@ -144,6 +148,9 @@ class RandomOrderExecutor:
         self._lose = lose
         self._batches: list[deque[Job]] = []
         self._outcomes: deque[Outcome] = deque()
+
+    def stages(self) -> dict[int, str]:
+        return {}
 
     def submit(self, jobs: Sequence[Job]) -> None:
         self.submitted.append(tuple(jobs))
