@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from objectives.attribution.engine import ZennitAttribution
+from objectives.canonization import canonize
 from objectives.datasets import load_task
 from objectives.models import load_model
-from objectives.network import canonize
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.procedures import PROCEDURES
 from objectives.procedures.path import PruningPath

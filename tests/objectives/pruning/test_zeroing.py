@@ -7,10 +7,10 @@ from torch import nn
 from objectives.attribution.criteria import ReferenceSamples, criterion_scores
 from objectives.attribution.engine import ZennitAttribution
 from objectives.attribution.shared import SharedAttribution
+from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.layer_groups import group_layers
 from objectives.memory import Batches
-from objectives.network import canonize
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import of_kept
 from objectives.pruning.slimming import slim
