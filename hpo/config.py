@@ -548,17 +548,59 @@ class LaunchConfiguration:
     procedure: str = _option(
         "objective",
         "How pruning proceeds: one_shot ranks the unpruned network once; iterative ranks what is left anew after every "
-        "step.",
+        "step; dynamic does so in smaller steps and another order where class accuracies on the references suffer.",
         read=_choice(tuple(PROCEDURES)),
         metavar="|".join(PROCEDURES),
         default="one_shot",
     )
     step_share: float | None = _option(
         "objective",
-        "Of --procedure iterative: share of the original components that a step prunes.",
+        "Of --procedure iterative and dynamic: share of the original components that a step prunes.",
         read=_share,
         metavar="SHARE",
         shown="0.05",
+    )
+    tolerance: float | None = _option(
+        "objective",
+        "Of --procedure dynamic: by how much a step may lower the harmonic mean of class accuracies.",
+        read=_between(0.0, 1.0, "must be a number of at least 0 and below 1"),
+        metavar="X",
+        shown="0.01",
+    )
+    search_width: int | None = _option(
+        "objective",
+        "Of --procedure dynamic: components beyond a step's that are tried where even one hurts.",
+        read=_whole(1),
+        metavar="N",
+        shown="16",
+    )
+    rankings_per_step: int | None = _option(
+        "objective",
+        "Of --procedure dynamic: most rankings within a step's share.",
+        read=_whole(1),
+        metavar="N",
+        shown="4",
+    )
+    evaluations_per_step: int | None = _option(
+        "objective",
+        "Of --procedure dynamic: most candidates measured on the references within a step's share.",
+        read=_whole(1),
+        metavar="N",
+        shown="100",
+    )
+    fixed_rate: bool | None = _option(
+        "objective",
+        "Of --procedure dynamic: no smaller steps (an ablation).",
+        read=_flag,
+        metavar="",
+        is_flag=True,
+    )
+    fixed_order: bool | None = _option(
+        "objective",
+        "Of --procedure dynamic: no other order (an ablation).",
+        read=_flag,
+        metavar="",
+        is_flag=True,
     )
     ranking: RankingScope = _option(
         "objective",

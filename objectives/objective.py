@@ -47,7 +47,7 @@ from search_spaces.choices import (
 )
 from search_spaces.criteria import CriterionSpec, Ranker
 from search_spaces.documents import CompositeDocument
-from search_spaces.procedures import OneShot, ProcedureSpec
+from search_spaces.procedures import Dynamic, OneShot, ProcedureSpec
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -178,6 +178,12 @@ class _Pruning:
             self.objective.stage = f"{100 * n_pruned / self.objective.n_components:.0f} % pruned"
         return self.objective.ranking(self.composite, masks)
 
+    def class_accuracies(self, masks: Masks) -> tuple[float, ...]:
+        evaluator = self.objective.evaluator("references")
+        correct = evaluator.measure(masks).correct
+        evaluator.news()  # of nobody's interest
+        return _by_class(correct[None], evaluator.images.labels)[0]
+
 
 class Objective:
     """Evaluates composites for one model, task and set of options.
@@ -222,6 +228,11 @@ class Objective:
         self.ranking_scope: RankingScope = options.ranking
         if len(set(self._kinds.values())) == 1:
             self.ranking_scope = "global"  # the same, under its usual name
+        if options.procedure.name == Dynamic.name and self.ranking_scope != "global":
+            raise OptionError(
+                f"Procedure dynamic ranks over the whole network, but the ranking is by {self.ranking_scope}; pass "
+                "`--ranking global`."
+            )
         self.layer_groups: dict[str, str]
         if document is None:
             self.layer_groups = group_layers(self.network, options.layer_groups)
@@ -489,13 +500,11 @@ class Objective:
         packed = Correctness.of(correct[:-1].numpy())
         collapsed = correct[-1].double()
         correct = correct[:-1].double()
-        in_class = nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()  # classes that have images
-        by_class = correct @ in_class / in_class.sum(dim=0)
         rates = self.options.rates
         curve = Curve(
             rates=rates,
             accuracies=tuple(correct.mean(dim=1).tolist()),
-            class_accuracies=tuple(map(tuple, by_class.tolist())),
+            class_accuracies=_by_class(correct, labels),
             parameters=tuple(measurement.cost.parameters for measurement in measurements),
             flops=tuple(measurement.cost.flops for measurement in measurements),
             collapsed_accuracy=float(collapsed.mean()),
@@ -558,6 +567,12 @@ class Objective:
                 f"The curve starts at accuracy {curve.accuracies[0]:.4f}, but the unpruned network has "
                 f"{self.unpruned_accuracy:.4f}; try `--dtype fp32`."
             )
+
+
+def _by_class(correct: Tensor, labels: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Accuracies of each class that has images, from predictions (rows, N) being correct."""
+    in_class = nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()
+    return tuple(map(tuple, (correct.double() @ in_class / in_class.sum(dim=0)).tolist()))
 
 
 class Columns(nn.Module):

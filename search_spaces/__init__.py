@@ -41,7 +41,7 @@ from search_spaces.heuristics import (
     heuristics_of,
 )
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
-from search_spaces.procedures import PROCEDURES, Iterative, OneShot, ProcedureSpec, procedure_from_json
+from search_spaces.procedures import PROCEDURES, Dynamic, Iterative, OneShot, ProcedureSpec, procedure_from_json
 from search_spaces.reasons import message_of, reason_of
 from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
@@ -77,6 +77,7 @@ __all__ = [
     "DocumentVersionError",
     "DocumentWriteError",
     "Dtype",
+    "Dynamic",
     "GROUPS",
     "HEURISTICS",
     "ImageSet",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 from search_spaces.errors import ProcedureError
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["Iterative", "OneShot", "PROCEDURES", "ProcedureSpec", "procedure_from_json"]
+__all__ = ["Dynamic", "Iterative", "OneShot", "PROCEDURES", "ProcedureSpec", "procedure_from_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,53 @@ class Iterative(_Named):
         _check_share("step_share", self.step_share)
 
 
-ProcedureSpec: TypeAlias = OneShot | Iterative
+@dataclass(frozen=True, slots=True)
+class Dynamic(_Named):
+    """As `Iterative`, but in smaller steps and in another order where accuracy suffers (DPX-SD, Yasui et al. 2025).
 
-PROCEDURES: Mapping[str, type[ProcedureSpec]] = {each.name: each for each in (OneShot, Iterative)}
+    Both changes switched off are `Iterative`. The paper's thresholds and schedule aren't known to us; the defaults are
+    our choice, see `objectives.procedures.dynamic`.
+
+    Attributes:
+        step_share: Of the original components, pruned between two reports; above 0 and at most 1.
+        tolerance: By how much a step may lower the harmonic mean of class accuracies; at least 0 and below 1.
+        search_width: How many components beyond those of a step are tried one by one where even the smallest one hurts.
+        rankings_per_step: At most, within a share.
+        evaluations_per_step: Of candidates on the reference images, at most, within a share; what is left of it goes
+            unseen.
+        fixed_rate: No change of pruning rate.
+        fixed_order: No change of pruning order.
+
+    Raises:
+        ProcedureError: A value is out of range.
+    """
+
+    name: ClassVar[str] = "dynamic"
+    step_share: float = 0.05
+    tolerance: float = 0.01
+    search_width: int = 16
+    rankings_per_step: int = 4
+    evaluations_per_step: int = 100
+    fixed_rate: bool = False
+    fixed_order: bool = False
+
+    def __post_init__(self) -> None:
+        _check_share("step_share", self.step_share)
+        value = self.tolerance
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ProcedureError(f"`tolerance` of a procedure must be at least 0 and below 1, but got {value!r}.")
+        for name in ("search_width", "rankings_per_step", "evaluations_per_step"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ProcedureError(f"`{name}` of a procedure must be a whole number above 0, but got {number!r}.")
+        for name in ("fixed_rate", "fixed_order"):
+            if not isinstance(getattr(self, name), bool):
+                raise ProcedureError(f"`{name}` of a procedure is true or false, but got {getattr(self, name)!r}.")
+
+
+ProcedureSpec: TypeAlias = OneShot | Iterative | Dynamic
+
+PROCEDURES: Mapping[str, type[ProcedureSpec]] = {each.name: each for each in (OneShot, Iterative, Dynamic)}
 """Every procedure by name; `objectives.procedures` carries them out."""
 
 

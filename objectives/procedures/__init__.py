@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from objectives.procedures.dynamic import dynamic
 from objectives.procedures.iterative import iterative
 from objectives.procedures.one_shot import one_shot
 from objectives.procedures.steps import Pruning, Step
@@ -19,5 +20,5 @@ __all__ = ["PROCEDURES", "Procedure"]
 Procedure = Callable[[Pruning, Any], Iterator[Step]]
 """Yields the steps in which it prunes; its second argument is its own `ProcedureSpec`."""
 
-PROCEDURES: Mapping[str, Procedure] = {"iterative": iterative, "one_shot": one_shot}
+PROCEDURES: Mapping[str, Procedure] = {"dynamic": dynamic, "iterative": iterative, "one_shot": one_shot}
 """By name."""

@@ -26,6 +26,14 @@ class Pruning(Protocol):
         """
         ...
 
+    def class_accuracies(self, masks: Masks) -> tuple[float, ...]:
+        """Accuracy under masks on the reference images, of each class that has any; each mask is measured once.
+
+        Raises:
+            OutOfMemoryError: the device has no room for a single image.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:

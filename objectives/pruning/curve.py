@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Curve", "FIGURES", "KEPT_SHARE", "area", "keeps", "weights"]
+__all__ = ["Curve", "FIGURES", "KEPT_SHARE", "area", "harmonic_mean", "keeps", "weights"]
 
 KEPT_SHARE = 0.95
 # Less than one image of a million: 19/53 is 95 % of 20/53, but not in floating point.
@@ -83,6 +83,11 @@ def area(x: Sequence[float], y: Sequence[float]) -> float:
     return math.fsum((x[i + 1] - x[i]) * (y[i + 1] + y[i]) / 2 for i in range(len(x) - 1))
 
 
+def harmonic_mean(accuracies: Sequence[float]) -> float:
+    """Of class accuracies; 0 where one is 0."""
+    return 0.0 if min(accuracies) == 0 else len(accuracies) / math.fsum(1 / accuracy for accuracy in accuracies)
+
+
 def weights(figure: str, rates: Sequence[float]) -> tuple[float, ...] | None:
     """What the accuracy at each rate counts in a figure that is their weighted sum; None of any other figure."""
     if figure not in ("auc", "mean_accuracy", "trapezoid"):
@@ -129,10 +134,7 @@ def _lowest_class(curve: Curve) -> float:
 
 
 def _harmonic(curve: Curve) -> float:
-    means = [
-        0.0 if min(accuracies) == 0 else len(accuracies) / math.fsum(1 / accuracy for accuracy in accuracies)
-        for accuracies in curve.class_accuracies
-    ]
+    means = [harmonic_mean(accuracies) for accuracies in curve.class_accuracies]
     return _normalised(curve.rates, means)
 
 

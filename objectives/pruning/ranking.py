@@ -41,6 +41,10 @@ class Ranking:
         """Masks with the `n_pruned` least relevant components pruned; nested for growing numbers."""
         kept = torch.ones(len(self.order), dtype=torch.bool)
         kept[self.order[:n_pruned]] = False
+        return self.split(kept)
+
+    def split(self, kept: Tensor) -> dict[str, Tensor]:
+        """Masks from (n,) of bool in the concatenation of all layers; views of it."""
         return dict(zip(self.widths, kept.split(list(self.widths.values())), strict=True))
 
 

@@ -357,6 +357,22 @@ def test_an_iterative_document_is_replayed_exactly(iterative, tmp_path):
     )
 
 
+def test_dynamic_pruning_is_evaluated_and_replayed(document, tmp_path):
+    options = "--procedure", "dynamic", "--step-share", 0.25, "--search-width", 4, "--evaluations-per-step", 20
+    evaluated = json.loads(hpo("evaluate", "--composite", document, *options, "--json").stdout)
+    assert evaluated["procedure_options"]["search_width"] == 4
+    assert evaluated["procedure_options"]["fixed_order"] is False
+    content = json.loads(document.read_text())
+    assert evaluated["accuracies"] != content["curve"]["accuracies"]
+    names = "procedure", "procedure_options"
+    path = tmp_path / "dynamic.json"
+    path.write_text(json.dumps(content | {name: evaluated[name] for name in names}))
+    again = json.loads(hpo("evaluate", "--composite", path, "--json").stdout)
+    assert {**again, "seconds": 0} == {**evaluated, "seconds": 0}
+    report = hpo("prune", path, "--rate", 0.5, "--repair", "none", "-o", tmp_path / "slim", "--json").stdout
+    assert json.loads(report)["exact"]["parameters"] == evaluated["parameters"][1]
+
+
 def test_evaluate_says_how_it_pruned():
     lines = hpo("evaluate", "--heuristic", "taylor", *ITERATIVE, "--ranking", "layer").stdout.splitlines()
     assert lines[0] == "taylor on 40 search images, pruned by iterative(step_share=0.25)"

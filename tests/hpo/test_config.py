@@ -74,8 +74,14 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         pruner = "race"
         race-risk = 0.05
         components = "all"
-        procedure = "iterative"
+        procedure = "dynamic"
         step-share = 0.1
+        tolerance = 0.02
+        search-width = 4
+        rankings-per-step = 2
+        evaluations-per-step = 30
+        fixed-rate = true
+        fixed-order = true
         ranking = "global"
         executor = "ray"
         workers = 2
@@ -286,12 +292,16 @@ def test_a_procedure_has_its_own_options(tmp_path):
     with pytest.raises(ConfigurationError) as caught:
         resolve({"step_share": 0.1})
     assert str(caught.value) == (
-        "`--step-share` is for `--procedure iterative`, but the procedure is one_shot; leave one out."
+        "`--step-share` is for `--procedure iterative or dynamic`, but the procedure is one_shot; leave one out."
     )
+    with pytest.raises(
+        ConfigurationError, match=r"^`--fixed-rate` is for `--procedure dynamic`, but the procedure is it"
+    ):
+        resolve({"procedure": "iterative", "fixed_rate": True})
     for bad in (0, 1.5, "all"):
         with pytest.raises(ConfigurationError, match=r"^`--step-share` must be a "):
             resolve({"procedure": "iterative", "step_share": bad})
-    with pytest.raises(ConfigurationError, match=r"^`--procedure` must be one of one_shot, iterative"):
+    with pytest.raises(ConfigurationError, match=r"^`--procedure` must be one of one_shot, iterative, dynamic"):
         resolve({"procedure": "iterativ"})
 
 

@@ -8,17 +8,19 @@ import torch
 from objectives.attribution.engine import ZennitAttribution
 from objectives.canonization import canonize
 from objectives.datasets import load_task
+from objectives.errors import OptionError
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.procedures import PROCEDURES
 from objectives.procedures.path import PruningPath
+from objectives.pruning.curve import harmonic_mean
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import of_kept, rank
 from objectives.pruning.rates import n_pruned
 from objectives.pruning.records import StepRecord
 from search_spaces import procedures
 from search_spaces.heuristics import heuristic
-from search_spaces.procedures import Iterative, OneShot
+from search_spaces.procedures import Dynamic, Iterative, OneShot
 
 RATES = (0.0, 0.05, 0.12, 0.3, 0.31, 0.5, 0.75, 0.95)
 EPSILON = heuristic("epsilon-abs")
@@ -31,11 +33,17 @@ class Pruning:
     scores: Callable
     kinds: dict | None = None
     n_ranked: int = 0
+    accuracies: Callable = lambda kept: (1.0, 1.0)
+    n_measured: int = 0
 
     def rank(self, masks=None):
         self.n_ranked += 1
         scores = self.scores(masks)
         return rank(scores if masks is None else of_kept(scores, masks), self.kinds, masks)
+
+    def class_accuracies(self, masks):
+        self.n_measured += 1
+        return self.accuracies(torch.cat(list(masks.values())))
 
 
 def fixed(masks):
@@ -54,8 +62,10 @@ def test_every_procedure_is_carried_out():
     assert PROCEDURES.keys() == procedures.PROCEDURES.keys()
 
 
-@pytest.mark.parametrize("name", sorted(PROCEDURES))
-@pytest.mark.parametrize("kinds", [None, {"a": "a", "b": "b"}])
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [*((name, None) for name in sorted(PROCEDURES)), *((n, {"a": "a", "b": "b"}) for n in ("iterative", "one_shot"))],
+)
 def test_a_procedure_yields_nested_masks_for_every_number_of_components(name, kinds):
     path = made(Pruning(fixed, kinds), procedures.PROCEDURES[name]())
     kept = [torch.cat(list(path.masks(n).values())) for n in range(len(path) + 1)]
@@ -101,6 +111,93 @@ def test_a_step_of_less_than_a_component_ranks_nothing():
     path.masks(5)
     assert [step.n_pruned for step in path.steps] == [1, 2, 3, 4, 5]
     assert pruning.n_ranked == 5
+
+
+# Dynamic
+
+
+def in_order(n):
+    """The first component is the least relevant, on every network."""
+    return lambda masks: {"a": torch.arange(n, dtype=torch.float64)}
+
+
+def needing(*needed):
+    """Two classes; the second one has 10 images, and loses one with each of these components."""
+    return lambda kept: (1.0, 1.0 - 0.1 * sum(not kept[index] for index in needed))
+
+
+def pruned_at_steps(pruning, options):
+    path = made(pruning, options)
+    path.masks(len(path))
+    order = [step.ranking.order[: step.n_pruned].tolist() for step in path.steps]
+    return [set(now) - set(before) for before, now in zip([[], *order], order, strict=False)]
+
+
+def test_dynamic_defers_what_a_class_needs():
+    """Two of the first five components are needed: they stay where others of low relevance can go instead."""
+    options = Dynamic(step_share=0.25, search_width=8)
+    iterative, changed = (
+        pruned_at_steps(Pruning(in_order(20), accuracies=needing(1, 3)), each) for each in (Iterative(0.25), options)
+    )
+    assert iterative[0] == {0, 1, 2, 3, 4}
+    assert changed[0] == {0, 2, 4, 5, 6}
+    assert not {1, 3} & set().union(*changed[:3])  # until nothing else is left
+    assert changed[3] >= {1, 3}
+
+
+def test_what_hurts_least_goes_first_where_all_hurt():
+    accuracies = {0: 0.5, 1: 0.3, 2: 0.4, 3: 0.1}
+
+    def of(kept):
+        return 1.0, 1.0 - sum(harm for index, harm in accuracies.items() if not kept[index]) / 2
+
+    (first, second, *_) = pruned_at_steps(Pruning(in_order(4), accuracies=of), Dynamic(step_share=0.25, search_width=3))
+    assert (first, second) == ({3}, {1})
+
+
+def test_a_smaller_step_lets_relevance_be_recomputed():
+    """With a change of rate alone the order is the ranking's: what is needed is spared by ranking anew."""
+
+    def scores(masks):
+        values = torch.arange(20, dtype=torch.float64)
+        if masks is not None and not masks["a"][:4].any():  # the network shows what it needs once it has lost these
+            values[4] = 30
+        return {"a": values}
+
+    def first(**options):
+        steps = pruned_at_steps(
+            Pruning(scores, accuracies=needing(4)), Dynamic(step_share=0.3, fixed_order=True, **options)
+        )
+        return steps[0]
+
+    assert first(fixed_rate=True) == {0, 1, 2, 3, 4, 5}
+    assert first() == {0, 1, 2, 3, 5, 6}
+    assert first(rankings_per_step=1) == {0, 1, 2, 3, 4, 5}
+
+
+def test_a_change_of_order_alone_searches_whole_shares():
+    steps = pruned_at_steps(
+        Pruning(in_order(20), accuracies=needing(1, 3)), Dynamic(step_share=0.25, search_width=2, fixed_rate=True)
+    )
+    assert steps[0] == {0, 2, 4, 5, 6}
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 7, 30])
+@pytest.mark.parametrize("rankings", [1, 3])
+@pytest.mark.parametrize("fixed", [{}, {"fixed_rate": True}, {"fixed_order": True}])
+def test_work_is_bounded(evaluations, rankings, fixed):
+    pruning = Pruning(in_order(100), accuracies=lambda kept: (0.2 + 0.8 * float(kept.double().mean()), 0.9))
+    options = Dynamic(0.1, rankings_per_step=rankings, evaluations_per_step=evaluations, **fixed)
+    steps = pruned_at_steps(pruning, options)
+    assert [len(step) for step in steps] == [10] * 10
+    assert pruning.n_measured <= 1 + 10 * evaluations
+    assert pruning.n_ranked <= 10 * rankings
+
+
+def test_nothing_is_measured_to_protect_a_class_that_is_lost():
+    pruning = Pruning(in_order(100), accuracies=lambda kept: (0.0, 1.0))
+    pruned_at_steps(pruning, Dynamic())
+    assert pruning.n_measured == 1
 
 
 # On a real network
@@ -175,6 +272,33 @@ def test_iterative_with_one_ranking_is_one_shot(model, task):
     assert (
         one_shot.evaluate(EPSILON).curve != objective_of(model, task, procedure=Iterative(0.3)).evaluate(EPSILON).curve
     )
+
+
+def test_dynamic_without_its_changes_is_iterative(model, task):
+    dynamic = objective_of(model, task, procedure=Dynamic(0.25, fixed_rate=True, fixed_order=True))
+    assert (
+        dynamic.evaluate(EPSILON).curve == objective_of(model, task, procedure=Iterative(0.25)).evaluate(EPSILON).curve
+    )
+
+
+def test_dynamic_keeps_the_references_right_for_longer(model, task):
+    """What it protects: A, of which iterative pruning leaves less here."""
+    dynamic, iterative = (objective_of(model, task, procedure=each) for each in (Dynamic(0.1), Iterative(0.1)))
+    levels = []
+    for objective in (dynamic, iterative):
+        path, evaluator = objective.path(heuristic("zplus")), objective.evaluator("references")
+        correct = [evaluator.measure(path.masks(path.n_pruned(rate))).correct for rate in (0.1, 0.2, 0.3, 0.4)]
+        labels = task.references.labels
+        levels.append([harmonic_mean([float(c[labels == k].double().mean()) for k in range(10)]) for c in correct])
+    assert all(mine >= other for mine, other in zip(*levels, strict=True))
+    assert sum(levels[0]) > sum(levels[1]) + 0.1
+    again = objective_of(model, task, procedure=Dynamic(0.1)).path(heuristic("zplus"))
+    assert listed(again.masks(150)) == listed(dynamic.path(heuristic("zplus")).masks(150))
+
+
+def test_dynamic_ranks_over_the_whole_network(model, task):
+    with pytest.raises(OptionError, match=r"^Procedure dynamic ranks over the whole network, .* `--ranking global`\.$"):
+        objective_of(model, task, procedure=Dynamic(), ranking="layer")
 
 
 def test_engines_prune_the_same_in_every_step(model, task):

@@ -1,6 +1,6 @@
 import pytest
 
-from search_spaces import PROCEDURES, Iterative, OneShot, ProcedureError, procedure_from_json
+from search_spaces import PROCEDURES, Dynamic, Iterative, OneShot, ProcedureError, procedure_from_json
 
 
 @pytest.mark.parametrize("name", PROCEDURES)
@@ -28,10 +28,29 @@ def test_a_share_is_above_0_and_at_most_1(share: object) -> None:
     [
         ("oneshot", {}, "Unknown procedure 'oneshot'. Did you mean 'one_shot'? Known: "),
         ("one_shot", {"step_share": 0.1}, "Procedure one_shot takes no option 'step_share'. It takes none."),
-        ("iterative", {"steps": 0.1}, "Procedure iterative takes no option 'steps'. Known: step_share."),
+        ("iterative", {"tolerance": 0.1}, "Procedure iterative takes no option 'tolerance'. Known: step_share."),
     ],
 )
 def test_unknown_names(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ProcedureError) as caught:
         procedure_from_json(name, options)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("tolerance", 1.0),
+        ("tolerance", -0.1),
+        ("search_width", 0),
+        ("rankings_per_step", 1.5),
+        ("evaluations_per_step", True),
+        ("fixed_rate", 1),
+        ("fixed_order", "no"),
+        ("step_share", 0),
+    ],
+)
+def test_values_that_dynamic_does_not_take(option: str, value: object) -> None:
+    with pytest.raises(ProcedureError, match=f"^`{option}` of a procedure"):
+        procedure_from_json("dynamic", {option: value})
+    assert Dynamic().options[option] != value
