@@ -281,19 +281,18 @@ def test_dynamic_without_its_changes_is_iterative(model, task):
     )
 
 
-def test_dynamic_keeps_the_references_right_for_longer(model, task):
+def test_dynamic_keeps_the_references_right_for_longer(model):
     """What it protects: A, of which iterative pruning leaves less here."""
+    task = load_task("digits", model, classes=[1, 3, 8], references_per_class=5)
+    zplus, labels, levels = heuristic("zplus"), task.references.labels, []
     dynamic, iterative = (objective_of(model, task, procedure=each) for each in (Dynamic(0.1), Iterative(0.1)))
-    levels = []
     for objective in (dynamic, iterative):
-        path, evaluator = objective.path(heuristic("zplus")), objective.evaluator("references")
-        correct = [evaluator.measure(path.masks(path.n_pruned(rate))).correct for rate in (0.1, 0.2, 0.3, 0.4)]
-        labels = task.references.labels
-        levels.append([harmonic_mean([float(c[labels == k].double().mean()) for k in range(10)]) for c in correct])
-    assert all(mine >= other for mine, other in zip(*levels, strict=True))
-    assert sum(levels[0]) > sum(levels[1]) + 0.1
-    again = objective_of(model, task, procedure=Dynamic(0.1)).path(heuristic("zplus"))
-    assert listed(again.masks(150)) == listed(dynamic.path(heuristic("zplus")).masks(150))
+        path, evaluator = objective.path(zplus), objective.evaluator("references")
+        correct = [evaluator.measure(path.masks(path.n_pruned(rate))).correct for rate in (0.3, 0.4, 0.5, 0.6)]
+        levels.append([harmonic_mean([float(each[labels == k].double().mean()) for k in range(3)]) for each in correct])
+    assert sum(levels[0]) > sum(levels[1]) + 0.1, levels
+    again = objective_of(model, task, procedure=Dynamic(0.1)).path(zplus)
+    assert listed(again.masks(150)) == listed(dynamic.path(zplus).masks(150))
 
 
 def test_dynamic_ranks_over_the_whole_network(model, task):
