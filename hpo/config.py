@@ -586,7 +586,7 @@ class LaunchConfiguration:
         "Of --procedure dynamic: most candidates measured on the references within a step's share.",
         read=_whole(1),
         metavar="N",
-        shown="100",
+        shown="80",
     )
     fixed_rate: bool | None = _option(
         "objective",

@@ -77,7 +77,7 @@ class Dynamic(_Named):
     tolerance: float = 0.01
     search_width: int = 16
     rankings_per_step: int = 4
-    evaluations_per_step: int = 100
+    evaluations_per_step: int = 80
     fixed_rate: bool = False
     fixed_order: bool = False
 
