@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def run(name: str, launch: Sequence[str], network: Sequence[str], *, confirm_bes
 
     url = f"sqlite:///{RESULTS / name}.db"
     if status := cli(["launch", "--study", name, "--storage", url, *launch, *network], standalone_mode=False):
-        sys.exit(status)  # interrupted: the same command goes on
+        os._exit(status)  # interrupted, a trial still at work: the same command goes on
     with StudyStore.open(url, read_only=True) as store:
         study = store.load(name)
         attributes = dict(study.user_attrs)
