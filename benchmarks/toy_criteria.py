@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,7 @@ from objectives.pruning.slimming import slim
 from search_spaces.choices import OutputRelevance
 from search_spaces.composites import CompositeSpec
 from search_spaces.criteria import CriterionSpec
+from search_spaces.files import write_atomically
 from search_spaces.heuristics import heuristic
 
 HERE = Path(__file__).resolve().parent
@@ -483,7 +485,9 @@ def main() -> None:
         for data_set in N_CLASSES:
             if data_set not in results["data_sets"]:
                 results["data_sets"][data_set] = measure(data_set, training)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                write_atomically(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    if not RESULTS.exists():
+        sys.exit("Nothing has been measured yet; leave --table out.")
     print_tables(json.loads(RESULTS.read_text()))
 
 

@@ -28,7 +28,7 @@ from search_spaces.choices import (
 )
 from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
-from search_spaces.procedures import PROCEDURES, ProcedureSpec, procedure_from_json
+from search_spaces.procedures import LEAST_SHARE, PROCEDURES, Dynamic, ProcedureSpec, procedure_from_json
 from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -68,6 +68,7 @@ _RANKINGS = get_args(RankingScope)
 _PROCEDURE_OPTIONS = {
     name: tuple(field.name for field in dataclasses.fields(procedure)) for name, procedure in PROCEDURES.items()
 }
+_DYNAMIC = Dynamic()
 _OF_PROCEDURES = frozenset(itertools.chain(*_PROCEDURE_OPTIONS.values()))
 _ATTRIBUTIONS = get_args(AttributionEngine)
 _DTYPES = get_args(Dtype)
@@ -160,8 +161,8 @@ def _between(low: float, high: float, wanted: str) -> Callable[[Any], float]:
 
 def _share(value: Any) -> float:
     number = _number(value)
-    if not 0 < number <= 1:
-        raise ValueError("must be a share above 0 and at most 1")
+    if not LEAST_SHARE <= number <= 1:
+        raise ValueError(f"must be a share of at least {LEAST_SHARE} and at most 1")
     return number
 
 
@@ -558,35 +559,35 @@ class LaunchConfiguration:
         "Of --procedure iterative and dynamic: share of the original components that a step prunes.",
         read=_share,
         metavar="SHARE",
-        shown="0.05",
+        shown=str(_DYNAMIC.step_share),
     )
     tolerance: float | None = _option(
         "objective",
         "Of --procedure dynamic: by how much a step may lower the harmonic mean of class accuracies.",
         read=_between(0.0, 1.0, "must be a number of at least 0 and below 1"),
         metavar="X",
-        shown="0.01",
+        shown=str(_DYNAMIC.tolerance),
     )
     search_width: int | None = _option(
         "objective",
         "Of --procedure dynamic: components beyond a step's that are tried where even one hurts.",
         read=_whole(1),
         metavar="N",
-        shown="16",
+        shown=str(_DYNAMIC.search_width),
     )
     rankings_per_step: int | None = _option(
         "objective",
         "Of --procedure dynamic: most rankings within a step's share.",
         read=_whole(1),
         metavar="N",
-        shown="4",
+        shown=str(_DYNAMIC.rankings_per_step),
     )
     evaluations_per_step: int | None = _option(
         "objective",
         "Of --procedure dynamic: most candidates measured on the references within a step's share.",
         read=_whole(1),
         metavar="N",
-        shown="80",
+        shown=str(_DYNAMIC.evaluations_per_step),
     )
     fixed_rate: bool | None = _option(
         "objective",

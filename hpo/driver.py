@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from objectives.racing import GivenUp
     from search_spaces.criteria import Ranker
     from search_spaces.spaces import SearchSpace
+    from storage.artifacts import ArtifactRecord
 
 __all__ = ["CONFIRMATION", "DESCRIPTION", "StudyDriver"]
 
@@ -420,10 +421,13 @@ class StudyDriver:
         self, source: TrialSource, asked: Asked, result: TrialResult, *, seconds: float | None, remark: str = ""
     ) -> None:
         curve = trials.curve_from(result.attributes)
-        tables = [self._store.write_artifact(CURVE_CSV, curve_csv(curve, self._problem.class_names), "text/csv")]
+        contents = {CURVE_CSV: curve_csv(curve, self._problem.class_names)}
         if steps := trials.steps_of(result.attributes):
-            tables.append(self._store.write_artifact(STEPS_CSV, steps_csv(steps), "text/csv"))
+            contents[STEPS_CSV] = steps_csv(steps)
+        tables: list[ArtifactRecord] = []
         try:
+            for name, content in contents.items():
+                tables.append(self._store.write_artifact(name, content, "text/csv"))
             with self._naming_sampler():
                 self._store.finish(asked.trial, replace(result, artifacts=tuple(tables)))
         except StorageError as error:

@@ -125,7 +125,7 @@ class Evaluation:
         figures: by name, see `objectives.pruning.curve`.
         correct: which images are classified correctly at which rate.
         image_auc: each image's own normalised area (its correctness over the rates); their mean is `auc`.
-        seconds: spent on `attribution` and `evaluation`.
+        seconds: spent on `attribution`, until all masks are known, and on `evaluation`.
         remarks: what the user should know about it, a sentence each.
         measured: masks that nothing was known of, for `Objective.learn` elsewhere.
         origin: digest of what these depend on but for the masks, see `Evaluator.origin`.
@@ -244,8 +244,12 @@ class Objective:
             self.layer_groups = {name: document.layer_groups[name] for name in self.network.layers}
         references = task.references.to(self.device)
         self._check_copy(original, references)
-        self._references = references
-        self.attribution: Attribution = self._engine(self.network)
+        settings = (references, options.batch_size, options.abs_scope, options.output_relevance)
+        self.attribution: Attribution = (
+            ZennitAttribution(self.network, self.layer_groups, *settings)
+            if options.attribution == "zennit"
+            else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
+        )
         self._samples = ReferenceSamples(self.network, references, self.attribution.batches, options.abs_scope)
         self._check_repair(options.repair)
         self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
@@ -320,7 +324,7 @@ class Objective:
         if isinstance(composite, CriterionSpec):
             return criterion_scores(composite, replace(self._samples, network=network), masks)
         # Composites share what is attributed on the unpruned network; pruned ones are all different.
-        engine = self.attribution if masks is None else self._engine(network)
+        engine = self.attribution if masks is None else self.attribution.on(network)
         relevance = engine.attribute(composite)
         return relevance.scores(
             absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize, masks=masks
@@ -340,13 +344,6 @@ class Objective:
         """What is ranked within itself, of all that has components."""
         by_layer = self.options.ranking == "layer"
         return {name: name if by_layer else self.network.kinds[name] for name in self.network.components}
-
-    def _engine(self, network: CanonicalNetwork) -> Attribution:
-        options = self.options
-        settings = (self._references, options.batch_size, options.abs_scope, options.output_relevance)
-        if options.attribution == "zennit":
-            return ZennitAttribution(network, self.layer_groups, *settings)
-        return SharedAttribution(network, self.layer_groups, *settings, options.attribution_memory)
 
     def repair(self, composite: Ranker) -> RepairSpec:
         """How the networks that a composite prunes are repaired.

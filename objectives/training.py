@@ -1,4 +1,4 @@
-"""Training: the one way in which weights are fitted to labelled images by gradients.
+"""Training: the one way in which the product fits weights to labelled images by gradients.
 
 It trains the small network of `digits`, fine-tunes pruned networks between two steps of a procedure and adapts them to
 new data; networks are torch modules of any kind, canonical and slim ones included, and images are in memory. Weights
@@ -295,7 +295,8 @@ class _Run:
         number = len(self.epochs) + 1
         losses = self._steps(number)
         loss = float(losses.sum()) / len(self.images)
-        is_finite = math.isfinite(loss) and all(bool(value.isfinite().all()) for value in self.parameters.values())
+        state = self.network.state_dict().values()
+        is_finite = math.isfinite(loss) and all(bool(value.isfinite().all()) for value in state)
         if not is_finite:
             raise TrainingError(
                 f"The training diverged in epoch {number} of {self.options.n_epochs} (loss {loss:.4g}) at a learning "

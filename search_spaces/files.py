@@ -7,7 +7,7 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(target: Path, content: bytes) -> None:
-    """Writes a file, which is never seen half-written, and survives a crash of the machine from then on.
+    """Writes a file, which is never seen half-written.
 
     Args:
         target: In a directory that exists; replaced where it is a file.

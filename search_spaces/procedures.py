@@ -7,7 +7,10 @@ from typing import Any, ClassVar, TypeAlias
 from search_spaces.errors import ProcedureError
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["Dynamic", "Iterative", "OneShot", "PROCEDURES", "ProcedureSpec", "procedure_from_json"]
+__all__ = ["Dynamic", "Iterative", "LEAST_SHARE", "OneShot", "PROCEDURES", "ProcedureSpec", "procedure_from_json"]
+
+LEAST_SHARE = 0.0001
+"""Of a step: smaller ones are of no use, as there are fewer components, and would take long to add up to one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Iterative(_Named):
     """Every step prunes a share of the components, then ranks what is left anew (Yeom et al. 2021, Algorithm 1).
 
     Attributes:
-        step_share: Of the original components, pruned in each step; above 0 and at most 1.
+        step_share: Of the original components, pruned in each step; at least `LEAST_SHARE` and at most 1.
 
     Raises:
         ProcedureError: The share is out of range.
@@ -55,11 +58,12 @@ class Iterative(_Named):
 class Dynamic(_Named):
     """As `Iterative`, but in smaller steps and in another order where accuracy suffers (DPX-SD, Yasui et al. 2025).
 
-    Both changes switched off are `Iterative`. The paper's thresholds and schedule aren't known to us; the defaults are
-    our choice, see `objectives.procedures.dynamic`.
+    Both changes switched off are `Iterative`, and so is all that follows once a class has no reference right. The
+    paper's thresholds and schedule aren't known to us; the defaults are our choice, see
+    `objectives.procedures.dynamic`.
 
     Attributes:
-        step_share: Of the original components, pruned between two reports; above 0 and at most 1.
+        step_share: Of the original components, pruned between two reports; at least `LEAST_SHARE` and at most 1.
         tolerance: By how much a step may lower the harmonic mean of class accuracies; at least 0 and below 1.
         search_width: How many components beyond those of a step are tried one by one where even the smallest one hurts.
         rankings_per_step: At most, within a share.
@@ -118,5 +122,7 @@ def procedure_from_json(name: str, options: Mapping[str, Any] | None = None) -> 
 
 
 def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ProcedureError(f"`{name}` of a procedure must be a share above 0 and at most 1, but got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not LEAST_SHARE <= value <= 1:
+        raise ProcedureError(
+            f"`{name}` of a procedure must be a share of at least {LEAST_SHARE} and at most 1, but got {value!r}."
+        )

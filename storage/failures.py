@@ -63,7 +63,9 @@ def database_failure(
     if state in _SQLSTATE_FULL:
         return _full(shown_url)
     if state in _SQLSTATE_READ_ONLY:
-        return StoreReadOnlyError(f"The store {shown_url} may only be read: {reason}; name a user who may write to it.")
+        return StoreReadOnlyError(
+            f"The store {shown_url} may only be read: {reason}; name a user who may write, or the primary server."
+        )
     if state in _SQLSTATE_NO_RIGHT:
         return StoreReadOnlyError(f"You lack a right at the store {shown_url}: {reason}; ask its owner for it.")
     if state in _SQLSTATE_BUSY:

@@ -512,13 +512,12 @@ class StudyStore:
 
         Raises:
             ArtifactsMismatchError: `HPO_ARTIFACTS` names another store's place.
-            StorageError: Nothing can be written there.
+            StorageError: It cannot be read.
         """
         with self._transaction() as connection:
             recorded, identity = artifacts.recorded_ids(connection), store_id(connection)
         if self.artifacts.is_placed and identity is not None:
             is_claimed(self.artifacts, identity)
-        self.artifacts.try_writing()
         if not recorded or any(self._has_artifact(each) for each in sorted(recorded)[:_N_LOOKED_FOR]):
             return None
         return (

@@ -45,8 +45,8 @@ _USER_INFORMATION = re.compile(r"^([^:/?#]*://).*@", re.DOTALL)
 _PASSWORD = re.compile(r"^([^:/?#]*://[^:]*:).*@", re.DOTALL)
 # `user:password` without a host, where a port of letters would stand.
 _PASSWORD_ALONE = re.compile(r"^([^:/?#]*://[^:@/\[]*:)(?!\d+(?:[,/?]|$))[^@/?]+$", re.DOTALL)
-# Without a scheme: `user:password@host`.
-_PASSWORD_BARE = re.compile(r"^([^:]*:)(?!//).*@", re.DOTALL)
+# A server's address without a scheme, or with half of one: `user:password@host`.
+_ADDRESS = re.compile(r"^([^/@:]*:)(.*@|/)", re.DOTALL)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 _SECRET_OPTION_NAME = re.compile(r"pass|secret|token", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `s3:/x` too, but no drive's letter
@@ -77,13 +77,12 @@ def parse_url(url: str) -> URL:
 
     shown = mask_password(url)
     if "://" not in url:
-        is_server = "@" in url or url.startswith("postgres")
-        remedy = (
-            "for PostgreSQL write 'postgresql+psycopg://USER@HOST:PORT/NAME'."
-            if is_server
-            else f"for a SQLite file write 'sqlite:///{shown}'."
-        )
-        raise StoreUrlError(f"{shown!r} is not a storage URL; {remedy}")
+        if address := _ADDRESS.match(url):
+            raise StoreUrlError(
+                f"'{address[1]}...' is not a storage URL; for PostgreSQL write "
+                "'postgresql+psycopg://USER@HOST:PORT/NAME'."
+            )
+        raise StoreUrlError(f"{shown!r} is not a storage URL; for a SQLite file write 'sqlite:///{shown}'.")
     if not _SQLITE_FILE.match(url) and re.search(r"[@/?#]", url.partition("://")[2].rpartition("@")[0]):
         raise StoreUrlError(
             f"The storage URL '{shown}' is ambiguous; write '@', '/', '?' and '#' inside a user name, a password "
@@ -137,8 +136,6 @@ def mask_password(url: str) -> str:
     if _SQLITE_FILE.match(url):
         return url
     masked = _PASSWORD_ALONE.sub(r"\1***", _PASSWORD.sub(r"\1***@", url))
-    if "://" not in url:
-        masked = _PASSWORD_BARE.sub(r"\1***@", url)
     return _SECRET_OPTION.sub(r"\1***", masked)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,10 @@ class Attribution(Protocol):
 
     def prepare(self, composites: Sequence[CompositeSpec]) -> None:
         """Computes together what composites that will be asked soon share; may do nothing."""
+        ...
+
+    def on(self, network: CanonicalNetwork) -> Attribution:
+        """This engine for one composite on a network with other weights: it keeps nothing, and shares `batches`."""
         ...
 
 
@@ -104,6 +108,12 @@ class ZennitAttribution:
 
     def prepare(self, composites: Sequence[CompositeSpec]) -> None:
         """Does nothing: zennit attributes one composite at a time."""
+
+    def on(self, network: CanonicalNetwork) -> ZennitAttribution:
+        """See `Attribution.on`."""
+        engine = replace(self, network=network)
+        object.__setattr__(engine, "batches", self.batches)
+        return engine
 
     def _attribute(self, composite: CompositeSpec, batch_size: int) -> Relevance:
         check_attention(self.network, composite)

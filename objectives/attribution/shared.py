@@ -11,6 +11,7 @@ Scores agree with zennit's to rounding, and so do those of different chunks and 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -92,6 +93,7 @@ class SharedAttribution:
         if memory < 1:
             raise OptionError(f"`memory` must be at least 1 byte, but got {memory}.")
         self.network = network
+        self.layer_groups = layer_groups
         self.references = references
         self.abs_scope = abs_scope
         self.output_relevance = output_relevance
@@ -113,7 +115,20 @@ class SharedAttribution:
         self._relevances: OrderedDict[str, Relevance] = OrderedDict()
         self._kept_for = fitting
         self._passes: dict[int, Batch] = {}
+        self._bytes_of_passes = _PASSES * memory
         self._prefixes = _Prefixes(int(_PREFIXES * memory))
+
+    def on(self, network: CanonicalNetwork) -> SharedAttribution:
+        """See `Attribution.on`."""
+        engine = copy.copy(self)
+        engine.network, engine._zennit = network, self._zennit.on(network)
+        if self._plan is not None:
+            plan = make_plan(network, self.layer_groups)
+            assert isinstance(plan, Plan), "it has the steps of the network before"
+            engine._plan = plan
+        engine._relevances, engine._passes, engine._prefixes = OrderedDict(), {}, _Prefixes(0)
+        engine._bytes_of_passes = 0
+        return engine
 
     def attribute(self, composite: CompositeSpec) -> Relevance:
         """See `Attribution.attribute`."""
@@ -178,7 +193,7 @@ class SharedAttribution:
             images = images.contiguous(memory_format=torch.channels_last)
         batch = Batch.of(self._plan, images)
         size = self._plan.elements * images.element_size() * len(images)
-        if (len(self._passes) + 1) * size <= _PASSES * self.memory:
+        if (len(self._passes) + 1) * size <= self._bytes_of_passes:
             self._passes[samples.start] = batch
         return batch
 

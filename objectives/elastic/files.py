@@ -61,19 +61,26 @@ def load_elastic(path: str | Path, network: CanonicalNetwork) -> ElasticModel:
         raise SlimFileError(f"{str(path)!r} can't be read ({message_of(error)}).") from error
     if metadata.get("format") != _FORMAT:
         raise SlimFileError(f"{str(path)!r} holds no elastic network of format {_FORMAT}.")
-    widths = json.loads(metadata["widths"])
+    try:
+        widths = json.loads(metadata["widths"])
+        kept_by_level = json.loads(metadata["kept"])
+    except (KeyError, ValueError) as error:
+        raise SlimFileError(f"{str(path)!r} is damaged: its components can't be read.") from error
     for name, width in network.components.items():
         if widths.pop(name, None) != width:
             raise SlimFileError(f"{str(path)!r} was made for a network without the {width} components of {name!r}.")
     if widths:
         raise SlimFileError(f"{str(path)!r} was made for a network with components in {next(iter(widths))!r}.")
     levels = []
-    for kept in json.loads(metadata["kept"]):
-        masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in network.components.items()}
-        for name, indices in kept.items():
-            masks[name][indices] = True
-        levels.append(masks)
-    model = ElasticModel(network, levels)
+    try:
+        for kept in kept_by_level:
+            masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in network.components.items()}
+            for name, indices in kept.items():
+                masks[name][indices] = True
+            levels.append(masks)
+        model = ElasticModel(network, levels)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise SlimFileError(f"{str(path)!r} is damaged: its levels aren't of this network.") from error
     try:
         model.network.load_state_dict(state)
     except RuntimeError as error:

@@ -4,6 +4,9 @@ The smallest level is the core. It is trained first (`train(model.at(model.n_lev
 lose what their other weights were fitted to. Then each larger level in turn is trained in what it has beyond the next
 smaller one: the rows of channels that come back, and the columns with which the core reads them. Gradient masks freeze
 the rest, so that smaller levels compute bit for bit what they did.
+
+The core holds whole groups of a grouped convolution: where a group has several outputs, channels that come back into
+one that the core still has are as they were, and aren't trained.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ Thresholds, schedule and width of the paper aren't available to us: these are ou
 Pruning proceeds in shares of the original components, as iterative pruning does, and a report follows each. Within a
 share at most `rankings_per_step` rankings are made and `evaluations_per_step` candidates measured; with the last of
 them what is left of the share goes in the latest order. Once A is 0 there is nothing to protect and nothing is
-measured. Without a change of rate the smallest step is the whole share, whose order is searched only where the bound on
-candidates has room for more components than it has.
+measured: where a class has no reference right from the start, this is iterative pruning. Without a change of rate the
+smallest step is the whole share; where that has more components than candidates may be measured, those around its end
+are tried, and the least relevant go untried.
 
 The paper's baselines are `one_shot` (PX) and `iterative` (DPX), which this is without both changes.
 """
@@ -96,25 +97,27 @@ class _Course:
             if n > 1 and not self.options.fixed_rate and not self._is_harmless(accuracy):
                 self.size = n // 2
                 continue
-            width = min(n + self.options.search_width, n_left - 2)
-            if not self.options.fixed_order and not self._is_harmless(accuracy) and width > n:
-                self._search(width)
+            most = n_left - 2  # one is kept for what is chosen, and one for the next step
+            beyond = min(self.options.search_width, max(most - n, most // 2))
+            if not self.options.fixed_order and not self._is_harmless(accuracy) and beyond > 0:
+                n_tried = self._search(max(0, n + beyond - most), n + beyond)
                 accuracy = self._accuracy(self.left[:n])
-                n_left -= width + 1
+                n_left -= n_tried + 1
             if self._is_harmless(accuracy):
                 self.size = min(2 * n, largest)
             self._prune(n, accuracy)
         order = torch.tensor([*self.gone, *self.left])
         return Step(Ranking(order, self.ranking.widths, self.ranking.kinds), end)
 
-    def _search(self, width: int) -> None:
-        """Puts those of the next `width` components first that hurt least."""
-        pool = self.left[:width]
+    def _search(self, start: int, end: int) -> int:
+        """Puts those of the components at these places first that hurt least; how many there are."""
+        pool = self.left[start:end]
         accuracies = [self._accuracy([each]) for each in pool]
         # Stable: of those that hurt alike the least relevant goes first.
         order = sorted(range(len(pool)), key=lambda place: -accuracies[place])
-        self.left[: len(pool)] = [pool[place] for place in order]
-        self._n_harmless = sum(map(self._is_harmless, accuracies))
+        self.left[start:end] = [pool[place] for place in order]
+        self._n_harmless = 0 if start else sum(map(self._is_harmless, accuracies))
+        return len(pool)
 
     def _is_harmless(self, accuracy: float) -> bool:
         return accuracy >= self.level - self.options.tolerance

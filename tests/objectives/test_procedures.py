@@ -182,6 +182,13 @@ def test_a_change_of_order_alone_searches_whole_shares():
     assert steps[0] == {0, 2, 4, 5, 6}
 
 
+def test_of_a_share_of_many_components_those_around_its_end_are_tried():
+    """40 components and 2 beyond, 12 of which may be measured: those of places 30 to 41."""
+    options = Dynamic(step_share=0.2, search_width=2, fixed_rate=True, evaluations_per_step=15)
+    steps = pruned_at_steps(Pruning(in_order(200), accuracies=needing(5, 35)), options)
+    assert steps[0] == {*range(41)} - {35}
+
+
 @pytest.mark.parametrize("evaluations", [1, 2, 7, 30])
 @pytest.mark.parametrize("rankings", [1, 3])
 @pytest.mark.parametrize("fixed", [{}, {"fixed_rate": True}, {"fixed_order": True}])
@@ -308,6 +315,12 @@ def test_engines_prune_the_same_in_every_step(model, task):
         paths = [each.path(heuristic(name)) for each in (shared, zennit)]
         masks = [[listed(path.masks(path.n_pruned(rate))) for rate in RATES] for path in paths]
         assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize("engine", ["shared", "zennit"])
+def test_what_memory_allows_is_learnt_once_for_all_steps(model, task, engine):
+    attribution = objective_of(model, task, attribution=engine).attribution
+    assert attribution.on(attribution.network).batches is attribution.batches
 
 
 @pytest.mark.parametrize("name", ["weight", "gradient", "taylor", "random-1"])

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
@@ -45,6 +46,19 @@ def test_what_is_no_elastic_network_is_refused(elastic, tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(SlimFileError, match=r"can't be read|holds no elastic network of format pruning-hpo/elastic/1"):
         load_elastic(path, elastic("branches").canonical)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"kept": None}, {"kept": "[["}, {"kept": '[{"elsewhere": [0]}]'}, {"widths": "{"}], ids=str
+)
+def test_a_damaged_file_says_so(elastic, tmp_path, damage):
+    subject, path = elastic("branches"), tmp_path / "elastic.safetensors"
+    save_elastic(ElasticModel(subject.canonical, subject.masks), path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in (file.metadata() | damage).items() if value is not None}
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load_file(path), metadata=metadata))
+    with pytest.raises(SlimFileError, match="is damaged: its "):
+        load_elastic(path, subject.canonical)
 
 
 def test_a_file_that_cannot_be_written_says_so(elastic, tmp_path):
