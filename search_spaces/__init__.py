@@ -41,7 +41,15 @@ from search_spaces.heuristics import (
     heuristics_of,
 )
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
-from search_spaces.procedures import PROCEDURES, Dynamic, Iterative, OneShot, ProcedureSpec, procedure_from_json
+from search_spaces.procedures import (
+    LEAST_SHARE,
+    PROCEDURES,
+    Dynamic,
+    Iterative,
+    OneShot,
+    ProcedureSpec,
+    procedure_from_json,
+)
 from search_spaces.reasons import message_of, reason_of
 from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
@@ -82,6 +90,7 @@ __all__ = [
     "HEURISTICS",
     "ImageSet",
     "Iterative",
+    "LEAST_SHARE",
     "NORMALIZATIONS",
     "NO_REPAIR",
     "Named",

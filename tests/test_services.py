@@ -249,7 +249,7 @@ def test_study_runs_on_the_worker_and_shows_in_the_dashboard(run):
     assert {trial["state"] for trial in study["trials"]} == {"Complete"}
     assert all(len(trial["intermediate_values"]) == len(RATES.split(",")) for trial in study["trials"])
     configuration = next(each["value"] for each in study["user_attrs"] if each["key"] == "configuration")
-    assert json.loads(configuration)["executor"] == "ray"
+    assert '"executor": "ray"' in configuration  # the page's API cuts long values off
     trial = study["trials"][0]
     artifacts = {each["filename"]: each["artifact_id"] for each in trial["artifacts"]}
     picture = get(project, f"/artifacts/{study_id}/{trial['trial_id']}/{artifacts['curve.png']}")

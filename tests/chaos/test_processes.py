@@ -172,7 +172,7 @@ def test_a_driver_that_wakes_without_its_lease_writes_nothing(new_postgresql, ma
 @pytest.mark.parametrize(
     ("executor", "how"),
     [
-        ("ray", "Ctrl-C"),
+        pytest.param("ray", "Ctrl-C", marks=full_only),  # with the real objective in hpo/test_ray_executor.py
         pytest.param("ray", "Ctrl-C twice", marks=full_only),
         pytest.param("ray", "SIGTERM", marks=full_only),
         pytest.param("local", "Ctrl-C", marks=full_only),

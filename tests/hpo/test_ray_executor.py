@@ -293,7 +293,7 @@ class Launch:
         self.url = f"sqlite:///{folder / 'studies.db'}"
         command = [sys.executable, "-m", "hpo.cli", "launch", "--executor", "ray", "--workers", "2", "--seed", "0"]
         self.process = subprocess.Popen(
-            [*command, "--evaluation-images", "100", "--n-trials", "400", *options],
+            [*command, "--rates", "0,0.3,0.6", "--evaluation-images", "100", "--n-trials", "400", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -341,7 +341,7 @@ def test_ctrl_c_in_a_terminal_ends_everything_in_order(launch):
     lines = [line for line in stderr.splitlines() if "/10  trial " not in line]
     assert lines == [
         "Interrupted: no finished trial is lost. To go on:",
-        "  hpo launch --executor ray --workers 2 --seed 0 --evaluation-images 100 --n-trials 400",
+        "  hpo launch --executor ray --workers 2 --seed 0 --rates 0,0.3,0.6 --evaluation-images 100 --n-trials 400",
     ]
     assert launch.pids() == []
     assert list(launch.temporary.iterdir()) == []
