@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pack import data_pack
+from data_pack import cifar10, data_pack
 from studies import run
 
 STUDY = "cifar10_resnet20"
@@ -23,7 +23,7 @@ def main() -> None:
     pack = data_pack()
     space = str(Path(__file__).with_suffix(".toml"))
     network = ["--model", "cifar_resnet20", "--checkpoint", str(pack / "weights" / "cifar10_resnet20.safetensors")]
-    network += ["--data", f"npz:{pack / 'cifar10' / 'train_10k.npz'},{pack / 'cifar10' / 'test_dev.npz'}"]
+    network += ["--data", cifar10(pack)]
     run(STUDY, ["--sampler", "grid", "--exact", "--space", space, "--dtype", "bf16"], network)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from data_pack import data_pack
+from data_pack import cifar10, data_pack
 from studies import run
 
 NETWORK = {
@@ -37,7 +37,7 @@ def main(components: str) -> None:
     network += [part for key, value in NETWORK.items() for part in ("--model-option", f"{key}={value}")]
     network += ["--checkpoint", str(pack / "weights" / "cifar10_vit_p4_d128_l4_h4.safetensors")]
     network += ["--size", "32", "--crop", "1", "--mean", "0.4914,0.4822,0.4465", "--std", "0.2470,0.2435,0.2616"]
-    network += ["--data", f"npz:{pack / 'cifar10' / 'train_10k.npz'},{pack / 'cifar10' / 'test_dev.npz'}"]
+    network += ["--data", cifar10(pack)]
     search = ["--sampler", "grid", "--pruner", "race", "--space", space, "--baselines", "--dtype", "bf16"]
     search += ["--components", components, "--trials-per-batch", "64"]
     run(f"cifar10_vit_{components}", search, network, confirm_best=True)

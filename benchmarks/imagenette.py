@@ -14,12 +14,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from data_pack import data_pack
+from data_pack import IMAGENETTE, data_pack, imagenette
 from studies import run
 
-# Output indices of tench, English springer, cassette player, chain saw, church, French horn, garbage truck, gas pump,
-# golf ball and parachute.
-CLASSES = "0,217,482,491,497,566,569,571,574,701"
 DEIT = ["--model", "deit_tiny_patch16_224"]
 MOBILENET = ["--model", "mobilenetv2_100", "--model-option", "pad_type=same", "--mean", "0.5,0.5,0.5"]
 NETWORKS = {
@@ -32,12 +29,11 @@ NETWORKS = {
 def main(name: str) -> None:
     """Runs the study, or what is left of it, and prints its results."""
     pack = data_pack()
-    images = pack / "imagenette160"
+    classes = ",".join(map(str, IMAGENETTE))
     weights, network = NETWORKS[name]
-    network = [*network, "--checkpoint", str(pack / "weights" / f"{weights}.safetensors"), "--classes", CLASSES]
+    network = [*network, "--checkpoint", str(pack / "weights" / f"{weights}.safetensors"), "--classes", classes]
     # The images' shorter side becomes 256 pixels, of which the middle 224 are kept.
-    data = f"npz:{images / 'ref_100_per_class.npz'},{images / 'ilsvrcval490_dev.npz'}"
-    network += ["--crop", "0.875", "--data", data]
+    network += ["--crop", "0.875", "--data", imagenette(pack)]
     search = ["--sampler", "tpe", "--n-trials", "100", "--pruner", "race", "--baselines", "--dtype", "bf16"]
     run(f"imagenette_{name.replace('-', '_')}", search, network)
 

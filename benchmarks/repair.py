@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pack import data_pack
+from data_pack import IMAGENETTE, cifar10, data_pack, imagenette
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "repair.json"
@@ -74,13 +74,11 @@ def make_objective(case: Case) -> Any:
         weights = pack / "weights" / "imagenet_mobilenetv2_100_qat.safetensors"
         half = (0.5, 0.5, 0.5)
         model = load_model(case.network, checkpoint=str(weights), options={"pad_type": "same"}, mean=half, std=half)
-        images = pack / "imagenette160"
-        source, classes = f"npz:{images / 'ref_100_per_class.npz'},{images / 'ilsvrcval490_dev.npz'}", IMAGENETTE
+        source, classes = imagenette(pack), IMAGENETTE
     else:
         weights = pack / "weights" / f"{case.network.replace('cifar', 'cifar10')}.safetensors"
         model = load_model(case.network, checkpoint=str(weights))
-        images = pack / "cifar10"
-        source, classes = f"npz:{images / 'train_10k.npz'},{images / 'test_dev.npz'}", None
+        source, classes = cifar10(pack), None
     # Nothing is searched here, so most images confirm.
     task = load_task(
         source,
@@ -91,9 +89,6 @@ def make_objective(case: Case) -> Any:
         confirmation_share=0.9,
     )
     return Objective(model, task, ObjectiveOptions(parse_rates(case.rates)))
-
-
-IMAGENETTE = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 
 
 def make_ranking(case: Case, objective: Any) -> Any:

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pack import data_pack
+from data_pack import cifar10, data_pack
 from timed_launch import Stopwatch, timed_launch
 
 HERE = Path(__file__).resolve().parent
@@ -270,7 +270,7 @@ def compare_real() -> None:
         space.write_text(SPACES["real"])
         options = ["--space", str(space), "--sampler", "grid", "--study", "s", "--evaluation-images", "1000"]
         options += ["--model", "cifar_resnet20", "--checkpoint", str(pack / "weights" / "cifar10_resnet20.safetensors")]
-        options += ["--data", f"npz:{pack / 'cifar10' / 'train_10k.npz'},{pack / 'cifar10' / 'test_dev.npz'}"]
+        options += ["--data", cifar10(pack)]
         # One trial a batch: what trials share must not be counted for one executor only.
         options += ["--trials-per-batch", "1", "--confirmation-share", "0"]
         executors = {"local": ["--executor", "local"], "ray": ["--executor", "ray", "--workers", "2"]}

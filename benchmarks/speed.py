@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from data_pack import data_pack
+from data_pack import cifar10, data_pack
 from timed_launch import timed_launch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -261,11 +261,11 @@ class Case:
 def cases() -> Iterator[Case]:
     """CIFAR ResNet-20 on 1,000 images, and MobileNetV2 at 224 px on 100."""
     pack = data_pack()
-    cifar, imagenet, weights = pack / "cifar10", pack / "imagenet", pack / "weights"
+    imagenet, weights = pack / "imagenet", pack / "weights"
     yield Case(
         "cifar_resnet20",
         {"name": "cifar_resnet20", "checkpoint": weights / "cifar10_resnet20.safetensors"},
-        f"npz:{cifar / 'train_10k.npz'},{cifar / 'test_dev.npz'}",
+        cifar10(pack),
         n_images=1000,
         n_references=100,
         heuristics=("epsilon-abs", "zplus-abs", "epsilon-plus-abs"),

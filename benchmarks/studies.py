@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["GROUPS", "run"]
+__all__ = ["run"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GROUPS = ("LLR", "MLL", "HLL", "FCL")
 N_BEST = 10
 
 
@@ -111,6 +110,8 @@ def _compared(attributes: Mapping[str, Any], heuristics: Mapping[str, int]) -> l
 
 
 def _print(result: Mapping[str, Any]) -> None:
+    from search_spaces.rules import GROUPS
+
     print(
         f"The {len(result['best'])} best of {result['n_searched']} composites, {result['n_measured']} measured wholly:"
     )
