@@ -159,13 +159,6 @@ def _between(low: float, high: float, wanted: str) -> Callable[[Any], float]:
     return read
 
 
-def _share(value: Any) -> float:
-    number = _number(value)
-    if not LEAST_SHARE <= number <= 1:
-        raise ValueError(f"must be a share of at least {LEAST_SHARE} and at most 1")
-    return number
-
-
 def _cpus(value: Any) -> float:
     number = _number(value)
     if number < _LEAST_CPUS:
@@ -557,7 +550,7 @@ class LaunchConfiguration:
     step_share: float | None = _option(
         "objective",
         "Of --procedure iterative and dynamic: share of the original components that a step prunes.",
-        read=_share,
+        read=_between(LEAST_SHARE, math.nextafter(1, 2), f"must be a share of at least {LEAST_SHARE} and at most 1"),
         metavar="SHARE",
         shown=str(_DYNAMIC.step_share),
     )

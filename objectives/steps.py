@@ -17,10 +17,16 @@ __all__ = [
     "CONVERSIONS",
     "CONVOLUTIONS",
     "EXPANSIONS",
+    "FLATTENS",
     "GATE_ACTIVATIONS",
     "IDENTITIES",
     "MOVES",
+    "PADS",
+    "PARTS",
+    "POOLS",
     "PRODUCTS",
+    "RESHAPES",
+    "SQUEEZES",
     "SUMS",
     "arguments_of",
     "is_alias",
@@ -87,22 +93,15 @@ CONVERSIONS = {
     aten.type_as.default,
 }
 ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default}
-# Steps whose gradient already is the right redistribution: they move or select values.
-MOVES = {
-    aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default,
-    aten.flatten.using_ints,
-    aten.view.default,
-    aten.reshape.default,
-    aten.squeeze.dims,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.transpose.int,
-    aten.constant_pad_nd.default,
-    aten.pad.default,
-    aten.cat.default,
-}
+FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
+SQUEEZES = {aten.squeeze.dims, aten.squeeze.dim}
+# Steps that leave values and their order as they are.
+RESHAPES = FLATTENS | SQUEEZES
+POOLS = {aten.max_pool2d.default, aten.adaptive_max_pool2d.default}
+PARTS = {aten.slice.Tensor, aten.select.int}
+PADS = {aten.constant_pad_nd.default, aten.pad.default}
+# Steps whose gradient already is the right redistribution: they move or select values. What is never negative stays so.
+MOVES = RESHAPES | POOLS | PARTS | PADS | {aten.transpose.int, aten.cat.default}
 
 
 def scope_of(node: fx.Node) -> str:

@@ -28,34 +28,15 @@ from objectives.attribution.operations import (
     ResidualSum,
 )
 from objectives.network import CanonicalNetwork, shape_of
+from objectives.steps import MOVES
 
-__all__ = ["ATTENTION", "Plan", "RESHAPES", "Segment", "make_plan"]
+__all__ = ["ATTENTION", "Plan", "Segment", "make_plan"]
 
 aten = torch.ops.aten
 
 ATTENTION = "attention"
 """The group of all attention, whose rule is the composite's `attention`."""
 
-RESHAPES = {
-    aten.flatten.using_ints,
-    aten.view.default,
-    aten.reshape.default,
-    aten.squeeze.dims,
-    aten.squeeze.dim,
-}
-"""Steps that leave values and their order as they are."""
-
-# Steps whose outputs are the inputs' values, zeros or averages: what is never negative stays so.
-_SELECTIONS = RESHAPES | {
-    aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.transpose.int,
-    aten.constant_pad_nd.default,
-    aten.pad.default,
-    aten.cat.default,
-}
 _RECTIFIERS = {aten.relu.default, aten.relu6.default}
 _CLIPPERS = {aten.hardtanh.default}
 _ATTENTION = (AttentionProduct, AttentionWeights)
@@ -219,7 +200,7 @@ def _is_attention(module: nn.Module, node: fx.Node) -> bool:
 def _is_known(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))) in _MODULES
-    return node.op == "call_function" and node.target in _SELECTIONS
+    return node.op == "call_function" and node.target in MOVES
 
 
 def _rectifies(operation: Operation) -> bool:
@@ -240,7 +221,7 @@ def _non_negative(module: nn.Module, path: set[fx.Node]) -> set[fx.Node]:
             case AveragePool() | ResidualSum() | ConstantGate():  # gates are made by sigmoids
                 keeps = from_non_negative
             case _:
-                keeps = node.target in _SELECTIONS and from_non_negative
+                keeps = node.target in MOVES and from_non_negative
         if keeps:
             found.add(node)
     return found

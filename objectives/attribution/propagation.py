@@ -31,8 +31,9 @@ from torch import Tensor, fx, nn
 
 from objectives.attribution.attention import AttentionProduct, AttentionScores, AttentionWeights
 from objectives.attribution.operations import STABILIZER, Activation, ConstantGate, ConstantSum, LayerNorm, ResidualSum
-from objectives.attribution.plan import RESHAPES, Plan
+from objectives.attribution.plan import Plan
 from objectives.attribution.stacks import times
+from objectives.steps import RESHAPES
 from search_spaces.rules import RuleSpec
 
 __all__ = ["Batch", "LinearStep", "Rule", "Step"]

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
-
 from objectives.elastic.model import ElasticModel
 from objectives.errors import SlimFileError
 from objectives.network import CanonicalNetwork
-from search_spaces.files import write_atomically
+from objectives.pruning.slim_files import kept_indices, masks_of, read_state, write_state
 from search_spaces.reasons import message_of
 
 __all__ = ["load_elastic", "save_elastic"]
@@ -29,13 +25,10 @@ def save_elastic(model: ElasticModel, path: str | Path) -> None:
     metadata = {
         "format": _FORMAT,
         "widths": json.dumps({name: len(mask) for name, mask in model.masks[0].items()}),
-        "kept": json.dumps(
-            [{name: mask.nonzero().flatten().tolist() for name, mask in level.items()} for level in model.masks]
-        ),
+        "kept": json.dumps([kept_indices(level) for level in model.masks]),
     }
-    state = {name: tensor.contiguous().cpu() for name, tensor in model.network.state_dict().items()}
     try:
-        write_atomically(Path(path), safetensors.torch.save(state, metadata=metadata))
+        write_state(model.network, Path(path), metadata)
     except OSError as error:
         raise SlimFileError(
             f"{str(path)!r} can't be written ({error.strerror or error}); make room or choose another path."
@@ -53,12 +46,7 @@ def load_elastic(path: str | Path, network: CanonicalNetwork) -> ElasticModel:
     Raises:
         SlimFileError: the file holds no elastic network, or one of another architecture.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it isn't a mapping)
-            metadata: dict[str, str] = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise SlimFileError(f"{str(path)!r} can't be read ({message_of(error)}).") from error
+    state, metadata = read_state(path, "pass a file that `save_elastic` wrote")
     if metadata.get("format") != _FORMAT:
         raise SlimFileError(f"{str(path)!r} holds no elastic network of format {_FORMAT}.")
     try:
@@ -71,14 +59,8 @@ def load_elastic(path: str | Path, network: CanonicalNetwork) -> ElasticModel:
             raise SlimFileError(f"{str(path)!r} was made for a network without the {width} components of {name!r}.")
     if widths:
         raise SlimFileError(f"{str(path)!r} was made for a network with components in {next(iter(widths))!r}.")
-    levels = []
     try:
-        for kept in kept_by_level:
-            masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in network.components.items()}
-            for name, indices in kept.items():
-                masks[name][indices] = True
-            levels.append(masks)
-        model = ElasticModel(network, levels)
+        model = ElasticModel(network, [masks_of(kept, network.components) for kept in kept_by_level])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise SlimFileError(f"{str(path)!r} is damaged: its levels aren't of this network.") from error
     try:

@@ -100,17 +100,30 @@ def correct_predictions(
     Raises:
         OutOfMemoryError: not even a single image fits on the device.
     """
+    return _by_image(network, images, batches, at_most, lambda logits, labels: logits.argmax(dim=1) == labels)
 
-    def count(batch_size: int) -> Tensor:
+
+def _by_image(
+    network: Callable[[Tensor], Tensor],
+    images: LabelledImages,
+    batches: Batches,
+    at_most: int | None,
+    judge: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """(N,) on the labels' device: what `judge` makes of logits (n, classes) and labels (n,)."""
+
+    def judged(batch_size: int) -> Tensor:
         parts = [
-            network(images.images[start : start + batch_size].to(images.labels.device)).argmax(dim=1)
-            == images.labels[start : start + batch_size]
+            judge(
+                network(images.images[start : start + batch_size].to(images.labels.device)),
+                images.labels[start : start + batch_size],
+            )
             for start in range(0, len(images), batch_size)
         ]
         return torch.cat(parts)
 
     with torch.inference_mode():
-        return batches.run(count, at_most)
+        return batches.run(judged, at_most)
 
 
 class Evaluator:
@@ -210,21 +223,8 @@ class Evaluator:
             OutOfMemoryError: not even a single image fits on the device.
         """
         program = self._prepared(self._draft(masks, repair))
-        images, labels = self.images.images, self.images.labels
-
-        def total(batch_size: int) -> float:
-            parts = [
-                nn.functional.cross_entropy(
-                    program(images[start : start + batch_size].to(labels.device)).double(),
-                    labels[start : start + batch_size],
-                    reduction="sum",
-                )
-                for start in range(0, len(images), batch_size)
-            ]
-            return float(torch.stack(parts).sum())
-
-        with torch.inference_mode():
-            return self.batches.run(total, images_cached(program.graph, self.dtype, labels.device)) / len(images)
+        at_most = images_cached(program.graph, self.dtype, self.images.labels.device)
+        return float(_by_image(program, self.images, self.batches, at_most, _cross_entropy).mean())
 
     def learn(self, measurements: Iterable[KnownMeasurement]) -> None:
         """Takes over what is known of this `origin` from elsewhere; all of it is kept."""
@@ -279,6 +279,10 @@ class Evaluator:
                 return Measurement(program(one).argmax(dim=1) == labels, size)
         at_most = images_cached(program.graph, self.dtype, labels.device)
         return Measurement(correct_predictions(program, images, self.batches, at_most), size)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.double(), labels, reduction="none")
 
 
 def _processor(device: torch.device) -> str:

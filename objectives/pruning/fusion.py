@@ -12,6 +12,7 @@ Everything here keeps the function that the network computes up to rounding; siz
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,7 @@ class Program:
             if node.op == "placeholder":
                 self._images = place
             elif node.op == "get_attr":
-                self._values[place] = _attribute(network, str(node.target))
+                self._values[place] = operator.attrgetter(str(node.target))(network)
             elif node.op == "output":
                 (self._logits,) = (places[source] for source in node.all_input_nodes)
             else:
@@ -125,13 +126,6 @@ class _Step:
             return self._function(*arguments, **self._keywords)
         given: Any = fx.node.map_arg((tuple(self._arguments), self._keywords), lambda node: values[places[node]])
         return self._function(*given[0], **given[1])
-
-
-def _attribute(network: Draft, path: str) -> Tensor:
-    """A tensor of a network or of one of its modules."""
-    owner, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(network.get_submodule(owner), name)
-    return tensor
 
 
 def fused(network: Draft) -> Program:

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,17 @@ from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import slim
 from objectives.repair.repairer import with_biases
 from search_spaces.documents import CompositeDocument
+from search_spaces.files import write_atomically
 from search_spaces.reasons import message_of
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = [
+    "kept_indices",
     "load_coupled",
     "load_slim",
+    "masks_of",
     "new_directory",
+    "read_state",
     "write_program",
     "write_state",
     "write_weights",
@@ -109,7 +113,7 @@ def write_weights(
     """
     metadata = {
         "format": _FORMAT,
-        "kept": json.dumps({name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}),
+        "kept": json.dumps(kept_indices(masks)),
         "classes": json.dumps(None if classes is None else list(classes)),
         "document": json.dumps(document.to_json()),
         "repair": json.dumps(repair.to_json()),
@@ -119,9 +123,27 @@ def write_weights(
 
 
 def write_state(module: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a state dict as safetensors."""
+    """Writes a state dict as safetensors; the file is there whole or not at all."""
     state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
-    path.write_bytes(safetensors.torch.save(state, metadata=metadata))
+    write_atomically(path, safetensors.torch.save(state, metadata=metadata))
+
+
+def kept_indices(masks: Masks) -> dict[str, list[int]]:
+    """JSON form of masks: the indices of what each layer keeps."""
+    return {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+
+
+def masks_of(kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inverse of `kept_indices`, for layers of these widths.
+
+    Raises:
+        KeyError: a layer has no components.
+        IndexError: a layer has fewer.
+    """
+    masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in widths.items()}
+    for name, indices in kept.items():
+        masks[name][indices] = True
+    return masks
 
 
 def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -140,7 +162,7 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         ModelError: the architecture isn't known by name; pass `network`.
         UnsupportedNetworkError: `network` is of another architecture.
     """
-    state, metadata = _read(path)
+    state, metadata = read_state(path)
     if metadata.get("format") != _FORMAT:
         raise SlimFileError(f"{str(path)!r} holds no slim network of format {_FORMAT}; `hpo prune` writes one.")
     document = CompositeDocument.from_json(json.loads(metadata["document"]))
@@ -154,9 +176,7 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     classes = json.loads(metadata["classes"])
     if classes is not None:
         canonical = fitting(canonize(network, input_shape, classes), document)
-    masks = {name: torch.zeros(width, dtype=torch.bool) for name, width in canonical.components.items()}
-    for name, indices in json.loads(metadata["kept"]).items():
-        masks[name][indices] = True
+    masks = masks_of(json.loads(metadata["kept"]), canonical.components)
     module = slim(with_biases(canonical, json.loads(metadata.get("repaired", "[]"))), masks)
     try:
         module.load_state_dict(state)
@@ -182,15 +202,19 @@ def _build(model: Mapping[str, Any]) -> nn.Module:
     return network.eval()
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Tensors and metadata of a safetensors file."""
+def read_state(
+    path: str | Path, remedy: str = "pass a file that `hpo prune` wrote"
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        SlimFileError: it can't be read; the message ends with the remedy.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except (OSError, safetensors.SafetensorError) as error:
-        raise SlimFileError(
-            f"{str(path)!r} can't be read ({_first_line(error)}); pass a file that `hpo prune` wrote."
-        ) from error
+        raise SlimFileError(f"{str(path)!r} can't be read ({_first_line(error)}); {remedy}.") from error
 
 
 def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
@@ -204,7 +228,7 @@ def load_coupled(path: str | Path, network: nn.Module) -> nn.Module:
         SlimFileError: the file can't be read.
         CheckpointMismatchError: `network` is of another architecture.
     """
-    state, _ = _read(path)
+    state, _ = read_state(path)
     differing = sorted(state.keys() ^ network.state_dict().keys())
     if differing:
         raise CheckpointMismatchError(

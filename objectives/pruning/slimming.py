@@ -32,18 +32,14 @@ from objectives.attribution.operations import (
 )
 from objectives.network import CanonicalNetwork, channel_axis, n_channels, shape_of
 from objectives.pruning.ranking import Masks
+from objectives.steps import FLATTENS, PADS, PARTS, POOLS, SQUEEZES
 
 __all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "slim", "stored_channels"]
 
 aten = torch.ops.aten
 
-_POOLS = {aten.max_pool2d.default, aten.adaptive_max_pool2d.default}
 _GATE_ACTIVATIONS = {aten.sigmoid.default, aten.hardsigmoid.default}
 _READ_SIZES_ONLY = {aten.sym_size.int, aten.new_zeros.default}
-_PARTS = {aten.slice.Tensor, aten.select.int}
-_PADS = {aten.constant_pad_nd.default, aten.pad.default}
-_SQUEEZES = {aten.squeeze.dims, aten.squeeze.dim}
-_FLATTENS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -502,10 +498,10 @@ class _Slimmer:
                 self.demanded.add(node)
                 self._elsewhere(node, value, value.channels, node.args[1:])
                 return
-            if node.target in _POOLS or self._slices_space(node, value):
+            if node.target in POOLS or self._slices_space(node, value):
                 self._elsewhere(node, value, value.channels, node.args[1:])
                 return
-            if node.target in _FLATTENS and self._is_flatten(node, value):
+            if node.target in FLATTENS and self._is_flatten(node, value):
                 self._flatten(node, value)
                 return
             if self._pads_zeros(node, value):
@@ -524,17 +520,17 @@ class _Slimmer:
         self._store(node, _Value(new, channels, shape_of(node)))
 
     def _slices_space(self, node: fx.Node, value: _Value) -> bool:
-        return node.target in _PARTS and len(node.args) > 1 and _is_spatial(node.args[1], value)
+        return node.target in PARTS and len(node.args) > 1 and _is_spatial(node.args[1], value)
 
     def _squeezes_space(self, node: fx.Node, value: _Value) -> bool:
-        if node.target not in _SQUEEZES:
+        if node.target not in SQUEEZES:
             return False
         dimensions: Any = node.args[1] if node.target is aten.squeeze.dims else node.args[1:]
         return all(_is_spatial(dimension, value) for dimension in dimensions)
 
     def _pads_zeros(self, node: fx.Node, value: _Value) -> bool:
         fills = {*node.args[2:], *node.kwargs.values()}
-        return node.target in _PADS and len(value.shape) == 3 and fills <= {"constant", None, 0}
+        return node.target in PADS and len(value.shape) == 3 and fills <= {"constant", None, 0}
 
     def _is_flatten(self, node: fx.Node, value: _Value) -> bool:
         return value.axis == 1 and len(shape_of(node)) == 1 and math.prod(shape_of(node)) == math.prod(value.shape)
