@@ -3,13 +3,15 @@
 Successive halving spends a growing budget on those that are left (Jamieson & Talwalkar 2016); a race drops who is worse
 by a test than the best one so far on the same images (Maron & Moore 1997; Birattari et al. 2002). Here the budget is a
 nested subset of the evaluation images, and on each one the rates are measured from high to low: networks at high rates
-are small, and what is still to come can only be right or wrong. After every rate two bounds are looked at:
+are small, and what is still to come can only be right or wrong. At rate 0 all composites are alike. After every other
+rate two bounds are looked at:
 
 exact     every image and rate that isn't measured yet is counted as right. If even that loses, it is certain.
-paired    on the images looked at, rates that aren't measured yet count as right; the mean difference from the figure of
-          the best one on the same images has an upper confidence limit (Student's t, without replacement from a finite
-          set, Bonferroni over all looks). If it is below 0, the composite is given up, wrongly with a probability of at
-          most `risk`.
+paired    the mean difference from the figure of the best one on the same images has an upper confidence limit
+          (Student's t, without replacement from a finite set, Bonferroni over all looks). If it is below 0, the
+          composite is given up, wrongly with a probability of at most `risk`. Rates that the subset has not come to
+          yet are estimated on the subset before, as in double sampling (Cochran 1977, chapter 12); on the first one
+          they count as right.
 
 Whoever leads, the best composite of a search has to survive one race only, so `risk` also bounds the probability that
 the search misses it.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -80,7 +82,7 @@ class GivenUp:
         lowest_rate: the last rate that was measured on them; higher ones were before.
         bound: upper limit of its figure's difference from the rival's.
         certain: whether the bound is exact; otherwise it holds with a probability of 1 - `risk`.
-        share: of the rates times images, those measured until then.
+        share: of the rates above 0 times images, those measured until then.
         seconds: spent on `attribution` and `evaluation`.
     """
 
@@ -104,7 +106,7 @@ class Race:
     Attributes:
         rival: number of that composite's trial.
         correct: what that composite classifies correctly.
-        rates: increasing.
+        rates: increasing from 0.
         weights: of each rate in the figure, which is a weighted sum of accuracies.
         risk: probability of giving up a composite that would have won, at most.
 
@@ -130,7 +132,7 @@ class Race:
     @property
     def n_looks(self) -> int:
         """How often the paired test may be asked."""
-        return len(self.rungs) * len(self.rates)
+        return len(self.rungs) * (len(self.rates) - 1)
 
     @cached_property
     def rungs(self) -> tuple[int, ...]:
@@ -150,36 +152,51 @@ class Race:
         """
         rival = self.correct.array()
         hoped = np.ones_like(rival)
+        hoped[0] = rival[0]
         n_measured = 0
         for seen, n_images, index in self._steps():
             hoped[index, :n_images] = measure(index, n_images)
             n_measured += n_images - seen
-            if n_measured == hoped.size:
+            share = n_measured / hoped[1:].size
+            if share == 1:
                 return None
-            bound, certain = self._bound(hoped, rival, n_images)
+            bound, certain = self._bound(hoped, rival, seen, n_images, index)
             if bound < 0:
-                share = n_measured / hoped.size
                 return GivenUp(self.rival, n_images, self.rates[index], bound, certain, share, seconds={})
         return None
 
     def _steps(self) -> Iterator[tuple[int, int, int]]:
         """Numbers of images before and after, and the index of the rate, of everything that may be measured."""
         for seen, n_images in zip((0, *self.rungs), self.rungs, strict=False):
-            for index in reversed(range(len(self.rates))):
+            for index in reversed(range(1, len(self.rates))):
                 yield seen, n_images, index
 
-    def _bound(self, hoped: NDArray[np.bool_], rival: NDArray[np.bool_], n_seen: int) -> tuple[float, bool]:
-        """Upper limit of the difference of the figures, and whether it is exact."""
-        differences = np.asarray(self.weights) @ (hoped.astype(np.float64) - rival)
-        n_images = len(differences)
-        exact = float(differences.mean())
-        if exact < 0 or n_seen == n_images:
+    def _bound(
+        self, hoped: NDArray[np.bool_], rival: NDArray[np.bool_], seen: int, n_images: int, index: int
+    ) -> tuple[float, bool]:
+        """Upper limit of the difference of the figures, and whether it is exact.
+
+        Rates from `index` on are measured on the first `n_images` images, those below it on the first `seen`.
+        """
+        differences = np.asarray(self.weights)[:, None] * (hoped.astype(np.float64) - rival)
+        exact = float(differences.sum(axis=0).mean())
+        n_low = seen or n_images
+        if exact < 0 or n_low == differences.shape[1]:
             return exact, True
         from scipy.special import stdtrit  # here, as importing it takes long where nothing races
 
-        sample = differences[:n_seen]
-        # A sample whose images all agree still doesn't know the others: one of them is taken to be the opposite.
-        variance = (sample.var() * n_seen + sum(map(abs, self.weights)) ** 2 / n_seen) / (n_seen - 1)
-        left = 1 - n_seen / n_images
-        quantile = float(stdtrit(n_seen - 1, 1 - self.risk / self.n_looks))
-        return float(sample.mean()) + quantile * math.sqrt(variance / n_seen * left), False
+        high, low = differences[index:].sum(axis=0), differences[:index].sum(axis=0)
+        estimate = float(high[:n_images].mean() + low[:n_low].mean())
+        of_both = _variance((high + low)[:n_low], self.weights) * (1 / n_images - 1 / len(low))
+        of_low = _variance(low[:n_low], self.weights[:index]) * (1 / n_low - 1 / n_images)
+        quantile = float(stdtrit(n_low - 1, 1 - self.risk / self.n_looks))
+        return estimate + quantile * math.sqrt(of_both + of_low), False
+
+
+def _variance(sample: NDArray[np.float64], weights: Sequence[float]) -> float:
+    """Of the images that a sample (n,) of weighted sums was drawn from.
+
+    A sample whose images all agree still doesn't know the others: one of them is taken to be the opposite.
+    """
+    n_images = len(sample)
+    return float((sample.var() * n_images + sum(map(abs, weights)) ** 2 / n_images) / (n_images - 1))

@@ -635,15 +635,21 @@ class Convolution(nn.Conv2d):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
 
+class _Dense(nn.Linear):
+    """A dense layer of given weights (out, in), made as `Convolution` is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+
 def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
     """A layer with other rows and columns."""
     if isinstance(layer, nn.Conv2d):
         return Convolution(weight, bias, layer, groups)
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    new.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return new
+    return _Dense(weight, bias)
 
 
 def _select(tensor: Tensor, dimension: int, indices: Tensor) -> Tensor:

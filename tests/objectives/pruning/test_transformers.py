@@ -127,6 +127,20 @@ def test_fused_network_computes_the_same(transformer):
         torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_in_bfloat16_agrees_within_its_precision(build_transformer):
+    network = build_transformer("class-token")
+    for block in network.blocks:
+        block.attn.qkv.weight.data *= 10  # so that attention isn't even
+    canonical, images = canonize(network, (3, 16, 16)), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    masks = kept(canonical, {"blocks.1.attn.heads": [1]})
+    expected = slim(canonical, masks)(images)
+    module = fused(draft(canonical, masks).bfloat16())
+    with torch.inference_mode():
+        error = (module(images.bfloat16()) - expected).abs().max()
+        rounding = (slim(canonical, masks).bfloat16()(images.bfloat16()) - expected).abs().max()
+    assert error < 2 * rounding
+
+
 def test_slim_network_can_be_exported_for_any_batch_size(transformer):
     canonical = transformer.canonical.choosing("all")
     module = slim(canonical, random_ranking(canonical).masks(60))
