@@ -202,11 +202,12 @@ def test_an_interrupted_driver_leaves_nothing(postgresql_server, make_study, rec
     record(11, study.check(), drivers_interrupted=1)
 
 
-def test_kills_leave_the_sequence_of_trials_as_it_is(new_url, make_study, full, record):
+@full_only  # on SQLite in hpo/test_killed_driver.py
+def test_kills_leave_the_sequence_of_trials_as_it_is(new_url, make_study, record):
     """Search trials of TPE, of which each depends on all before, at concurrency 1."""
     settings = StubSettings(seconds=0.1)
     calm, stormy = (make_study(new_url(), sampler="tpe", n_trials=16, settings=settings) for _ in range(2))
-    moments = range(1, 16) if full else (5, 13)
+    moments = range(1, 16)
     calm.run()
     with stormy.witness:
         for number in moments:

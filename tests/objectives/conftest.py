@@ -18,10 +18,10 @@ from objectives.network import CanonicalNetwork
 _SLIM_HEAD = {"mlp_ratio": 1 / 32}  # the 4096-wide dense layers would take a gigabyte in float64
 _ZOO: dict[str, tuple[int, dict[str, Any]]] = {
     "vgg11_bn": (32, _SLIM_HEAD),
-    "vgg16": (64, _SLIM_HEAD),
+    "vgg16": (32, _SLIM_HEAD),
     "vgg16_bn": (32, _SLIM_HEAD),
     "resnet18": (64, {}),
-    "resnet50": (64, {}),
+    "resnet50": (32, {}),
     "mobilenetv2_100": (64, {}),
     "mobilenetv3_small_100": (64, {}),
     "efficientnet_b0": (64, {}),

@@ -312,10 +312,7 @@ def test_the_real_network_reaches_its_accuracy(cifar):
     }
 
 
-@pytest.mark.parametrize(
-    ("components", "name"),
-    [("heads", "epsilon-cp-abs"), ("heads", "zplus-cp"), ("mlp", "epsilon-cp-abs"), ("mlp", "epsilon-attnlrp-abs")],
-)
+@pytest.mark.parametrize(("components", "name"), [("heads", "zplus-cp"), ("mlp", "epsilon-attnlrp-abs")])
 def test_the_least_relevant_are_pruned_with_less_harm_than_the_most(data_pack, cifar, components, name):
     model, _ = cifar
     source = f"npz:{data_pack / 'cifar10' / 'train_10k.npz'},{data_pack / 'cifar10' / 'test_dev.npz'}"
