@@ -62,6 +62,7 @@ def cli() -> None:
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
     hpo launch --repair refit
     hpo launch --procedure iterative --step-share 0.1
+    hpo launch --procedure iterative --finetune-epochs 5
     hpo launch --procedure dynamic --metric auc_lowest_class
     hpo launch --baselines
     hpo launch --config study.toml --device cuda:0

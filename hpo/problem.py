@@ -239,6 +239,7 @@ def load_problem(
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
     """
+    from objectives.cache import cache_directory
     from objectives.objective import Objective, ObjectiveOptions
 
     model, task = load_model_and_task(configuration, given)
@@ -256,6 +257,7 @@ def load_problem(
         attribution_memory=configuration.attribution_memory * 2**20,
         repair=configuration.repair_spec(),
         procedure=configuration.procedure_spec(),
+        checkpoints=cache_directory() / "fine-tuning",
     )
     return LoadedProblem(configuration, Objective(model, task, options, document), document)
 
@@ -323,9 +325,15 @@ def refuse_space(configuration: LaunchConfiguration, space: "SearchSpace", probl
     """Refuse a space whose composites don't fit the network.
 
     Raises:
-        ConfigurationError: Only one of space and network has attention, or the space repairs a network that has it.
+        ConfigurationError: Only one of space and network has attention, or the space repairs a network that has it or
+            that is fine-tuned.
     """
     parameters = space.distributions()
+    if "repair" in parameters and configuration.procedure_spec().fine_tunes:
+        raise ConfigurationError(
+            f"`--space {configuration.space}` searches the repair, but fine-tuned networks aren't repaired; leave "
+            "`--finetune-epochs` out, or `repair` out of the space."
+        )
     if ("attention" in parameters) == problem.has_attention:
         if problem.has_attention and "repair" in parameters:
             raise ConfigurationError(
