@@ -21,7 +21,20 @@ from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
 from storage.store import StudyStore
 
-COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "db", "gc", "spaces"]
+COMMANDS = [
+    "launch",
+    "status",
+    "list",
+    "show",
+    "evaluate",
+    "compare",
+    "export",
+    "prune",
+    "dashboard",
+    "db",
+    "gc",
+    "spaces",
+]
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
 
 
