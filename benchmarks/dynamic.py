@@ -74,13 +74,16 @@ def measured(network: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         curve = objective.evaluate(heuristic(HEURISTIC)).curve
         seconds = time.process_time() - start
         accuracies = np.array(curve.class_accuracies[1:])  # (rates from 40 % on, classes)
-        yield name, {
-            "classes": classes,
-            "lowest": float(accuracies.min(axis=1).mean()),
-            "harmonic": float(np.mean([harmonic_mean(each) for each in accuracies.tolist()])),
-            "mean": float(accuracies.mean()),
-            "seconds": seconds,
-        }
+        yield (
+            name,
+            {
+                "classes": classes,
+                "lowest": float(accuracies.min(axis=1).mean()),
+                "harmonic": float(np.mean([harmonic_mean(each) for each in accuracies.tolist()])),
+                "mean": float(accuracies.mean()),
+                "seconds": seconds,
+            },
+        )
 
 
 def main(network: str) -> None:
@@ -108,7 +111,9 @@ def print_table(figure: str, runs: dict[str, dict[str, Any]]) -> None:
     seconds = np.array([[run[name]["seconds"] for name in names] for run in runs.values()]).mean(axis=0)
     means = paired_bootstrap(values, seed=0)
     gains = paired_bootstrap(values[:, :1] - values, seed=0)
-    print(f"\n| {figure} of {len(runs)} runs | mean, 95 % interval | {names[0]} - this, 95 % interval | CPU s a curve |")
+    print(
+        f"\n| {figure} of {len(runs)} runs | mean, 95 % interval | {names[0]} - this, 95 % interval | CPU s a curve |"
+    )
     print("|---|---|---|--:|")
     for name, mean, gain, each_s in zip(names, means, gains, seconds, strict=True):
         difference = "" if name == names[0] else f"{gain.difference:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"

@@ -11,6 +11,7 @@ from objectives.fingerprints import state_fingerprint
 from objectives.memory import Batches
 from objectives.pruning.evaluation import Evaluator
 from objectives.pruning.fine_tuning import fine_tuned
+from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import slim
 from objectives.pruning.trained import TrainedWeights
 from objectives.pruning.zeroing import zeroed
@@ -75,6 +76,19 @@ def test_trained_weights_return_to_their_places(prunable, name):
         assert plain
         for key, parameter in plain.items():
             assert torch.equal(parameter, trained.get_parameter(key))
+
+
+def test_a_transformers_weights_are_trained_and_return(transformer):
+    canonical = transformer.canonical.choosing("all")
+    generator = torch.Generator().manual_seed(0)
+    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    masks = ranking.masks(len(ranking) // 2)
+    images = LabelledImages(transformer.images, transformer.labels)
+    weights = fine_tuned(canonical, masks, images, TrainingOptions(n_epochs=1, learning_rate=1e-4))
+    before, after = slim(canonical, masks), slim(weights.on(canonical), masks)
+    assert after.state_dict().keys() == before.state_dict().keys()
+    assert all(torch.equal(parameter, weights.state[name]) for name, parameter in after.named_parameters())
+    assert sum(not torch.equal(p, before.get_parameter(name)) for name, p in after.named_parameters()) > 20
 
 
 def test_weights_of_one_network_are_never_taken_for_anothers(prunable):
