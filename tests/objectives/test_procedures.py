@@ -36,7 +36,8 @@ class Pruning:
     accuracies: Callable = lambda kept: (1.0, 1.0)
     n_measured: int = 0
 
-    def rank(self, masks=None):
+    def rank(self, masks=None, weights=None):
+        assert weights is None
         self.n_ranked += 1
         scores = self.scores(masks)
         return rank(scores if masks is None else of_kept(scores, masks), self.kinds, masks)
