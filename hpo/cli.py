@@ -26,6 +26,7 @@ from search_spaces.procedures import OneShot
 if TYPE_CHECKING:
     from collections.abc import Container
 
+    from hpo.comparison import Contestant
     from hpo.config import LaunchConfiguration
     from hpo.problem import LoadedProblem
     from objectives.pruning.prune import AmountKind
@@ -62,6 +63,7 @@ def cli() -> None:
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
     hpo launch --repair refit
     hpo launch --procedure iterative --step-share 0.1
+    hpo launch --procedure iterative --finetune-epochs 5
     hpo launch --procedure dynamic --metric auc_lowest_class
     hpo launch --baselines
     hpo launch --config study.toml --device cuda:0
@@ -303,6 +305,140 @@ def evaluate(
     by = "" if procedure == OneShot() else f", pruned by {procedure}"
     title = f"{spec.label} on {len(evaluation.image_auc)} {images} images{by}{repaired}"
     print_parts(title, *evaluation_tables(evaluation), *evaluation.remarks)
+
+
+@cli.command(
+    examples="""
+    hpo compare --criteria epsilon-abs,weight,taylor,gradient -o criteria
+    hpo compare --criteria best.json,epsilon-abs,zplus --n-subsets 20 --seeds 0,1,2 -o composites
+    hpo compare --criteria best,epsilon-abs,taylor --study digits --images confirmation -o best-of-digits
+    hpo compare --criteria zplus,weight,taylor --procedure iterative --finetune-epochs 3 -o tuned
+    """
+)
+@click.option(
+    "--criteria",
+    required=True,
+    cls=Option,
+    heading="Comparison",
+    metavar="A,B,...",
+    help="What to compare, the others to the first: heuristics and baselines (see `hpo spaces`), files of export "
+    "documents, of which only the composite is taken, and best: the best composite of --study.",
+)
+@click.option(
+    "--n-subsets",
+    type=int,
+    default=5,
+    show_default=True,
+    cls=Option,
+    heading="Comparison",
+    metavar="N",
+    help="Random subsets of the classes.",
+)
+@click.option(
+    "--classes-per-subset",
+    type=int,
+    default=3,
+    show_default=True,
+    cls=Option,
+    heading="Comparison",
+    metavar="K",
+    help="Classes of each subset; the network keeps their outputs alone.",
+)
+@click.option(
+    "--seeds",
+    default="0",
+    show_default=True,
+    cls=Option,
+    heading="Comparison",
+    metavar="A,B,...",
+    help="Seeds of the references and the split; every subset runs with each.",
+)
+@click.option(
+    "--subset-seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    cls=Option,
+    heading="Comparison",
+    metavar="N",
+    help="Seed of the draw of subsets.",
+)
+@click.option("--study", metavar="NAME", help="Study that `best` is of; may be left out where there is only one.")
+@_storage
+@configuration_options("model")
+@configuration_options("data", only=[name for name in OPTIONS if name != "seed"])
+@configuration_options("objective")
+@configuration_options("search", only=["metric", "space"])
+@click.option(
+    "--images",
+    type=click.Choice(get_args(ImageSet)),
+    default="search",
+    show_default=True,
+    help="Images to measure accuracy on.",
+)
+@click.option(
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="Directory of the comparison; what is computed there already is not computed again.",
+)
+@_config
+@_json
+@_verbose
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    /,
+    criteria: str,
+    n_subsets: int,
+    classes_per_subset: int,
+    seeds: str,
+    subset_seed: int,
+    study: str | None,
+    storage: str | None,
+    images: Any,
+    o: Path,
+    config: Path | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Compare criteria over random subsets of the classes and seeds, run by run.
+
+    In each run all criteria prune the same network with the same references and are measured on the same images. With
+    --classes, subsets are drawn from these. A comparison that was interrupted goes on; more criteria, subsets and seeds
+    may be added to one.
+    """
+    console = start_logging(verbose)
+    from hpo.comparison import Runs, compare_criteria, parse_seeds
+    from hpo.progress import make_progress
+    from hpo.report import comparison_parts
+    from search_spaces.spaces import load_space
+
+    runs = Runs(n_subsets, classes_per_subset, parse_seeds(seeds), subset_seed)
+    configuration, _ = _resolve_with(None, options, config)
+    contestants = _contestants(criteria, study, storage)
+    space = None if configuration.space is None else load_space(configuration.space)
+    try:
+        with make_progress(configuration.metric, console) as progress:
+            comparison = compare_criteria(
+                configuration,
+                contestants,
+                runs,
+                o,
+                progress,
+                layer_groups=None if space is None else space.layer_groups,
+                images=images,
+            )
+    except KeyboardInterrupt:
+        click.echo("Interrupted: no finished row is lost. To go on:", err=True)
+        click.echo(f"  {_same_command(ctx)}", err=True)
+        ctx.exit(EXIT_INTERRUPTED)
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        print_parts(*comparison_parts(comparison), f"Wrote rows.csv, summary.json and comparison.png to {o}.")
 
 
 @cli.command(
@@ -710,6 +846,44 @@ def _read_document(path: str) -> "CompositeDocument":
     from search_spaces.documents import load_document
 
     return load_document(path)
+
+
+def _contestants(criteria: str, study: str | None, storage: str | None) -> "list[Contestant]":
+    """What `hpo compare` compares, by its names."""
+    from hpo.comparison import Contestant
+    from search_spaces.heuristics import heuristic
+
+    names = [name.strip() for name in criteria.split(",")]
+    if len(set(names)) < max(2, len(names)):
+        raise ConfigurationError(f"`--criteria` must name at least two, each once, but got {criteria!r}.")
+    if study is not None and "best" not in names:
+        raise ConfigurationError(
+            "`--study` says whose best is compared, but `--criteria` has no `best`; leave one out."
+        )
+    contestants = []
+    for name in names:
+        if name == "best":
+            contestants.append(_best_of(study, storage))
+        elif name.endswith(".json"):
+            document = _read_document(name)
+            contestants.append(Contestant(name, document.composite, document.layer_groups))
+        else:
+            contestants.append(Contestant(name, heuristic(name)))
+    return contestants
+
+
+def _best_of(study: str | None, storage: str | None) -> "Contestant":
+    from hpo import trials
+    from hpo.comparison import Contestant
+    from hpo.driver import DESCRIPTION
+    from hpo.export import choose_trials
+
+    with _open(storage) as store:
+        loaded = _load(store, study)
+        (trial,) = choose_trials(loaded)
+        composite = trials.composite_of(trial)
+        assert composite is not None, "a complete trial has one"
+        return Contestant("best", composite, loaded.user_attrs[DESCRIPTION]["layer_groups"])
 
 
 def _ranker(

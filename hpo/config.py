@@ -28,7 +28,15 @@ from search_spaces.choices import (
 )
 from search_spaces.errors import PruningHPOError
 from search_spaces.imports import is_import_path
-from search_spaces.procedures import LEAST_SHARE, PROCEDURES, Dynamic, ProcedureSpec, procedure_from_json
+from search_spaces.procedures import (
+    BATCH_SIZE,
+    LEARNING_RATE,
+    LEAST_SHARE,
+    PROCEDURES,
+    Dynamic,
+    ProcedureSpec,
+    procedure_from_json,
+)
 from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -70,6 +78,7 @@ _PROCEDURE_OPTIONS = {
 }
 _DYNAMIC = Dynamic()
 _OF_PROCEDURES = frozenset(itertools.chain(*_PROCEDURE_OPTIONS.values()))
+_OF_FINE_TUNING = ("finetune_learning_rate", "finetune_batch_size")
 _ATTRIBUTIONS = get_args(AttributionEngine)
 _DTYPES = get_args(Dtype)
 _EXECUTORS = get_args(ExecutorName)
@@ -554,6 +563,28 @@ class LaunchConfiguration:
         metavar="SHARE",
         shown=str(_DYNAMIC.step_share),
     )
+    finetune_epochs: int | None = _option(
+        "objective",
+        "Of --procedure iterative: train what each step leaves for so many passes over the reference images; the next "
+        "step ranks the trained network.",
+        read=_whole(0),
+        metavar="N",
+        shown="0",
+    )
+    finetune_learning_rate: float | None = _option(
+        "objective",
+        "With --finetune-epochs: learning rate (SGD, momentum 0.9); batch norm is folded, so large ones diverge.",
+        read=_between(1e-12, 1e3, "must be a number above 0"),
+        metavar="X",
+        shown=str(LEARNING_RATE),
+    )
+    finetune_batch_size: int | None = _option(
+        "objective",
+        "With --finetune-epochs: images of a step of the training.",
+        read=_whole(1),
+        metavar="N",
+        shown=str(BATCH_SIZE),
+    )
     tolerance: float | None = _option(
         "objective",
         "Of --procedure dynamic: by how much a step may lower the harmonic mean of class accuracies.",
@@ -724,8 +755,8 @@ def resolve(
         command_line: Values by field name; None and () mean that an option was not given.
         file: TOML file whose keys are the names of the options; relative paths in it start at the working directory.
         fallback: Values by field name that hold over the defaults, such as those of an export document; they are read
-            as if given. Its repair's strength is that repair's own, and so are a procedure's options: where another is
-            given, they don't hold.
+            as if given. Its repair's strength is that repair's own, and so are a procedure's options, and how it
+            fine-tunes: where another is given, they don't hold.
 
     Raises:
         ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
@@ -740,6 +771,9 @@ def resolve(
         read.pop("repair_strength", None)
     if given.get("procedure", read.get("procedure")) != read.get("procedure"):
         for name in _OF_PROCEDURES:
+            read.pop(name, None)
+    if given.get("finetune_epochs") == 0:
+        for name in _OF_FINE_TUNING:
             read.pop(name, None)
     return _checked(LaunchConfiguration(**_defaults({**read, **given})))
 
@@ -853,6 +887,14 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
                 f"`--{option.name}` is for `--procedure {' or '.join(owners)}`, but the procedure is "
                 f"{configuration.procedure}; leave one out."
             )
+    for name in _OF_FINE_TUNING:
+        if getattr(configuration, name) is not None and not configuration.finetune_epochs:
+            raise ConfigurationError(f"`--{name.replace('_', '-')}` says how to fine-tune; add `--finetune-epochs N`.")
+    if configuration.finetune_epochs and configuration.repair not in (None, "none"):
+        raise ConfigurationError(
+            f"Fine-tuned networks aren't repaired: leave `--finetune-epochs {configuration.finetune_epochs}` or "
+            f"`--repair {configuration.repair}` out."
+        )
     if configuration.pruner == "race" and weights(configuration.metric, configuration.rates) is None:
         raise ConfigurationError(
             f"`--metric {configuration.metric}` is no weighted sum of accuracies, so its trials cannot race; "

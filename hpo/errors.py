@@ -2,6 +2,7 @@
 
     PruningHPOError
     └── HpoError
+        ├── ComparisonFileError (OSError)        files of a comparison that cannot be written, read or gone on with
         ├── ConfigurationError (ValueError)      an option, or a key of a configuration file, that cannot be used
         │   └── SamplerError    a sampler that cannot be imported, built or used
         ├── ExecutorError (RuntimeError)         no worker can be had
@@ -15,6 +16,7 @@
 from search_spaces.errors import PruningHPOError
 
 __all__ = [
+    "ComparisonFileError",
     "ConfigurationError",
     "ExecutorError",
     "HpoError",
@@ -28,6 +30,10 @@ __all__ = [
 
 class HpoError(PruningHPOError):
     """Base of the errors of `hpo`."""
+
+
+class ComparisonFileError(HpoError, OSError):
+    """Files of a comparison that cannot be written or read, or are of another comparison."""
 
 
 class ConfigurationError(HpoError, ValueError):

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from objectives.pruning.records import StepRecord
     from storage.store import StudyStore
 
-__all__ = ["CurvePage", "CurvePlotter", "curve_csv", "curve_png", "layers_png", "steps_csv", "study_png"]
+__all__ = [
+    "CurvePage",
+    "CurvePlotter",
+    "comparison_png",
+    "curve_csv",
+    "curve_png",
+    "layers_png",
+    "steps_csv",
+    "study_png",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -149,6 +158,44 @@ def layers_png(steps: "Sequence[StepRecord]", title: str) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _png(figure, title)
+
+
+def comparison_png(
+    values: "Mapping[str, Sequence[float]]",
+    curves: "Mapping[str, tuple[Sequence[float], Sequence[float]]]",
+    figure_name: str,
+) -> bytes:
+    """A picture of criteria over the same runs: their mean curves, and each one's figure over the first one's.
+
+    Args:
+        values: The figure of every criterion, one value a run, in the same order of runs; each is a dot.
+        curves: Rates and mean accuracies of every criterion.
+        figure_name: What the values are.
+    """
+    from matplotlib.figure import Figure
+
+    first, *others = values
+    n_panels = 1 + len(others)
+    figure = Figure(figsize=(0.4 + 3.4 * n_panels, 3.6), layout="constrained")
+    panels = figure.subplots(1, n_panels, squeeze=False)[0]
+    for name, (rates, accuracies) in curves.items():
+        panels[0].plot(rates, accuracies, linewidth=1.2, label=name)
+    _label(panels[0])
+    panels[0].legend(fontsize="xx-small")
+    panels[0].set_title("mean over the runs", fontsize="small")
+    every = [value for of_criterion in values.values() for value in of_criterion]
+    margin = 0.05 * (max(every) - min(every)) or 0.01
+    limits = min(every) - margin, max(every) + margin
+    for axes, name in zip(panels[1:], others, strict=True):
+        axes.plot(limits, limits, linewidth=0.8, linestyle="--", color="grey")
+        axes.scatter(values[first], values[name], s=14, alpha=0.7)
+        axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=f"{figure_name} of {first}", ylabel=name)
+        axes.grid(alpha=0.3)
+        n_better = sum(other > own for own, other in zip(values[first], values[name], strict=True))
+        axes.set_title(f"{name} better in {n_better} of {len(values[name])}", fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
 
 
 def _figure(width: float, right: float) -> "Figure":

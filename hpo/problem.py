@@ -34,6 +34,7 @@ __all__ = [
     "Problem",
     "default_space",
     "load_model_and_task",
+    "load_network",
     "load_problem",
     "refuse_imports",
     "refuse_space",
@@ -225,6 +226,7 @@ def load_problem(
     layer_groups: "Mapping[str, tuple[str, ...]] | None",
     given: "Container[str]" = ("model", "data"),
     document: "CompositeDocument | None" = None,
+    model: "LoadedModel | None" = None,
 ) -> LoadedProblem:
     """Load what the configuration names.
 
@@ -235,13 +237,17 @@ def load_problem(
         layer_groups: Name patterns of the layers of each group; None groups layers by depth.
         given: As for `load_model_and_task`.
         document: The export document that the network must fit; layers have its groups.
+        model: The configuration's network, where it is loaded already.
 
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
     """
+    from objectives.cache import cache_directory
     from objectives.objective import Objective, ObjectiveOptions
 
-    model, task = load_model_and_task(configuration, given)
+    if model is None:
+        model = load_network(configuration, given)
+    task = _load_task(configuration, model, given)
     options = ObjectiveOptions(
         rates=configuration.rates,
         components=configuration.components,
@@ -256,6 +262,7 @@ def load_problem(
         attribution_memory=configuration.attribution_memory * 2**20,
         repair=configuration.repair_spec(),
         procedure=configuration.procedure_spec(),
+        checkpoints=cache_directory() / "fine-tuning",
     )
     return LoadedProblem(configuration, Objective(model, task, options, document), document)
 
@@ -285,10 +292,15 @@ def load_model_and_task(
     Raises:
         ObjectiveError: They cannot be used.
     """
-    from objectives.datasets import load_task
+    model = load_network(configuration, given)
+    return model, _load_task(configuration, model, given)
+
+
+def load_network(configuration: LaunchConfiguration, given: "Container[str]" = ("model", "data")) -> "LoadedModel":
+    """The network that the configuration names; see `load_model_and_task`."""
     from objectives.models import load_model
 
-    model = load_model(
+    return load_model(
         configuration.model,
         checkpoint=configuration.checkpoint,
         options=dict(configuration.model_options),
@@ -299,7 +311,12 @@ def load_model_and_task(
         interpolation=configuration.interpolation,
         allow_imports="model" in given,
     )
-    task = load_task(
+
+
+def _load_task(configuration: LaunchConfiguration, model: "LoadedModel", given: "Container[str]") -> "Task":
+    from objectives.datasets import load_task
+
+    return load_task(
         configuration.data,
         model,
         classes=configuration.classes,
@@ -311,7 +328,6 @@ def load_model_and_task(
         sample=configuration.sample,
         allow_imports="data" in given,
     )
-    return model, task
 
 
 def default_space(problem: Problem) -> str:
@@ -323,9 +339,15 @@ def refuse_space(configuration: LaunchConfiguration, space: "SearchSpace", probl
     """Refuse a space whose composites don't fit the network.
 
     Raises:
-        ConfigurationError: Only one of space and network has attention, or the space repairs a network that has it.
+        ConfigurationError: Only one of space and network has attention, or the space repairs a network that has it or
+            that is fine-tuned.
     """
     parameters = space.distributions()
+    if "repair" in parameters and configuration.procedure_spec().fine_tunes:
+        raise ConfigurationError(
+            f"`--space {configuration.space}` searches the repair, but fine-tuned networks aren't repaired; leave "
+            "`--finetune-epochs` out, or `repair` out of the space."
+        )
     if ("attention" in parameters) == problem.has_attention:
         if problem.has_attention and "repair" in parameters:
             raise ConfigurationError(

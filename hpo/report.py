@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from rich.table import Table
 
+    from hpo.comparison import Comparison
     from objectives.objective import Evaluation
     from objectives.pruning.prune import PruneReport
     from objectives.pruning.records import StepRecord
@@ -34,6 +35,7 @@ __all__ = [
     "LEGEND",
     "StudyReport",
     "TrialSummary",
+    "comparison_parts",
     "configuration_of",
     "configuration_table",
     "evaluation_tables",
@@ -392,6 +394,28 @@ def evaluation_tables(evaluation: "Evaluation") -> list["Table"]:
         _curve_table(evaluation.curve.to_json()),
         *_steps_tables(evaluation.steps),
     ]
+
+
+def comparison_parts(comparison: "Comparison") -> "list[Table | str]":
+    """Criteria against the first of them, with intervals over the runs."""
+    first = comparison.standings[0].criterion
+    numbers = [f"mean {comparison.metric} [95 %]", f"this - {first} [95 %]", "better in"]
+    table = plain_table("criterion", numbers=numbers)
+    for standing in comparison.standings:
+        mean, difference = standing.figure, standing.difference
+        cells = ["", ""]
+        if difference is not None:
+            cells = [
+                f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]",
+                f"{standing.n_better} of {comparison.n_compared}",
+            ]
+        table.add_row(standing.criterion, f"{mean.mean:.4f} [{mean.low:.4f}, {mean.high:.4f}]", *cells)
+    failed = [f"{each.criterion} in {each.n_failed}" for each in comparison.standings if each.n_failed]
+    left_out = comparison.n_runs - comparison.n_compared
+    remark = f"{left_out} of {comparison.n_runs} runs are left out, as criteria failed: {', '.join(failed)}."
+    n_compared = comparison.n_compared
+    compared = f"{n_compared} run{'' if n_compared == 1 else 's'} compared."
+    return [compared, table, remark if failed else ""]
 
 
 def prune_parts(report: "PruneReport") -> "list[Table | str]":

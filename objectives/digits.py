@@ -9,14 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import platformdirs
 import safetensors
 import safetensors.torch
 import torch
@@ -25,6 +22,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from objectives.cache import cache_directory
 from objectives.datasets import LabelledImages
 from objectives.datasets.digits import digits_data
 from objectives.training import TrainingOptions
@@ -185,7 +183,7 @@ def trained_weights(recipe: Recipe = Recipe()) -> dict[str, Tensor]:
     The cache is `HPO_CACHE` or the user's cache directory. A file that is damaged or was written by another recipe is
     trained anew; where the cache can't be written, the network is trained each time.
     """
-    path = _cache_directory() / f"digits_cnn-{recipe.fingerprint[:16]}.safetensors"
+    path = cache_directory() / f"digits_cnn-{recipe.fingerprint[:16]}.safetensors"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("recipe") == recipe.fingerprint:
@@ -202,10 +200,6 @@ def trained_weights(recipe: Recipe = Recipe()) -> dict[str, Tensor]:
     except OSError as error:
         _logger.warning("the trained digits_cnn can't be kept in %s (%s)", path, error)
     return state
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("HPO_CACHE") or platformdirs.user_cache_dir("pruning-hpo"))
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:

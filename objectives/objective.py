@@ -1,17 +1,25 @@
 """The objective: a composite, or a baseline criterion, becomes an evaluation.
 
-composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate -> repair -> accuracy -> curve
+composite -> relevance on the canonical copy -> scores -> ranking -> masks at every rate, and fine-tuned weights where
+the procedure trains -> repair -> accuracy -> curve
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from objectives.attribution.composites import check_attention, check_groups, check_shape, fitting
@@ -21,7 +29,14 @@ from objectives.attribution.shared import DEFAULT_MEMORY, SharedAttribution
 from objectives.canonization import canonize
 from objectives.datasets import LabelledImages, Task
 from objectives.devices import on_device, resolve_device
-from objectives.errors import DataError, OptionError, RepairError, UnsupportedNetworkError
+from objectives.errors import (
+    DataError,
+    ObjectiveError,
+    OptionError,
+    RepairError,
+    TrainingError,
+    UnsupportedNetworkError,
+)
 from objectives.layer_groups import group_layers
 from objectives.memory import Batches, lacks_memory
 from objectives.models import LoadedModel
@@ -30,12 +45,15 @@ from objectives.procedures import PROCEDURES
 from objectives.procedures.path import PruningPath
 from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
+from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.ranking import Masks, Ranking, rank
 from objectives.pruning.rates import check_rates
 from objectives.pruning.records import StepRecord
+from objectives.pruning.trained import TrainedWeights
 from objectives.pruning.zeroing import zeroed
 from objectives.racing import Correctness, GivenUp, Race
 from objectives.repair.repairer import Repairer
+from objectives.training import Epoch, TrainingOptions
 from search_spaces.choices import (
     AbsScope,
     AttributionEngine,
@@ -66,6 +84,8 @@ _LOGIT_TOLERANCE = 1e-3
 # Share of images whose prediction rounding may change.
 _BORDER_SHARE = {"fp32": 0.005, "bf16": 0.03}
 
+_Pruned = tuple[Masks, TrainedWeights | None]
+
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +109,10 @@ class ObjectiveOptions:
         attribution: `shared` attributes many composites together, `zennit` one at a time; their scores agree to
             rounding, as those of two devices do, so neither is part of a study's identity.
         attribution_memory: bytes that the shared engine may take.
-        repair: of every pruned network before it is measured, unless a composite brings its own.
+        repair: of every pruned network before it is measured, unless a composite brings its own. Fine-tuned networks
+            aren't repaired.
+        checkpoints: directory for checkpoints of fine-tuning, made where it is missing; an evaluation that was killed
+            goes on from them, one that ends removes its own. None keeps none.
     """
 
     rates: tuple[float, ...]
@@ -105,6 +128,7 @@ class ObjectiveOptions:
     attribution: AttributionEngine = "shared"
     attribution_memory: int = DEFAULT_MEMORY
     repair: RepairSpec = NO_REPAIR
+    checkpoints: Path | None = None
 
     def __post_init__(self) -> None:
         check_rates(self.rates)
@@ -114,6 +138,8 @@ class ObjectiveOptions:
                 raise OptionError(f"Unknown {option} {value!r}.{did_you_mean(str(value), known)}")
         if self.batch_size < 1:
             raise OptionError(f"`batch_size` must be at least 1, but got {self.batch_size}.")
+        if self.repair and self.procedure.fine_tunes:
+            raise OptionError("Fine-tuned networks aren't repaired: leave `--finetune-epochs` or `--repair` out.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +151,8 @@ class Evaluation:
         figures: by name, see `objectives.pruning.curve`.
         correct: which images are classified correctly at which rate.
         image_auc: each image's own normalised area (its correctness over the rates); their mean is `auc`.
-        seconds: spent on `attribution`, until all masks are known, and on `evaluation`.
+        seconds: spent on `attribution`, until all masks are known, on `training` where there is any, and on
+            `evaluation`.
         remarks: what the user should know about it, a sentence each.
         measured: masks that nothing was known of, for `Objective.learn` elsewhere.
         origin: digest of what these depend on but for the masks, see `Evaluator.origin`.
@@ -152,37 +179,92 @@ class _Stopwatch:
 
     def __init__(self) -> None:
         self._start = self._attributed = time.perf_counter()
+        self._trained = 0.0
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """What the block takes is a training's."""
+        start = time.perf_counter()
+        yield
+        self._trained += time.perf_counter() - start
 
     def attributed(self) -> None:
         """All masks are known."""
         self._attributed = time.perf_counter()
 
     def seconds(self) -> dict[str, float]:
-        """Spent on `attribution` and `evaluation` until now."""
+        """Spent on `attribution`, `training` and `evaluation` until now."""
         return {
-            "attribution": self._attributed - self._start,
+            "attribution": self._attributed - self._start - self._trained,
+            **({"training": self._trained} if self._trained else {}),
             "evaluation": time.perf_counter() - self._attributed,
         }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pruning:
-    """See `objectives.procedures.steps.Pruning`."""
+    """See `objectives.procedures.steps.Pruning`.
+
+    Attributes:
+        objective: whose network is pruned.
+        composite: by which components are ranked.
+        stopwatch: of the evaluation.
+        checkpoints: directory of this composite's alone; None keeps none.
+    """
 
     objective: Objective
     composite: Ranker
+    stopwatch: _Stopwatch
+    checkpoints: Path | None
 
-    def rank(self, masks: Masks | None = None) -> Ranking:
+    def rank(self, masks: Masks | None = None, weights: TrainedWeights | None = None) -> Ranking:
         if masks is not None:
-            n_pruned = sum(int((~mask).sum()) for mask in masks.values())
-            self.objective.stage = f"{100 * n_pruned / self.objective.n_components:.0f} % pruned"
-        return self.objective.ranking(self.composite, masks)
+            self.objective.stage = self._stage(masks)
+        return self.objective.ranking(self.composite, masks, weights)
 
     def class_accuracies(self, masks: Masks) -> tuple[float, ...]:
         evaluator = self.objective.evaluator("references")
         correct = evaluator.measure(masks).correct
         evaluator.news()  # of nobody's interest
         return _by_class(correct[None], evaluator.images.labels)[0]
+
+    def fine_tuned(
+        self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions
+    ) -> TrainedWeights | None:
+        objective, stage = self.objective, self._stage(masks)
+
+        def report(epoch: Epoch) -> None:
+            objective.stage = f"{stage}, epoch {epoch.number} of {epoch.n_epochs}"
+
+        objective.stage = stage
+        try:
+            with self.stopwatch.training():
+                trained = fine_tuned(
+                    objective.network if weights is None else weights.on(objective.network),
+                    masks,
+                    objective.references,
+                    options,
+                    checkpoint=self._checkpoint(masks),
+                    on_epoch=report,
+                )
+        except TrainingError as error:
+            reason = str(error).removesuffix(".")
+            raise TrainingError(f"Fine-tuning, {stage}: {reason} (`--finetune-learning-rate`).") from error
+        return weights if trained is None else trained
+
+    def _checkpoint(self, masks: Masks) -> Path | None:
+        """File of the training of the network under masks."""
+        if self.checkpoints is None:
+            return None
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            _log.warning("Fine-tuning keeps no checkpoints: %s can't be made (%s)", self.checkpoints, error)
+            return None
+        return self.checkpoints / f"{_n_pruned(masks)}.safetensors"
+
+    def _stage(self, masks: Masks) -> str:
+        return f"{100 * _n_pruned(masks) / self.objective.n_components:.0f} % pruned"
 
 
 class Objective:
@@ -198,6 +280,7 @@ class Objective:
 
     Attributes:
         stage: how far the procedure is where it ranks more than once, for another thread to read; None between.
+        references: the task's, on the objective's device.
 
     Raises:
         UnsupportedNetworkError: the network can't be attributed correctly, or isn't of the document's shape.
@@ -242,7 +325,7 @@ class Objective:
             check_groups(self.network, document.layer_groups)
             check_attention(self.network, document.composite)
             self.layer_groups = {name: document.layer_groups[name] for name in self.network.layers}
-        references = task.references.to(self.device)
+        self.references = references = task.references.to(self.device)
         self._check_copy(original, references)
         settings = (references, options.batch_size, options.abs_scope, options.output_relevance)
         self.attribution: Attribution = (
@@ -306,13 +389,16 @@ class Objective:
         """Computes together what attributions of composites that will be evaluated soon share."""
         self.attribution.prepare([each for each in composites if not isinstance(each, CriterionSpec)])
 
-    def scores(self, composite: Ranker, masks: Masks | None = None) -> dict[str, Tensor]:
+    def scores(
+        self, composite: Ranker, masks: Masks | None = None, weights: TrainedWeights | None = None
+    ) -> dict[str, Tensor]:
         """Score of every component, layer -> (components,); all rankings of one attribution share it.
 
         Args:
             composite: or criterion.
             masks: of a pruned network, on which the scores of kept components are computed, see `of_kept`; by default
                 nothing is pruned.
+            weights: of the pruned network; by default the unpruned one's.
 
         Raises:
             RelevanceError: the composite's relevance can't be used.
@@ -320,7 +406,9 @@ class Objective:
         """
         if masks is not None and all(bool(mask.all()) for mask in masks.values()):
             masks = None
-        network = self.network if masks is None else zeroed(self.network, masks)
+        network = self.network if weights is None else weights.on(self.network)
+        if masks is not None:
+            network = zeroed(network, masks)
         if isinstance(composite, CriterionSpec):
             return criterion_scores(composite, replace(self._samples, network=network), masks)
         # Composites share what is attributed on the unpruned network; pruned ones are all different.
@@ -330,14 +418,42 @@ class Objective:
             absolute=composite.abs, aggregate=composite.aggregate, normalize=composite.normalize, masks=masks
         )
 
-    def ranking(self, composite: Ranker, masks: Masks | None = None) -> Ranking:
+    def ranking(self, composite: Ranker, masks: Masks | None = None, weights: TrainedWeights | None = None) -> Ranking:
         """The order in which a composite prunes components, on the network under masks."""
-        return rank(self.scores(composite, masks), None if self.ranking_scope == "global" else self._kinds, masks)
+        scores = self.scores(composite, masks, weights)
+        return rank(scores, None if self.ranking_scope == "global" else self._kinds, masks)
 
     def path(self, composite: Ranker) -> PruningPath:
         """All networks that the procedure comes to with a composite; made as far as they are asked for."""
+        return self._path(composite, _Stopwatch())
+
+    def _path(self, composite: Ranker, stopwatch: _Stopwatch) -> PruningPath:
         procedure = self.options.procedure
-        return PruningPath(PROCEDURES[procedure.name](_Pruning(self, composite), procedure))
+        pruning = _Pruning(self, composite, stopwatch, self._checkpoints(composite))
+        return PruningPath(PROCEDURES[procedure.name](pruning, procedure))
+
+    def _checkpoints(self, composite: Ranker) -> Path | None:
+        """Directory of one composite's evaluations."""
+        if self.options.checkpoints is None or not self.options.procedure.fine_tunes:
+            return None
+        content = json.dumps([self.identity(), composite.key], sort_keys=True).encode()
+        return self.options.checkpoints / hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    @contextmanager
+    def _ending(self, composite: Ranker) -> Iterator[None]:
+        """What an evaluation leaves when it ends, well or not; one that is killed leaves its checkpoints."""
+        try:
+            yield
+        except ObjectiveError:
+            self._forget(composite)
+            raise
+        finally:
+            self.stage = None
+        self._forget(composite)
+
+    def _forget(self, composite: Ranker) -> None:
+        if (checkpoints := self._checkpoints(composite)) is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
     @property
     def _kinds(self) -> dict[str, str]:
@@ -349,7 +465,7 @@ class Objective:
         """How the networks that a composite prunes are repaired.
 
         Raises:
-            RepairError: the network is a transformer.
+            RepairError: the network is a transformer, or fine-tuned.
         """
         repair = self.options.repair if composite.repair is None else composite.repair
         self._check_repair(repair)
@@ -365,13 +481,15 @@ class Objective:
         Raises:
             RelevanceError: the composite's relevance can't be used.
             RepairError: a pruned network can't be repaired.
+            TrainingError: fine-tuning diverged.
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
         repair = self.repair(composite)  # first: it may be refused
-        path = self.path(composite)
-        masks = self._masks(path, stopwatch)
-        return self._count(path, masks, repair, images, stopwatch)
+        with self._ending(composite):
+            path = self._path(composite, stopwatch)
+            networks = self._networks(path, stopwatch)
+            return self._count(path, networks, repair, images, stopwatch)
 
     def race(self, composite: Ranker, race: Race) -> Evaluation | GivenUp:
         """As `evaluate` on the search images, unless the composite loses a race on the way.
@@ -383,36 +501,42 @@ class Objective:
         """
         stopwatch = _Stopwatch()
         repair = self.repair(composite)  # first: it may be refused
-        path, evaluator = self.path(composite), self.evaluator("search")
-        masks = self._masks(path, stopwatch)
-        given_up = race.run(
-            lambda index, n_images: evaluator.measure(masks[index], n_images, repair).correct.cpu().numpy()
-        )
-        if given_up is not None:
-            evaluator.news()  # of nobody's interest: most masks were measured on few images
-            return replace(given_up, seconds=stopwatch.seconds())
-        return self._count(path, masks, repair, "search", stopwatch)  # of what has been measured
+        evaluator = self.evaluator("search")
 
-    def _masks(self, path: PruningPath, stopwatch: _Stopwatch) -> list[Masks]:
+        with self._ending(composite):
+            path = self._path(composite, stopwatch)
+            networks = self._networks(path, stopwatch)
+
+            def measure(index: int, n_images: int) -> NDArray[np.bool_]:
+                masks, weights = networks[index]
+                correct: NDArray[np.bool_] = evaluator.measure(masks, n_images, repair, weights).correct.cpu().numpy()
+                return correct
+
+            given_up = race.run(measure)
+            if given_up is None:
+                return self._count(path, networks, repair, "search", stopwatch)  # of what has been measured
+        evaluator.news()  # of nobody's interest: most masks were measured on few images
+        return replace(given_up, seconds=stopwatch.seconds())
+
+    def _networks(self, path: PruningPath, stopwatch: _Stopwatch) -> list[_Pruned]:
         """Of every rate."""
-        try:
-            masks = [path.masks(path.n_pruned(rate)) for rate in self.options.rates]
-        finally:
-            self.stage = None
+        numbers = [path.n_pruned(rate) for rate in self.options.rates]
+        networks = [(path.masks(n), path.weights(n)) for n in numbers]
+        self.stage = None
         stopwatch.attributed()
-        return masks
+        return networks
 
     def _count(
         self,
         path: PruningPath,
-        masks: Sequence[Masks],
+        networks: Sequence[_Pruned],
         repair: RepairSpec,
         images: ImageSet,
         stopwatch: _Stopwatch,
     ) -> Evaluation:
         """On all images."""
         evaluator = self.evaluator(images)
-        measurements = [evaluator.measure(each, repair=repair) for each in masks]
+        measurements = [evaluator.measure(masks, repair=repair, weights=weights) for masks, weights in networks]
         nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
         collapsed = evaluator.measure(nothing, repair=repair)
         # The one time that the device is waited for.
@@ -437,12 +561,12 @@ class Objective:
         ends = path.ends(path.n_pruned(self.options.rates[-1]))
         records = []
         for n_pruned in [0, *ends] if ends else []:
-            masks = path.masks(n_pruned)
-            measurement = evaluator.measure(masks, repair=repair)
+            masks, weights = path.masks(n_pruned), path.weights(n_pruned)
+            measurement = evaluator.measure(masks, repair=repair, weights=weights)
             record = StepRecord(
                 n_pruned=n_pruned,
                 accuracy=float(measurement.correct.double().mean()),
-                loss=self.evaluator("references").loss(masks, repair),
+                loss=self.evaluator("references").loss(masks, repair, weights),
                 parameters=measurement.cost.parameters,
                 flops=measurement.cost.flops,
                 left={name: int(mask.sum()) for name, mask in masks.items()},
@@ -516,6 +640,8 @@ class Objective:
     # Ways to be wrong without noticing.
 
     def _check_repair(self, repair: RepairSpec) -> None:
+        if repair and self.options.procedure.fine_tunes:
+            raise RepairError(f"Repair {repair} is for networks that aren't fine-tuned; choose --repair none.")
         if repair and self.network.is_transformer:
             raise RepairError(f"Repair {repair} is for convolutional networks; choose --repair none.")
 
@@ -564,6 +690,10 @@ class Objective:
                 f"The curve starts at accuracy {curve.accuracies[0]:.4f}, but the unpruned network has "
                 f"{self.unpruned_accuracy:.4f}; try `--dtype fp32`."
             )
+
+
+def _n_pruned(masks: Masks) -> int:
+    return sum(int((~mask).sum()) for mask in masks.values())
 
 
 def _by_class(correct: Tensor, labels: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -1,5 +1,6 @@
 """Procedures: how pruning proceeds from rankings to ever smaller networks, and what each of them takes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeAlias
@@ -7,10 +8,26 @@ from typing import Any, ClassVar, TypeAlias
 from search_spaces.errors import ProcedureError
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["Dynamic", "Iterative", "LEAST_SHARE", "OneShot", "PROCEDURES", "ProcedureSpec", "procedure_from_json"]
+__all__ = [
+    "BATCH_SIZE",
+    "Dynamic",
+    "Iterative",
+    "LEARNING_RATE",
+    "LEAST_SHARE",
+    "OneShot",
+    "PROCEDURES",
+    "ProcedureSpec",
+    "procedure_from_json",
+]
 
 LEAST_SHARE = 0.0001
 """Of a step: smaller ones are of no use, as there are fewer components, and would take long to add up to one."""
+
+LEARNING_RATE = 0.001
+"""Of fine-tuning, by default: that of Yeom et al. 2021; networks whose batch norm is folded bear no large one."""
+
+BATCH_SIZE = 32
+"""Of fine-tuning, by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +40,11 @@ class _Named:
     def options(self) -> dict[str, Any]:
         """JSON form of the options by name; with `name` the inverse of `procedure_from_json`."""
         return asdict(self)
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether pruned networks are trained, so that they have other weights than the unpruned one."""
+        return False
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -42,16 +64,46 @@ class Iterative(_Named):
 
     Attributes:
         step_share: Of the original components, pruned in each step; at least `LEAST_SHARE` and at most 1.
+        finetune_epochs: Passes over the reference images, by which each step's network is trained; 0 trains nothing
+            (Scenario 2), more are Scenario 1.
+        finetune_learning_rate: Above 0; by default `LEARNING_RATE` where anything is trained, else None.
+        finetune_batch_size: Images that a step of the training takes at most; by default `BATCH_SIZE` where anything is
+            trained, else None.
 
     Raises:
-        ProcedureError: The share is out of range.
+        ProcedureError: A value is out of range, or says how to train where nothing is trained.
     """
 
     name: ClassVar[str] = "iterative"
     step_share: float = 0.05
+    finetune_epochs: int = 0
+    finetune_learning_rate: float | None = None
+    finetune_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_share("step_share", self.step_share)
+        _check_whole("finetune_epochs", self.finetune_epochs, 0)
+        for name, usual in (("finetune_learning_rate", LEARNING_RATE), ("finetune_batch_size", BATCH_SIZE)):
+            if self.finetune_epochs == 0 and getattr(self, name) is not None:
+                raise ProcedureError(f"`{name}` of a procedure needs `finetune_epochs` of at least 1; leave it out.")
+            if self.finetune_epochs and getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
+        if self.finetune_epochs == 0:
+            return
+        rate = self.finetune_learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ProcedureError(f"`finetune_learning_rate` of a procedure must be above 0, but got {rate!r}.")
+        _check_whole("finetune_batch_size", self.finetune_batch_size, 1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """See `_Named.options`; without fine-tuning none of its own, as before there was any."""
+        return asdict(self) if self.fine_tunes else {"step_share": self.step_share}
+
+    @property
+    def fine_tunes(self) -> bool:
+        """See `_Named.fine_tunes`."""
+        return self.finetune_epochs > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +143,7 @@ class Dynamic(_Named):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ProcedureError(f"`tolerance` of a procedure must be at least 0 and below 1, but got {value!r}.")
         for name in ("search_width", "rankings_per_step", "evaluations_per_step"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ProcedureError(f"`{name}` of a procedure must be a whole number above 0, but got {number!r}.")
+            _check_whole(name, getattr(self, name), 1)
         for name in ("fixed_rate", "fixed_order"):
             if not isinstance(getattr(self, name), bool):
                 raise ProcedureError(f"`{name}` of a procedure is true or false, but got {getattr(self, name)!r}.")
@@ -119,6 +169,11 @@ def procedure_from_json(name: str, options: Mapping[str, Any] | None = None) -> 
             reason = did_you_mean(str(option), known) if known else " It takes none."
             raise ProcedureError(f"Procedure {name} takes no option {option!r}.{reason}")
     return PROCEDURES[name](**(options or {}))
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ProcedureError(f"`{name}` of a procedure must be a whole number of at least {least}, but got {value!r}.")
 
 
 def _check_share(name: str, value: object) -> None:

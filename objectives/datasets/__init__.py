@@ -5,6 +5,6 @@
 
 from objectives.datasets import digits, folder, npz, timm_readers  # noqa: F401 (each registers its source)
 from objectives.datasets.sources import SOURCES, ImageSource, SourcePair
-from objectives.datasets.tasks import LabelledImages, Task, load_task
+from objectives.datasets.tasks import LabelledImages, Task, known_classes, load_task
 
-__all__ = ["ImageSource", "LabelledImages", "SOURCES", "SourcePair", "Task", "load_task"]
+__all__ = ["ImageSource", "LabelledImages", "SOURCES", "SourcePair", "Task", "known_classes", "load_task"]

@@ -31,7 +31,7 @@ from search_spaces.suggestions import did_you_mean
 if TYPE_CHECKING:
     from objectives.models import LoadedModel
 
-__all__ = ["LabelledImages", "Task", "load_task"]
+__all__ = ["LabelledImages", "Task", "known_classes", "load_task"]
 
 _logger = logging.getLogger(__name__)
 
@@ -121,16 +121,9 @@ def load_task(
     Raises:
         DataError: The data can't be read, a class has too few images, or a reference is also evaluated on.
     """
-    if isinstance(source, str) and not allow_imports and runs_code("data", source):
-        raise DataError(f"The data {source!r} are not opened from here; pass them as `--data` on the command line.")
-    mapping = read_class_map(class_map) if isinstance(class_map, str | Path) else class_map
-    label_set = LabelSet.of(model, mapping)
-    pair = _open(source, label_set) if isinstance(source, str) else source
-    origin = source if isinstance(source, str) else type(pair.train).__name__
-    if pair.train is pair.evaluation:
-        raise DataError(f"{origin}: references and evaluation images come from one source; give two.")
-    train_labels = _checked_labels(pair.train, label_set, f"training images of {origin}")
-    evaluation_labels = _checked_labels(pair.evaluation, label_set, f"evaluation images of {origin}")
+    opened = _opened(source, model, class_map, allow_imports)
+    pair, origin, label_set = opened.pair, opened.origin, opened.label_set
+    train_labels, evaluation_labels = opened.train_labels, opened.evaluation_labels
     kept = tuple(range(model.num_classes)) if classes is None else label_set.select(classes, pair.class_names)
     names = tuple(label_set.name_of(output, pair.class_names) for output in kept)
 
@@ -171,6 +164,66 @@ def load_task(
         ),
         preprocessing=model.preprocessing,
         reference_indices=references.indices,
+    )
+
+
+def known_classes(
+    source: str | SourcePair,
+    model: LoadedModel,
+    *,
+    classes: Sequence[str | int] | None = None,
+    class_map: str | Path | Mapping[str, int] | None = None,
+    allow_imports: bool = True,
+) -> tuple[int, ...]:
+    """The network's outputs that have both training and evaluation images, ascending; no image is decoded.
+
+    Args:
+        source: See `load_task`.
+        model: Likewise.
+        classes: Only these, which may lack images; by default all that have some.
+        class_map: See `load_task`.
+        allow_imports: Likewise.
+
+    Raises:
+        DataError: The data can't be read, or a class is unknown.
+    """
+    opened = _opened(source, model, class_map, allow_imports)
+    if classes is not None:
+        return opened.label_set.select(classes, opened.pair.class_names)
+    return tuple(np.intersect1d(opened.train_labels, opened.evaluation_labels).tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """Data, without any image: what they are called, and the outputs that their images' labels stand for."""
+
+    pair: SourcePair
+    origin: str
+    label_set: LabelSet
+    train_labels: NDArray[np.int64]
+    evaluation_labels: NDArray[np.int64]
+
+
+def _opened(
+    source: str | SourcePair,
+    model: LoadedModel,
+    class_map: str | Path | Mapping[str, int] | None,
+    allow_imports: bool,
+) -> _Opened:
+    if isinstance(source, str) and not allow_imports and runs_code("data", source):
+        raise DataError(f"The data {source!r} are not opened from here; pass them as `--data` on the command line.")
+    mapping = read_class_map(class_map) if isinstance(class_map, str | Path) else class_map
+    label_set = LabelSet.of(model, mapping)
+    pair = _open(source, label_set) if isinstance(source, str) else source
+    origin = source if isinstance(source, str) else type(pair.train).__name__
+    if pair.train is pair.evaluation:
+        raise DataError(f"{origin}: references and evaluation images come from one source; give two.")
+    return _Opened(
+        pair,
+        origin,
+        label_set,
+        _checked_labels(pair.train, label_set, f"training images of {origin}"),
+        _checked_labels(pair.evaluation, label_set, f"evaluation images of {origin}"),
     )
 
 

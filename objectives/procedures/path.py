@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from objectives.procedures.steps import Step
 from objectives.pruning.ranking import Masks
+from objectives.pruning.trained import TrainedWeights
 
 __all__ = ["PruningPath"]
 
@@ -14,7 +15,8 @@ __all__ = ["PruningPath"]
 class PruningPath:
     """The masks that a procedure comes to, whose steps are made as far as they are asked for.
 
-    Within a step components go in the order of its ranking, so there are masks for every number of components.
+    Within a step components go in the order of its ranking, so there are masks for every number of components. What is
+    trained on the way is kept: of each step the weights of the exact slim network.
 
     Not thread-safe.
 
@@ -42,9 +44,20 @@ class PruningPath:
 
         Raises:
             RelevanceError: the composite's relevance can't be used at a step on the way.
-            OutOfMemoryError: the device has no room for a single image.
+            TrainingError: fine-tuning diverged at one.
+            OutOfMemoryError: the device has no room for a single image, or a batch of a training.
         """
         return self._reaching(n_pruned).ranking.masks(n_pruned)
+
+    def weights(self, n_pruned: int) -> TrainedWeights | None:
+        """Weights of the network under `masks(n_pruned)`; None are the unpruned network's.
+
+        Raises:
+            RelevanceError: as `masks`.
+            TrainingError: likewise.
+            OutOfMemoryError: likewise.
+        """
+        return None if n_pruned == 0 else self._reaching(n_pruned).weights(n_pruned)
 
     def ends(self, n_pruned: int) -> list[int]:
         """Components pruned where steps end, among the first `n_pruned`."""

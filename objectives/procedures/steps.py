@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from objectives.pruning.ranking import Masks, Ranking
+from objectives.pruning.trained import TrainedWeights
+from objectives.training import TrainingOptions
 
 __all__ = ["Pruning", "Step"]
 
@@ -13,12 +16,13 @@ __all__ = ["Pruning", "Step"]
 class Pruning(Protocol):
     """What a procedure works with: one network, one composite or criterion, and the reference images."""
 
-    def rank(self, masks: Masks | None = None) -> Ranking:
+    def rank(self, masks: Masks | None = None, weights: TrainedWeights | None = None) -> Ranking:
         """All components in the order in which they are to be pruned.
 
         Args:
             masks: of a pruned network; what it has lost comes first, the rest in the order that the composite gives it
                 on this network. By default nothing is pruned.
+            weights: of the pruned network; by default the unpruned one's.
 
         Raises:
             RelevanceError: the composite's relevance can't be used.
@@ -34,6 +38,27 @@ class Pruning(Protocol):
         """
         ...
 
+    def fine_tuned(
+        self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions
+    ) -> TrainedWeights | None:
+        """Weights of a pruned network after training on the reference images.
+
+        Args:
+            masks: of the pruned network.
+            weights: that it begins with; None are the unpruned network's. Where there is nothing left to train, these
+                are returned.
+            options: of the training.
+
+        Raises:
+            TrainingError: the training diverged.
+            OutOfMemoryError: the device has no room for a batch.
+        """
+        ...
+
+
+def _unchanged(n_pruned: int) -> None:
+    return None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
@@ -42,7 +67,11 @@ class Step:
     Attributes:
         ranking: of all components; those that earlier steps have pruned come first.
         n_pruned: how many of that order are pruned when the step ends, more than at its beginning.
+        weights: number of components that are pruned in this step or before -> weights of the network without them;
+            None are the unpruned network's, as they are where a procedure trains nothing. May take as long as a
+            training does when it is first asked for a number.
     """
 
     ranking: Ranking
     n_pruned: int
+    weights: Callable[[int], TrainedWeights | None] = _unchanged

@@ -19,6 +19,7 @@ from objectives.network import CanonicalNetwork
 from objectives.pruning.fusion import Program, fused, images_cached
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, Draft, cost, depends_on_images, draft
+from objectives.pruning.trained import TrainedWeights
 from objectives.repair.repairer import Repairer
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
@@ -47,7 +48,7 @@ class KnownMeasurement:
     """A measurement in the form in which it is sent and stored.
 
     Attributes:
-        mask: hexadecimal digest of the masks, and of the repair where there is one.
+        mask: hexadecimal digest of the masks, and of the repair and trained weights where there are any.
         n_images: evaluation images.
         correct: one bit an image, the first in the highest bit of the first byte.
         cost: size of the exact slim network.
@@ -166,7 +167,8 @@ class Evaluator:
     def origin(self) -> str:
         """Hexadecimal digest of everything that a measurement depends on, rounding included.
 
-        But for the masks, the repair and the references that it is made with, which stand in each measurement's key.
+        But for the masks, the repair and the references that it is made with, and trained weights, which stand in each
+        measurement's key.
         """
         module, images = self.network.module, self.images
         content = [
@@ -183,20 +185,27 @@ class Evaluator:
         ]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
-    def measure(self, masks: Masks, n_images: int | None = None, repair: RepairSpec = NO_REPAIR) -> Measurement:
+    def measure(
+        self,
+        masks: Masks,
+        n_images: int | None = None,
+        repair: RepairSpec = NO_REPAIR,
+        weights: TrainedWeights | None = None,
+    ) -> Measurement:
         """Accuracy and size under masks.
 
         Args:
             masks: of components that are kept.
             n_images: how many images to measure on, the first ones; all by default.
             repair: of the pruned network, before it is measured.
+            weights: of the pruned network, which isn't repaired then; by default the unpruned one's.
 
         Raises:
             RepairError: the pruned network can't be repaired.
             OutOfMemoryError: not even a single image fits on the device.
         """
         wanted = len(self.images) if n_images is None else n_images
-        mask = self._key(masks, repair)
+        mask = self._key(masks, repair, weights)
         known = self._measured.get(mask)
         if known is None and (learnt := self._learnt.get(mask)) is not None:
             known = learnt.measurement(self.images.labels.device)
@@ -204,7 +213,7 @@ class Evaluator:
         n_known = 0 if known is None else len(known.correct)
         self._asked.setdefault(mask, n_known >= wanted)
         if known is None or n_known < wanted:
-            new = self._measure(masks, repair, slice(n_known, wanted))
+            new = self._measure(self._draft(masks, repair, weights), slice(n_known, wanted))
             known = new if known is None else Measurement(torch.cat([known.correct, new.correct]), new.cost)
             self._keep(mask, known)
             # Other batches round in another way, and elsewhere it would be measured at once.
@@ -215,14 +224,19 @@ class Evaluator:
         self._measured.move_to_end(mask)
         return known if len(known.correct) == wanted else Measurement(known.correct[:wanted], known.cost)
 
-    def loss(self, masks: Masks, repair: RepairSpec = NO_REPAIR) -> float:
+    def loss(self, masks: Masks, repair: RepairSpec = NO_REPAIR, weights: TrainedWeights | None = None) -> float:
         """Mean cross entropy of the true class under masks, on all images; computed anew each time.
+
+        Args:
+            masks: see `measure`.
+            repair: likewise.
+            weights: likewise.
 
         Raises:
             RepairError: the pruned network can't be repaired.
             OutOfMemoryError: not even a single image fits on the device.
         """
-        program = self._prepared(self._draft(masks, repair))
+        program = self._prepared(self._draft(masks, repair, weights))
         at_most = images_cached(program.graph, self.dtype, self.images.labels.device)
         return float(_by_image(program, self.images, self.batches, at_most, _cross_entropy).mean())
 
@@ -241,11 +255,15 @@ class Evaluator:
         self._new, self._asked = [], {}
         return news
 
-    def _key(self, masks: Masks, repair: RepairSpec) -> str:
+    def _key(self, masks: Masks, repair: RepairSpec, weights: TrainedWeights | None) -> str:
+        if repair and weights is not None:
+            raise ValueError("An evaluator repairs no network of trained `weights`.")
         kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
         content = np.packbits(kept).tobytes()
         if repair and not kept.all():  # a repair changes nothing where nothing is pruned
             content += f"{repair} {self._repairer.fingerprint}".encode()
+        if weights is not None:
+            content += f"trained {weights.fingerprint}".encode()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     @property
@@ -259,16 +277,17 @@ class Evaluator:
         if len(self._measured) * (len(self.images) + _BYTES_BESIDE) > _BYTES_KEPT:
             self._measured.popitem(last=False)
 
-    def _draft(self, masks: Masks, repair: RepairSpec) -> Draft:
+    def _draft(self, masks: Masks, repair: RepairSpec, weights: TrainedWeights | None) -> Draft:
+        if weights is not None:
+            return draft(weights.on(self.network), masks)
         return draft(self._repairer.repaired(masks, repair) if repair else self.network, masks)
 
     def _prepared(self, exact: Draft) -> Program:
         """The slim network as it is run."""
         return fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
 
-    def _measure(self, masks: Masks, repair: RepairSpec, part: slice) -> Measurement:
+    def _measure(self, exact: Draft, part: slice) -> Measurement:
         """On a part of the images."""
-        exact = self._draft(masks, repair)
         size, is_alive = cost(exact), depends_on_images(exact)
         program = self._prepared(exact)
         images = LabelledImages(self.images.images[part], self.images.labels[part])

@@ -33,6 +33,7 @@ from objectives.pruning.masking import masked
 from objectives.pruning.slim_files import new_directory, write_program, write_state, write_weights
 from objectives.pruning.slimming import cost, depends_on_images, draft, slim
 from objectives.pruning.structured import prune_coupled, resize_transformer
+from objectives.pruning.zeroing import zeroed
 from objectives.repair.own import repaired
 from objectives.repair.repairer import with_layers
 from search_spaces.choices import ImageSet
@@ -135,7 +136,8 @@ class PruneReport:
         n_pruned: components removed.
         images: which images accuracy was measured on, and how many.
         unpruned: the user's network.
-        masked_accuracy: of the user's network with the components masked and the same repair.
+        masked_accuracy: of the user's network with the components masked and the same repair; where it is fine-tuned,
+            of the fine-tuned one in canonical form.
         exact: the exact slim network, repaired.
         repair: what the repair did.
         coupled: the coupled network, if asked for.
@@ -186,14 +188,16 @@ def prune(
         coupled: also remove coupled groups by torch-pruning.
         device: to compute on.
         batch_size: images a pass.
-        repair: of the exact slim network, from the reference images; by default it is refitted, a transformer isn't
-            repaired. Neither is the coupled network.
+        repair: of the exact slim network, from the reference images; by default it is refitted, a transformer or a
+            network that the procedure fine-tunes isn't repaired. Neither is the coupled network.
 
     Raises:
         RepairError: the pruned network can't be repaired.
         UnsupportedNetworkError: the network isn't the document's, or can't be pruned.
         SlimFileError: the output exists or can't be written.
-        OptionError: the amount can't be reached, or coupled groups are to be removed in another way than in one shot.
+        TrainingError: fine-tuning diverged.
+        OptionError: the amount can't be reached, coupled groups are to be removed in another way than in one shot, or a
+            fine-tuned network is to be repaired.
     """
     if coupled and document.procedure != OneShot.name and document.composite.attention is None:
         raise OptionError(
@@ -201,7 +205,8 @@ def prune(
             "`--coupled` out."
         )
     if repair is None:
-        repair = RepairSpec("refit") if document.composite.attention is None else NO_REPAIR
+        is_repaired = document.composite.attention is None and not document.procedure_spec.fine_tunes
+        repair = RepairSpec("refit") if is_repaired else NO_REPAIR
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure_spec,
@@ -236,7 +241,8 @@ def _most_that_keep(objective: Objective, path: PruningPath, share: float) -> in
     kept, start = 0, None
     for step in range(_ACCURACY_STEPS):
         n = step * len(path) // _ACCURACY_STEPS
-        accuracy = float(evaluator.measure(path.masks(n), repair=repair).correct.double().mean())
+        measurement = evaluator.measure(path.masks(n), repair=repair, weights=path.weights(n))
+        accuracy = float(measurement.correct.double().mean())
         start = accuracy if start is None else start
         if not keeps(accuracy, share, start):
             break
@@ -269,13 +275,14 @@ class _Pruning:
 
     def write(self, directory: Path, target: Path, amount: PruneAmount, coupled: bool) -> PruneReport:
         objective, network = self.objective, self.objective.network
-        masks = self.path.masks(self.n_pruned)
+        masks, weights = self.path.masks(self.n_pruned), self.path.weights(self.n_pruned)
+        trained = network if weights is None else weights.on(network)
         repair, repairer = objective.options.repair, objective.repairer
-        unrepaired = slim(network, masks)
+        unrepaired = slim(trained, masks)
         start = time.perf_counter()
         layers = repairer.layers(masks, repair)
         seconds = time.perf_counter() - start
-        slim_network = slim(with_layers(network, layers), masks)
+        slim_network = slim(with_layers(trained, layers), masks)
         input_shape = network.input_shape
         write_program(_on_cpu(slim_network), input_shape, directory / "slim.pt2")
         used = RepairSpec(repair.method, repairer.strength(repair))
@@ -284,11 +291,14 @@ class _Pruning:
         )
         own = on_device(objective.model.network, objective.device)
         original = self._restricted(own)
-        with (
-            repaired(own, network.layers, layers, objective.kept_outputs),
-            masked(own, network.prunable, masks),
-        ):
-            masked_accuracy = self._accuracy(original)
+        if weights is None:
+            with (
+                repaired(own, network.layers, layers, objective.kept_outputs),
+                masked(own, network.prunable, masks),
+            ):
+                masked_accuracy = self._accuracy(original)
+        else:
+            masked_accuracy = self._accuracy(zeroed(trained, masks).module)
         coupled_figures, n_removed = None, None
         if coupled:
             if network.is_transformer:

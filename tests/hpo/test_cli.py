@@ -9,17 +9,32 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from optuna.artifacts import get_all_artifact_meta
 
 from hpo.cli import cli
 from hpo.config import OPTIONS
+from objectives import load_slim
 from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
 from storage.store import StudyStore
 
-COMMANDS = ["launch", "status", "list", "show", "evaluate", "export", "prune", "dashboard", "db", "gc", "spaces"]
+COMMANDS = [
+    "launch",
+    "status",
+    "list",
+    "show",
+    "evaluate",
+    "compare",
+    "export",
+    "prune",
+    "dashboard",
+    "db",
+    "gc",
+    "spaces",
+]
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
 
 
@@ -371,6 +386,64 @@ def test_dynamic_pruning_is_evaluated_and_replayed(document, tmp_path):
     assert {**again, "seconds": 0} == {**evaluated, "seconds": 0}
     report = hpo("prune", path, "--rate", 0.5, "--repair", "none", "-o", tmp_path / "slim", "--json").stdout
     assert json.loads(report)["exact"]["parameters"] == evaluated["parameters"][1]
+
+
+def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
+    training = {"finetune_epochs": 2, "finetune_learning_rate": 0.01, "finetune_batch_size": 4}
+    options = [part for name, value in training.items() for part in (f"--{name.replace('_', '-')}", value)]
+    hpo("launch", "--study", "tuned", "--exact", "--n-trials", 1, *ITERATIVE, *options)
+    path = tmp_path / "best.json"
+    hpo("export", "tuned", "-o", path)
+    content = json.loads(path.read_text())
+    assert content["procedure_options"] == {"step_share": 0.25, **training}
+    evaluated = json.loads(hpo("evaluate", "--composite", path, "--json").stdout)
+    assert evaluated["accuracies"] == content["curve"]["accuracies"]
+    assert evaluated["seconds"]["training"] > 0
+    report = json.loads(hpo("prune", path, "--rate", 0.5, "-o", tmp_path / "slim", "--json").stdout)
+    assert report["exact"]["accuracy"] == report["masked_accuracy"] == content["confirmation"]["accuracies"][1]
+    assert report["procedure"].endswith("finetune_epochs=2, finetune_learning_rate=0.01, finetune_batch_size=4)")
+    assert report["repair"]["method"] == "none"
+    # What was trained is in the file.
+    network, images = load_slim(tmp_path / "slim" / "slim.safetensors"), torch.zeros(2, 1, 8, 8)
+    program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
+    torch.testing.assert_close(network(images), program(images))
+    untuned = json.loads(hpo("evaluate", "--composite", path, "--finetune-epochs", 0, "--json").stdout)
+    assert untuned["procedure_options"] == {"step_share": 0.25}
+    assert refused("prune", path, "--rate", 0.5, "-o", tmp_path / "b", "--repair", "refit") == (
+        "Fine-tuned networks aren't repaired: leave `--finetune-epochs 2` or `--repair refit` out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--finetune-epochs", "2"],
+            "`--finetune-epochs` is for `--procedure iterative`, but the procedure is one_shot; leave one out.",
+        ),
+        (
+            ["--procedure", "dynamic", "--finetune-learning-rate", "0.1"],
+            "`--finetune-learning-rate` is for `--procedure iterative`, but the procedure is dynamic; leave one out.",
+        ),
+        (
+            ["--procedure", "iterative", "--finetune-batch-size", "8"],
+            "`--finetune-batch-size` says how to fine-tune; add `--finetune-epochs N`.",
+        ),
+        (["--finetune-epochs", "-1"], "`--finetune-epochs` must be a whole number of at least 0, but got '-1'."),
+        (["--finetune-learning-rate", "-1"], "`--finetune-learning-rate` must be a number above 0, but got '-1'."),
+        (
+            ["--procedure", "iterative", "--finetune-epochs", "1", "--repair", "bn"],
+            "Fine-tuned networks aren't repaired: leave `--finetune-epochs 1` or `--repair bn` out.",
+        ),
+        (
+            ["--procedure", "iterative", "--finetune-epochs", "1", "--space", "cnn+repair"],
+            "`--space cnn+repair` searches the repair, but fine-tuned networks aren't repaired; leave",
+        ),
+    ],
+)
+def test_fine_tuning_is_refused_where_it_does_not_fit(nothing_written, options, message):
+    assert refused("launch", *options).startswith(message)
 
 
 def test_evaluate_says_how_it_pruned():

@@ -122,9 +122,20 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         width = 2
         """,
     )
+    other = write(
+        tmp_path / "of-another-procedure.toml",
+        """
+        procedure = "iterative"
+        finetune-epochs = 3
+        finetune-learning-rate = 0.01
+        finetune-batch-size = 8
+        """,
+    )
     configuration = resolve({}, file)
-    given = {name for name in OPTIONS if f"{name} =" in file.read_text()} | {"model-option"}
+    written = file.read_text() + other.read_text()
+    given = {name for name in OPTIONS if f"{name} =" in written} | {"model-option"}
     assert given == set(OPTIONS)
+    assert resolve({}, other).procedure_spec() == Iterative(0.05, 3, 0.01, 8)
     assert (configuration.timeout_s, configuration.trial_timeout_s, configuration.store_timeout_s) == (120, 600, 60)
     assert (configuration.workers, configuration.gpus_per_trial, configuration.cpus_per_trial) == (2, 0.5, 2)
     assert (configuration.trials_per_batch, configuration.max_losses) == (4, 1)
@@ -309,3 +320,7 @@ def test_a_documents_options_are_of_its_own_procedure():
     assert resolve({"step_share": 0.2}, fallback=saved).procedure_spec() == Iterative(0.2)
     assert resolve({"procedure": "iterative"}, fallback=saved).procedure_spec() == Iterative(0.1)
     assert resolve({"procedure": "one_shot"}, fallback=saved).procedure_spec() == OneShot()
+    tuned = {**saved, **Iterative(0.1, 2).options}
+    assert resolve({}, fallback=tuned).procedure_spec() == Iterative(0.1, 2)
+    assert resolve({"finetune_epochs": 0}, fallback=tuned).procedure_spec() == Iterative(0.1)
+    assert resolve({"procedure": "one_shot"}, fallback=tuned).procedure_spec() == OneShot()

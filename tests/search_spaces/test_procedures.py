@@ -28,7 +28,11 @@ def test_a_share_is_above_0_and_at_most_1(share: object) -> None:
     [
         ("oneshot", {}, "Unknown procedure 'oneshot'. Did you mean 'one_shot'? Known: "),
         ("one_shot", {"step_share": 0.1}, "Procedure one_shot takes no option 'step_share'. It takes none."),
-        ("iterative", {"tolerance": 0.1}, "Procedure iterative takes no option 'tolerance'. Known: step_share."),
+        (
+            "iterative",
+            {"tolerance": 0.1},
+            "Procedure iterative takes no option 'tolerance'. Known: finetune_batch_size",
+        ),
     ],
 )
 def test_unknown_names(name: str, options: dict[str, object], message: str) -> None:
@@ -53,3 +57,42 @@ def test_unknown_names(name: str, options: dict[str, object], message: str) -> N
 def test_values_that_dynamic_does_not_take(option: str, value: object) -> None:
     with pytest.raises(ProcedureError, match=f"^`{option}` of a procedure"):
         procedure_from_json("dynamic", {option: value})
+
+
+def test_how_to_fine_tune_has_defaults_and_is_left_out_where_nothing_is() -> None:
+    tuned = Iterative(finetune_epochs=2)
+    assert tuned.options == {
+        "step_share": 0.05,
+        "finetune_epochs": 2,
+        "finetune_learning_rate": 0.001,
+        "finetune_batch_size": 32,
+    }
+    assert procedure_from_json("iterative", tuned.options) == tuned
+    assert tuned.fine_tunes
+    assert Iterative().options == Iterative(finetune_epochs=0).options == {"step_share": 0.05}
+    assert not any(procedure_from_json(name).fine_tunes for name in PROCEDURES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"finetune_epochs": -1}, "`finetune_epochs` of a procedure must be a whole number of at least 0, but got -1."),
+        ({"finetune_epochs": True}, "`finetune_epochs` of a procedure must be a whole number"),
+        (
+            {"finetune_epochs": 1, "finetune_learning_rate": 0},
+            "`finetune_learning_rate` of a procedure must be above 0",
+        ),
+        (
+            {"finetune_epochs": 1, "finetune_batch_size": 0},
+            "`finetune_batch_size` of a procedure must be a whole number",
+        ),
+        (
+            {"finetune_batch_size": 8},
+            "`finetune_batch_size` of a procedure needs `finetune_epochs` of at least 1; leave",
+        ),
+    ],
+)
+def test_values_that_fine_tuning_does_not_take(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ProcedureError) as caught:
+        procedure_from_json("iterative", options)
+    assert str(caught.value).startswith(message)

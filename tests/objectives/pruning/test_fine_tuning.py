@@ -1,0 +1,127 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from objectives.attribution.operations import plain_gradients
+from objectives.datasets import LabelledImages
+from objectives.errors import TrainingError
+from objectives.fingerprints import state_fingerprint
+from objectives.memory import Batches
+from objectives.pruning.evaluation import Evaluator
+from objectives.pruning.fine_tuning import fine_tuned
+from objectives.pruning.ranking import rank
+from objectives.pruning.slimming import slim
+from objectives.pruning.trained import TrainedWeights
+from objectives.pruning.zeroing import zeroed
+from objectives.training import TrainingOptions
+from search_spaces.repairs import RepairSpec
+
+OPTIONS = TrainingOptions(n_epochs=2, batch_size=2, learning_rate=0.01)
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def images_of(subject):
+    return LabelledImages(subject.images, LABELS)
+
+
+def masked_training(network, masks, images, options):
+    """By definition: the masked network of the unpruned shape takes the same steps, and what is pruned none."""
+    module = copy.deepcopy(zeroed(network, masks).module)
+    frozen = {name: value == 0 for name, value in module.named_parameters()}
+    module.requires_grad_(True)
+    optimizer = torch.optim.SGD(module.parameters(), lr=options.learning_rate, momentum=options.momentum)
+    generator = torch.Generator().manual_seed(options.seed)
+    n_batches = len(images) // options.batch_size
+    with plain_gradients(module):  # else its operations pass relevance
+        for _ in range(options.n_epochs):
+            for rows in torch.randperm(len(images), generator=generator).tensor_split(n_batches):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(module(images.images[rows]), images.labels[rows]).backward()
+                for name, parameter in module.named_parameters():
+                    if parameter.grad is not None:
+                        parameter.grad[frozen[name]] = 0
+                optimizer.step()
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "inception"])
+def test_training_the_slim_network_is_training_the_masked_one(prunable, name):
+    subject = prunable(name)
+    before = state_fingerprint(subject.canonical.module.state_dict())
+    masks = subject.ranking().masks(sum(subject.canonical.components.values()) // 2)
+    weights = fine_tuned(subject.canonical, masks, images_of(subject), OPTIONS)
+    trained = slim(weights.on(subject.canonical), masks)(subject.images)
+    assert state_fingerprint(subject.canonical.module.state_dict()) == before
+    assert (trained - slim(subject.canonical, masks)(subject.images)).abs().max() > 1e-3
+    expected = masked_training(subject.canonical, masks, images_of(subject), OPTIONS)
+    torch.testing.assert_close(trained, expected(subject.images), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["inception", "regnety_002"])
+def test_trained_weights_return_to_their_places(prunable, name):
+    subject = prunable(name)
+    ranking = subject.ranking()
+    for rate in (0.1, 0.6):
+        masks = ranking.masks(ranking.n_pruned(rate))
+        trained = slim(subject.canonical, masks)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in trained.parameters():
+            parameter.data = parameter + 0.1 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        weights = TrainedWeights.of(trained, masks)
+        again = slim(weights.on(subject.canonical), masks)
+        # Rows that are dead in a group that isn't are zeros of the exact network, whatever they were trained to.
+        plain = {name: p for name, p in again.named_parameters() if bool((p != 0).all())}
+        assert plain
+        for key, parameter in plain.items():
+            assert torch.equal(parameter, trained.get_parameter(key))
+
+
+def test_a_transformers_weights_are_trained_and_return(transformer):
+    canonical = transformer.canonical.choosing("all")
+    generator = torch.Generator().manual_seed(0)
+    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    masks = ranking.masks(len(ranking) // 2)
+    images = LabelledImages(transformer.images, transformer.labels)
+    weights = fine_tuned(canonical, masks, images, TrainingOptions(n_epochs=1, learning_rate=1e-4))
+    before, after = slim(canonical, masks), slim(weights.on(canonical), masks)
+    assert after.state_dict().keys() == before.state_dict().keys()
+    assert all(torch.equal(parameter, weights.state[name]) for name, parameter in after.named_parameters())
+    assert sum(not torch.equal(p, before.get_parameter(name)) for name, p in after.named_parameters()) > 20
+
+
+def test_weights_of_one_network_are_never_taken_for_anothers(prunable):
+    subject = prunable("inception")
+    images = LabelledImages(subject.images, LABELS)
+    evaluator = Evaluator(subject.canonical, images, Batches("a test", 4), torch.float64)
+    masks = subject.ranking().masks(10)
+    plain = evaluator.measure(masks)
+    one, two = (
+        fine_tuned(subject.canonical, masks, images, TrainingOptions(n_epochs=n, batch_size=4, learning_rate=0.03))
+        for n in (1, 60)
+    )
+    assert one.fingerprint != two.fingerprint
+    trained = evaluator.measure(masks, weights=two)
+    assert int(trained.correct.sum()) > int(plain.correct.sum())
+    assert evaluator.measure(masks) is plain
+    assert evaluator.measure(masks, weights=two) is trained
+    assert evaluator.measure(masks, weights=one) is not trained
+    assert trained.cost == plain.cost
+    assert evaluator.loss(masks, weights=two) < evaluator.loss(masks, weights=one) < evaluator.loss(masks)
+    assert len({each.mask for each in evaluator.news().measurements}) == 3
+    with pytest.raises(ValueError, match="repairs no network of trained"):
+        evaluator.measure(masks, repair=RepairSpec("refit"), weights=one)
+
+
+def test_a_network_that_no_image_gets_through_is_not_trained(prunable):
+    subject = prunable("inception")
+    nothing = subject.ranking().masks(sum(subject.canonical.components.values()))
+    assert fine_tuned(subject.canonical, nothing, images_of(subject), OPTIONS) is None
+
+
+def test_a_rate_that_is_too_large_ends_in_one_line(prunable):
+    subject = prunable("inception")
+    wild = TrainingOptions(n_epochs=5, batch_size=2, learning_rate=1e300)
+    with pytest.raises(TrainingError, match=r"^The training diverged in epoch \d of 5 .* use a smaller one\.$"):
+        fine_tuned(subject.canonical, subject.ranking().masks(5), images_of(subject), wild)
