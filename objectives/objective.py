@@ -497,12 +497,12 @@ class Objective:
         Raises:
             RelevanceError: the composite's relevance can't be used.
             RepairError: a pruned network can't be repaired.
+            TrainingError: fine-tuning diverged.
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
         repair = self.repair(composite)  # first: it may be refused
         evaluator = self.evaluator("search")
-
         with self._ending(composite):
             path = self._path(composite, stopwatch)
             networks = self._networks(path, stopwatch)

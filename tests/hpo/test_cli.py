@@ -392,11 +392,12 @@ def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
     training = {"finetune_epochs": 2, "finetune_learning_rate": 0.01, "finetune_batch_size": 4}
     options = [part for name, value in training.items() for part in (f"--{name.replace('_', '-')}", value)]
-    hpo("launch", "--study", "tuned", "--exact", "--n-trials", 1, *ITERATIVE, *options)
+    procedure = ["--procedure", "iterative", "--step-share", "0.5", *QUICK]
+    hpo("launch", "--study", "tuned", "--exact", "--n-trials", 1, *procedure, *options)
     path = tmp_path / "best.json"
     hpo("export", "tuned", "-o", path)
     content = json.loads(path.read_text())
-    assert content["procedure_options"] == {"step_share": 0.25, **training}
+    assert content["procedure_options"] == {"step_share": 0.5, **training}
     evaluated = json.loads(hpo("evaluate", "--composite", path, "--json").stdout)
     assert evaluated["accuracies"] == content["curve"]["accuracies"]
     assert evaluated["seconds"]["training"] > 0
@@ -409,7 +410,7 @@ def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
     program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
     torch.testing.assert_close(network(images), program(images))
     untuned = json.loads(hpo("evaluate", "--composite", path, "--finetune-epochs", 0, "--json").stdout)
-    assert untuned["procedure_options"] == {"step_share": 0.25}
+    assert untuned["procedure_options"] == {"step_share": 0.5}
     assert refused("prune", path, "--rate", 0.5, "-o", tmp_path / "b", "--repair", "refit") == (
         "Fine-tuned networks aren't repaired: leave `--finetune-epochs 2` or `--repair refit` out."
     )
