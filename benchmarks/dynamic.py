@@ -30,7 +30,7 @@ N_RUNS = 20
 N_CLASSES = 3
 N_REFERENCES = 10
 N_IMAGES = 1000
-RATES = "0,0.4:0.9:0.05"
+RATES = (0.0, *(share / 100 for share in range(40, 91, 5)))
 FIGURES = ("lowest", "harmonic", "mean")
 
 
@@ -53,7 +53,6 @@ def measured(network: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     from objectives.models import load_model
     from objectives.objective import Objective, ObjectiveOptions
     from objectives.pruning.curve import harmonic_mean
-    from objectives.pruning.rates import parse_rates
     from search_spaces import heuristic
 
     pack = data_pack()
@@ -69,7 +68,7 @@ def measured(network: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         seed=seed,
     )
     for name, procedure in procedures().items():
-        objective = Objective(model, task, ObjectiveOptions(parse_rates(RATES), procedure=procedure))
+        objective = Objective(model, task, ObjectiveOptions(RATES, procedure=procedure))
         start = time.process_time()
         curve = objective.evaluate(heuristic(HEURISTIC)).curve
         seconds = time.process_time() - start
