@@ -15,7 +15,7 @@ from optuna.artifacts import get_all_artifact_meta
 
 from hpo.cli import cli
 from hpo.config import OPTIONS
-from objectives import load_slim
+from objectives import load_elastic, load_slim
 from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
@@ -497,6 +497,86 @@ def test_prune_prints_a_table(document, tmp_path):
         assert f" {name} " in text
 
 
+ELASTIC = ["--elastic", "0.2,0.4", "--ranking", "layer"]
+
+
+def test_prune_makes_an_elastic_network_of_a_document(document, tmp_path):
+    report = json.loads(hpo("prune", document, *ELASTIC, "-o", tmp_path / "elastic", "--json").stdout)
+    assert report["sparsities"] == [0, 0.2, 0.4]
+    assert (report["growth"], report["procedure"], report["images"]["set"]) == (None, "one_shot", "confirmation")
+    parameters = [level["parameters"] for level in report["levels"]]
+    assert parameters == sorted(parameters, reverse=True)
+    assert sorted(path.name for path in (tmp_path / "elastic").iterdir()) == ["elastic.safetensors", "report.json"]
+    assert json.loads((tmp_path / "elastic" / "report.json").read_text()) == report
+    model = load_elastic(tmp_path / "elastic" / "elastic.safetensors")
+    assert [sum(int(mask.sum()) for mask in masks.values()) for masks in model.masks] == [
+        level["n_components"] for level in report["levels"]
+    ]
+    again = refused("prune", document, *ELASTIC, "-o", tmp_path / "elastic")
+    assert again == f"The output '{tmp_path / 'elastic'}' already exists; choose another directory or remove it."
+
+
+def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
+    growing = ["--grow-epochs", 1, "--grow-images", 2, "--grow-learning-rate", 0.01]
+    result = hpo("prune", "--heuristic", "taylor", *ELASTIC, *growing, *QUICK[2:], "-o", tmp_path / "elastic")
+    first, *rest = result.stdout.splitlines()
+    assert first.startswith("An elastic network of 3 levels and 336 components, ranked by taylor, pruned by one_shot; ")
+    (header,) = (line.split() for line in rest if line.startswith(" level "))
+    assert header[:5] == ["level", "pruned", "components", "accuracy", "ungrown"]
+    assert "Grown in 1 epochs a level on 20 images at a learning rate of 0.01;" in result.stdout
+    assert "Growing level 0 (3 of 3 done)" in result.stderr
+    assert rest[-3:] == ["Wrote:", *(f"  {tmp_path / 'elastic' / n}" for n in ("elastic.safetensors", "report.json"))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--elastic", "0.5,0.3"],
+            "Levels of `--elastic` must increase strictly, above 0 and below 1, but got 0.5, 0.3.",
+        ),
+        (
+            ["--elastic", "0.2,1"],
+            "Levels of `--elastic` must increase strictly, above 0 and below 1, but got 0.2, 1.0.",
+        ),
+        (["--elastic", "many"], "`--elastic many` isn't a comma-separated list of shares; try 0.3,0.5,0.7."),
+        ([*ELASTIC, "--repair", "refit"], "The levels of an elastic network share their weights, which a repair would"),
+        (["--elastic", "0.99"], "The level 0.99 of `--elastic` removes the whole layer '"),
+        (
+            [*ELASTIC, "--grow-epochs", 1, "--grow-images", 1000],
+            "`--grow-images 1000`: The class '0' (output 0) has 100",
+        ),
+        (
+            [*ELASTIC, "--grow-epochs", 1, "--grow-learning-rate", "1e20"],
+            "The training diverged in epoch 1 of 1 (loss ",
+        ),
+        (["--rate", 0.4, "--ranking", "layer"], "The document says how components are ranked; leave `--ranking` out."),
+    ],
+)
+def test_elastic_networks_that_cannot_be_are_refused(document, tmp_path, arguments, message):
+    assert refused("prune", document, *arguments, "-o", tmp_path / "elastic").startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (ELASTIC, "Give DOCUMENT or --heuristic."),
+        (["best.json", *ELASTIC, "--heuristic", "zplus"], "Give DOCUMENT or --heuristic."),
+        (
+            ["best.json", *ELASTIC, "--rate", 0.4],
+            "Give one of --rate, --keep-accuracy, --params, --flops and --elastic.",
+        ),
+        (["best.json", *ELASTIC, "--coupled"], "--coupled is for a network of one size; leave it or --elastic out."),
+        (["best.json", *ELASTIC, "--grow-images", 3], "--grow-learning-rate and --grow-images go with --grow-epochs."),
+        (["best.json", "--rate", 0.4, "--grow-epochs", 3], "--heuristic and --grow-epochs go with --elastic."),
+        (["--rate", 0.4], "Missing argument 'DOCUMENT'."),
+    ],
+)
+def test_options_of_elastic_networks_go_together(tmp_path, arguments, message):
+    assert message in refused("prune", *arguments, "-o", tmp_path / "elastic", code=2)
+
+
 def test_spaces():
     text = hpo("spaces").stdout
     assert " cnn " in text
@@ -718,7 +798,7 @@ def test_keys_that_would_be_ignored_are_refused(document, tmp_path, command, key
 
 
 def test_prune_wants_one_amount(document, tmp_path):
-    message = "Give one of --rate, --keep-accuracy, --params and --flops."
+    message = "Give one of --rate, --keep-accuracy, --params, --flops and --elastic."
     assert message in refused("prune", document, "-o", tmp_path / "slim", code=2)
     assert message in refused("prune", document, "--rate", 0.1, "--flops", 0.5, "-o", tmp_path / "slim", code=2)
     assert "1.5 is not in the range" in refused("prune", document, "--rate", 1.5, "-o", tmp_path / "slim", code=2)
