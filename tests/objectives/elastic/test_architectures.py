@@ -1,4 +1,4 @@
-"""Elastic networks of the architectures of the prune-and-grow paper, and of two that it left open; some are narrower."""
+"""Elastic networks of the architectures of the prune-and-grow paper and of two that it left open; some are narrower."""
 
 import pytest
 import timm

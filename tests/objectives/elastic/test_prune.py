@@ -143,7 +143,7 @@ def test_levels_increase_between_0_and_1(text):
 
 @pytest.mark.parametrize("text", ["", "half", "0.3;0.5", "0.3,"])
 def test_levels_are_numbers(text):
-    with pytest.raises(OptionError, match="isn't a comma-separated list of shares; try 0.3,0.5,0.7."):
+    with pytest.raises(OptionError, match="a comma-separated list of shares; try"):
         parse_levels(text)
 
 
