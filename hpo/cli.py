@@ -21,7 +21,7 @@ from hpo.config import OPTIONS, given_fields, resolve
 from hpo.errors import ConfigurationError, Interrupted
 from hpo.terminal import print_json, print_parts, start_logging
 from search_spaces.choices import ImageSet
-from search_spaces.procedures import OneShot
+from search_spaces.procedures import LEARNING_RATE, OneShot
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from storage.store import StudyStore
 
 __all__ = ["cli", "main"]
+
+_RANKED = ("ranking", "procedure", "step-share", "finetune-epochs", "finetune-learning-rate", "finetune-batch-size")
 
 _config = file_option("--config", "TOML file whose keys are the names of these options.", metavar="FILE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on standard output.")
@@ -510,6 +512,7 @@ def export(
     hpo prune best.json --flops 0.5 --coupled -o slim --checkpoint resnet18.pt --data folder:flowers
     hpo prune best.json --elastic 0.3,0.5,0.7 -o elastic
     hpo prune --heuristic epsilon-abs --elastic 0.3,0.5 --ranking layer --grow-epochs 10 --grow-images 50 -o elastic
+    hpo prune --heuristic taylor --elastic 0.3 --ranking layer --procedure iterative --finetune-epochs 5 -o elastic
     """
 )
 @click.argument("document", metavar="DOCUMENT", required=False)
@@ -586,7 +589,8 @@ def export(
     heading="Elastic network",
     type=click.FloatRange(0, min_open=True),
     metavar="RATE",
-    help="With --grow-epochs: largest learning rate of its cosine schedule.  [default: 0.001]",
+    help="With --grow-epochs: largest learning rate of its cosine schedule; batch norm is folded, so large ones "
+    f"diverge.  [default: {LEARNING_RATE:g}]",
 )
 @click.option(
     "--grow-images",
@@ -597,7 +601,7 @@ def export(
     help="With --grow-epochs: so many training images of each class.  [default: the reference images]",
 )
 @configuration_options("model", "data")
-@configuration_options("objective", only=["batch-size", "ranking", "repair", "repair-strength", "device"])
+@configuration_options("objective", only=["batch-size", *_RANKED, "repair", "repair-strength", "device"])
 @_config
 @_json
 @_verbose
@@ -645,6 +649,10 @@ def prune(
     content = None if document is None else _read_document(document)
     configuration, given = _resolve_with(content, options, config)
     named = given_fields(options, config)
+    # The ranking's scope may be another one, so that no layer goes as a whole.
+    by_document = [name for name in _RANKED if OPTIONS[name].field in named and (elastic is None or name != "ranking")]
+    if content is not None and by_document:
+        raise ConfigurationError(f"The document says how pruning proceeds; leave `--{by_document[0]}` out.")
     with make_progress("AUC", console) as progress:
         if elastic is not None:
             if {"repair", "repair_strength"} & named:
@@ -652,7 +660,7 @@ def prune(
                     "The levels of an elastic network share their weights, which a repair would change for each alone; "
                     "leave `--repair` out."
                 )
-            from hpo.elastic import LEARNING_RATE, Growing, make_elastic
+            from hpo.elastic import Growing, make_elastic
             from hpo.report import elastic_parts
 
             growing = Growing(grow_epochs, grow_learning_rate or LEARNING_RATE, grow_images)
@@ -662,8 +670,6 @@ def prune(
             made = make_elastic(problem, ranker, elastic, o, growing, given, progress)
             result, parts = made.to_json(), elastic_parts(made)
         else:
-            if "ranking" in named:
-                raise ConfigurationError("The document says how components are ranked; leave `--ranking` out.")
             from hpo.problem import load_model_and_task
             from hpo.report import prune_parts
             from objectives.pruning.prune import PruneAmount

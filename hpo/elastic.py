@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING
 
 from hpo.problem import LoadedProblem, load_training_images
 from hpo.progress import Progress
+from search_spaces.procedures import BATCH_SIZE, LEARNING_RATE
 
 if TYPE_CHECKING:
     from objectives.elastic.prune import ElasticReport
     from objectives.training import Epoch
     from search_spaces.criteria import Ranker
 
-__all__ = ["BATCH_SIZE", "Growing", "LEARNING_RATE", "make_elastic"]
-
-BATCH_SIZE = 32
-"""Images a step of the training; there may be few of them."""
-
-LEARNING_RATE = 0.001
+__all__ = ["Growing", "make_elastic"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -483,10 +483,10 @@ def elastic_parts(report: "ElasticReport") -> "list[Table | str]":
         )
     growth = report.growth
     grown = (
-        "All weights are the original ones."
+        "Nothing was trained after pruning."
         if growth is None
         else f"Grown in {growth['n_epochs']} epochs a level on {growth['n_images']} images at a learning rate of "
-        f"{growth['learning_rate']:g}; ungrown is a level's accuracy with the original weights."
+        f"{growth['learning_rate']:g}; ungrown is a level's accuracy before."
     )
     measured_on = f"Accuracy on {report.images['n_images']} {report.images['set']} images"
     return [

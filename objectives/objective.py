@@ -445,13 +445,14 @@ class Objective:
         try:
             yield
         except ObjectiveError:
-            self._forget(composite)
+            self.forget(composite)
             raise
         finally:
             self.stage = None
-        self._forget(composite)
+        self.forget(composite)
 
-    def _forget(self, composite: Ranker) -> None:
+    def forget(self, composite: Ranker) -> None:
+        """Removes the checkpoints that a composite's `path` has left; an evaluation does so itself."""
         if (checkpoints := self._checkpoints(composite)) is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
 

@@ -1,9 +1,9 @@
 """Prune and grow: from a ranking to an elastic network on disk, with a report.
 
 The ranking prunes to the smallest level, the core. Then larger levels are rebuilt from it: what they have beyond the
-next smaller one returns to its places with its original weights. With training the core is fine-tuned first and what
-returns is trained, while all that is smaller stays frozen (see `objectives.elastic.rebuild`); without, every level is
-the exact slim network of its masks.
+next smaller one returns to its places with its original weights. With training the core is fine-tuned first, unless
+the procedure has fine-tuned it on the way, and what returns is trained, while all that is smaller stays frozen (see
+`objectives.elastic.rebuild`). Without, every level is the exact slim network of its masks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Growth:
 
     Attributes:
         images: on the CPU or the network's device.
-        options: of the core's training, and then of each larger level's.
+        options: of the core's training where its procedure trains nothing, and then of each larger level's.
     """
 
     images: LabelledImages
@@ -60,7 +60,7 @@ class ElasticReport:
     Attributes:
         sparsities: share of the components that each level is without, 0 first.
         levels: each of them, measured.
-        ungrown_accuracies: of each level's exact slim network before any training; None without training.
+        ungrown_accuracies: of each level after pruning, before growth; None without growth.
         ranker: label of the composite or criterion that ranked.
         procedure: how pruning proceeded, with its options.
         n_components: of the whole network.
@@ -137,14 +137,14 @@ def prune_elastic(
         levels: share of the components that each level is without, increasing; the whole network is a level besides.
         output: directory to write; it must not exist, or be empty. A training that is killed leaves its checkpoints
             beside it, from which the same call goes on.
-        growth: training; without, all levels have the original weights.
+        growth: training; without, all levels have the weights that pruning left.
         document: that the composite is from; what differs from it is warned of.
         on_epoch: called with the level, 0 for the whole network, after each epoch that is computed.
 
     Raises:
         OptionError: levels don't increase between 0 and 1, prune the same components, or lose a whole layer.
         RelevanceError: the composite's relevance can't be used.
-        TrainingError: a level's training diverged.
+        TrainingError: a level's training diverged, or the procedure's.
         OutOfMemoryError: the device has no room for a batch.
         SlimFileError: the output exists or can't be written.
     """
@@ -152,12 +152,14 @@ def prune_elastic(
     with new_directory(output) as directory:
         path = objective.path(ranker)
         masks = nested_masks(checked, path.n_pruned, path.masks)
-        model = ElasticModel(objective.network, masks)
+        trained = path.weights(path.n_pruned(checked[-1]))
+        model = ElasticModel(objective.network if trained is None else trained.on(objective.network), masks)
         report = _Elastic(objective, ranker, document, (0.0, *checked), model)
         ungrown = None
         if growth is not None:
             ungrown = report.accuracies()
-            _grow(model, growth, output, on_epoch)
+            _grow(model, growth, output, trained is None, on_epoch)
+        objective.forget(ranker)
         content = report.measured(growth, ungrown, output)
         save_elastic(model, directory / "elastic.safetensors", report.origin())
         (directory / "report.json").write_text(json.dumps(content.to_json(), indent=2) + "\n")
@@ -198,19 +200,26 @@ def nested_masks(
     return masks
 
 
-def _grow(model: ElasticModel, growth: Growth, output: Path, on_epoch: Callable[[int, Epoch], None] | None) -> None:
-    """Trains the core, then what each larger level has beyond it."""
+def _grow(
+    model: ElasticModel,
+    growth: Growth,
+    output: Path,
+    trains_core: bool,
+    on_epoch: Callable[[int, Epoch], None] | None,
+) -> None:
+    """Trains the core, unless pruning has done so, then what each larger level has beyond it."""
     checkpoints = output.absolute().with_name(f".{output.name}.growing")
     checkpoints.mkdir(parents=True, exist_ok=True)
     core = model.n_levels - 1
     report = None if on_epoch is None else partial(on_epoch, core)
     checkpoint = checkpoints / f"level-{core}.safetensors"
     try:
-        train(model.at(core), growth.images, growth.options, checkpoint=checkpoint, on_epoch=report)
+        if trains_core:
+            train(model.at(core), growth.images, growth.options, checkpoint=checkpoint, on_epoch=report)
         rebuild(model, growth.images, growth.options, checkpoints=checkpoints, on_epoch=on_epoch)
-    except TrainingError:
+    except TrainingError as error:
         shutil.rmtree(checkpoints)  # with other options it begins anew
-        raise
+        raise TrainingError(f"Growing: {str(error).removesuffix('.')} (`--grow-learning-rate`).") from error
     shutil.rmtree(checkpoints)
 
 

@@ -518,9 +518,11 @@ def test_prune_makes_an_elastic_network_of_a_document(document, tmp_path):
 
 def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
     growing = ["--grow-epochs", 1, "--grow-images", 2, "--grow-learning-rate", 0.01]
+    growing += ["--procedure", "iterative", "--step-share", 0.4]
     result = hpo("prune", "--heuristic", "taylor", *ELASTIC, *growing, *QUICK[2:], "-o", tmp_path / "elastic")
     first, *rest = result.stdout.splitlines()
-    assert first.startswith("An elastic network of 3 levels and 336 components, ranked by taylor, pruned by one_shot; ")
+    by = "ranked by taylor, pruned by iterative(step_share=0.4)"
+    assert first.startswith(f"An elastic network of 3 levels and 336 components, {by}; ")
     (header,) = (line.split() for line in rest if line.startswith(" level "))
     assert header[:5] == ["level", "pruned", "components", "accuracy", "ungrown"]
     assert "Grown in 1 epochs a level on 20 images at a learning rate of 0.01;" in result.stdout
@@ -548,9 +550,10 @@ def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
         ),
         (
             [*ELASTIC, "--grow-epochs", 1, "--grow-learning-rate", "1e20"],
-            "The training diverged in epoch 1 of 1 (loss ",
+            "Growing: The training diverged in epoch 1 of 1 (loss ",
         ),
-        (["--rate", 0.4, "--ranking", "layer"], "The document says how components are ranked; leave `--ranking` out."),
+        ([*ELASTIC, "--procedure", "dynamic"], "The document says how pruning proceeds; leave `--procedure` out."),
+        (["--rate", 0.4, "--ranking", "layer"], "The document says how pruning proceeds; leave `--ranking` out."),
     ],
 )
 def test_elastic_networks_that_cannot_be_are_refused(document, tmp_path, arguments, message):

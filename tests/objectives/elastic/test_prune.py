@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -16,6 +17,7 @@ from objectives.pruning.slimming import cost, slim
 from objectives.training import TrainingOptions
 from search_spaces.criteria import CriterionSpec
 from search_spaces.heuristics import HEURISTICS
+from search_spaces.procedures import Iterative
 
 LEVELS = (0.25, 0.5)
 COMPOSITE = HEURISTICS["epsilon-abs"]
@@ -105,9 +107,36 @@ def test_a_killed_growing_goes_on_and_ends_with_the_same_file(objective, growth,
 
 def test_a_growing_that_diverges_leaves_nothing(objective, tmp_path):
     growth = Growth(objective.task.references, TrainingOptions(1, 50, 1e20))
-    with pytest.raises(TrainingError, match=r"diverged in epoch 1 of 1 .* at a learning rate of 1e\+20; use a smaller"):
+    message = r"Growing: The training diverged in epoch 1 of 1 .* use a smaller one \(`--grow-learning-rate`\)\."
+    with pytest.raises(TrainingError, match=message):
         prune_elastic(objective, COMPOSITE, levels=LEVELS, output=tmp_path / "elastic", growth=growth)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_core_that_the_procedure_has_trained_is_grown_around(objective, growth, tmp_path):
+    options = replace(objective.options, procedure=Iterative(0.25, finetune_epochs=1), checkpoints=tmp_path / "cache")
+    iterative = Objective(objective.model, objective.task, options)
+    path = Objective(objective.model, objective.task, replace(options, checkpoints=None)).path(COMPOSITE)
+    n = path.n_pruned(0.5)
+    core = path.weights(n).on(objective.network)
+    calls = []
+    output = tmp_path / "elastic"
+    report = prune_elastic(
+        iterative,
+        COMPOSITE,
+        levels=LEVELS,
+        output=output,
+        growth=growth,
+        on_epoch=lambda level, epoch: calls.append(level),
+    )
+    assert calls == [1, 1, 0, 0]
+    assert not list((tmp_path / "cache").iterdir())
+    model = load_elastic(output / "elastic.safetensors", objective.network)
+    images = objective.task.search.images
+    with torch.inference_mode():
+        expected = slim(core, path.masks(n))(images)
+        torch.testing.assert_close(model.at(2)(images), expected, rtol=1e-4, atol=1e-3)
+    assert report.levels[2].accuracy == report.ungrown_accuracies[2]
 
 
 def test_an_output_that_is_there_is_refused(objective, tmp_path):
