@@ -564,7 +564,11 @@ def export(
     help="New directory to write slim.pt2, slim.safetensors and report.json to; of an elastic network "
     "elastic.safetensors and report.json.",
 )
-@click.option("--coupled", is_flag=True, help="Also prune whole coupled groups (torch-pruning), measured anew.")
+@click.option(
+    "--coupled",
+    is_flag=True,
+    help="Also prune whole coupled groups (torch-pruning), measured anew; of an elastic network nothing else.",
+)
 @click.option(
     "--heuristic",
     cls=Option,
@@ -642,7 +646,7 @@ def prune(
     wanted = {kind: value for kind, value in amounts.items() if value is not None}
     if len(wanted) + (elastic is not None) != 1:
         raise click.UsageError("Give one of --rate, --keep-accuracy, --params, --flops and --elastic.")
-    _check_elastic(elastic is not None, document, coupled, heuristic, grow_epochs, grow_learning_rate, grow_images)
+    _check_elastic(elastic is not None, document, heuristic, grow_epochs, grow_learning_rate, grow_images)
     console = start_logging(verbose)
     from hpo.progress import make_progress
 
@@ -667,7 +671,7 @@ def prune(
             ranker = _ranker(heuristic, None, False, None, None) if content is None else content.composite
             progress.phase("Loading network and images")
             problem = _load_problem(configuration, content, given)
-            made = make_elastic(problem, ranker, elastic, o, growing, given, progress)
+            made = make_elastic(problem, ranker, elastic, o, coupled, growing, given, progress)
             result, parts = made.to_json(), elastic_parts(made)
         else:
             from hpo.problem import load_model_and_task
@@ -702,7 +706,6 @@ def prune(
 def _check_elastic(
     is_elastic: bool,
     document: str | None,
-    coupled: bool,
     heuristic: str | None,
     grow_epochs: int,
     grow_learning_rate: float | None,
@@ -716,8 +719,6 @@ def _check_elastic(
             raise click.UsageError("Missing argument 'DOCUMENT'.")
     elif (document is None) == (heuristic is None):
         raise click.UsageError("Give DOCUMENT or --heuristic.")
-    elif coupled:
-        raise click.UsageError("--coupled is for a network of one size; leave it or --elastic out.")
     if not grow_epochs and (grow_learning_rate is not None or grow_images is not None):
         raise click.UsageError("--grow-learning-rate and --grow-images go with --grow-epochs.")
 

@@ -37,6 +37,7 @@ def make_elastic(
     ranker: "Ranker",
     levels: str,
     output: Path,
+    coupled: bool,
     growing: Growing,
     given: Container[str],
     progress: Progress,
@@ -48,6 +49,7 @@ def make_elastic(
         ranker: Composite or criterion.
         levels: As `objectives.elastic.prune.parse_levels` reads them.
         output: New directory.
+        coupled: Remove whole coupled groups.
         growing: Training.
         given: As for `hpo.problem.load_model_and_task`.
         progress: Whom to tell how far it is.
@@ -85,6 +87,7 @@ def make_elastic(
         ranker,
         levels=sparsities,
         output=output,
+        coupled=coupled,
         growth=growth,
         document=problem.document,
         on_epoch=grown,

@@ -270,9 +270,9 @@ def _loss_gradients(
     return {name: output.detach() for name, output in outputs.items()}, dict(zip(outputs, gradients, strict=True))
 
 
-def _weights(network: CanonicalNetwork) -> dict[str, nn.Parameter]:
+def _weights(network: CanonicalNetwork) -> dict[str, Tensor]:
     """Weights that make the components, by name in forward order: a layer's, or of heads those of v."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name in network.components:
         layer = network.module.get_submodule(network.heads[name].value if name in network.heads else name)
         assert isinstance(layer, nn.Conv2d | nn.Linear), "components are outputs of these"
@@ -281,7 +281,7 @@ def _weights(network: CanonicalNetwork) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _trained(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Has parameters require gradients while the block lasts."""
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:

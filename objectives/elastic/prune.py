@@ -30,12 +30,14 @@ from objectives.pruning.prune import differences
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slim_files import new_directory
 from objectives.pruning.slimming import depends_on_images
+from objectives.pruning.structured import coupled_masks
 from objectives.training import Epoch, TrainingOptions, train
 from search_spaces.choices import ImageSet
 from search_spaces.criteria import Ranker
 from search_spaces.documents import CompositeDocument
+from search_spaces.procedures import OneShot
 
-__all__ = ["ElasticReport", "Growth", "check_levels", "nested_masks", "parse_levels", "prune_elastic"]
+__all__ = ["ElasticReport", "Growth", "check_levels", "check_masks", "parse_levels", "prune_elastic"]
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ def prune_elastic(
     *,
     levels: Sequence[float],
     output: Path,
+    coupled: bool = False,
     growth: Growth | None = None,
     document: CompositeDocument | None = None,
     on_epoch: Callable[[int, Epoch], None] | None = None,
@@ -137,12 +140,15 @@ def prune_elastic(
         levels: share of the components that each level is without, increasing; the whole network is a level besides.
         output: directory to write; it must not exist, or be empty. A training that is killed leaves its checkpoints
             beside it, from which the same call goes on.
+        coupled: remove whole coupled groups of channels, found by torch-pruning, up to each share.
         growth: training; without, all levels have the weights that pruning left.
         document: that the composite is from; what differs from it is warned of.
         on_epoch: called with the level, 0 for the whole network, after each epoch that is computed.
 
     Raises:
-        OptionError: levels don't increase between 0 and 1, prune the same components, or lose a whole layer.
+        OptionError: levels don't increase between 0 and 1, prune the same components, or lose a whole layer; or coupled
+            groups are to be removed of a vision transformer, or in another way than in one shot.
+        UnsupportedNetworkError: torch-pruning can't follow the network.
         RelevanceError: the composite's relevance can't be used.
         TrainingError: a level's training diverged, or the procedure's.
         OutOfMemoryError: the device has no room for a batch.
@@ -150,11 +156,18 @@ def prune_elastic(
     """
     checked = check_levels(tuple(levels))
     with new_directory(output) as directory:
-        path = objective.path(ranker)
-        masks = nested_masks(checked, path.n_pruned, path.masks)
-        trained = path.weights(path.n_pruned(checked[-1]))
+        sparsities = (0.0, *checked)
+        trained = None
+        if coupled:
+            masks = _coupled(objective, ranker, sparsities)
+            check_masks(sparsities, masks)
+        else:
+            path = objective.path(ranker)
+            masks = [path.masks(path.n_pruned(share)) for share in sparsities]
+            check_masks(sparsities, masks)
+            trained = path.weights(path.n_pruned(checked[-1]))
         model = ElasticModel(objective.network if trained is None else trained.on(objective.network), masks)
-        report = _Elastic(objective, ranker, document, (0.0, *checked), model)
+        report = _Elastic(objective, ranker, document, sparsities, coupled, model)
         ungrown = None
         if growth is not None:
             ungrown = report.accuracies()
@@ -166,38 +179,47 @@ def prune_elastic(
     return content
 
 
-def nested_masks(
-    levels: Sequence[float], n_pruned: Callable[[float], int], masks_of: Callable[[int], Masks]
-) -> list[Masks]:
-    """Masks of the whole network and of each level, the largest first.
+def check_masks(shares: Sequence[float], masks: Sequence[Masks]) -> None:
+    """Refuses levels that a network can't have.
 
     Args:
-        levels: that `check_levels` lets pass.
-        n_pruned: components that are gone at a share, growing with it.
-        masks_of: masks without so many components, nested for growing numbers.
+        shares: of the components that each level is without, 0 first.
+        masks: of each level.
 
     Raises:
         OptionError: a level prunes what the one before it does, or all components of a layer.
     """
-    numbers = [0, *map(n_pruned, levels)]
-    masks = [masks_of(number) for number in numbers]
+    numbers = [sum(int((~mask).sum()) for mask in of_level.values()) for of_level in masks]
     n_components = sum(len(mask) for mask in masks[0].values())
-    for (low, high), (larger, smaller) in zip(
-        itertools.pairwise((0.0, *levels)), itertools.pairwise(numbers), strict=True
-    ):
+    for (low, larger), (high, smaller) in itertools.pairwise(zip(shares, numbers, strict=True)):
         if larger == smaller:
             raise OptionError(
                 f"The levels {low:g} and {high:g} of `--elastic` both prune {larger} of {n_components} components; "
                 "leave one out."
             )
-    for level, of_level in zip(levels, masks[1:], strict=True):
+    for share, of_level in zip(shares, masks, strict=True):
         if gone := [name for name, mask in of_level.items() if not bool(mask.any())]:
             others = f" and {len(gone) - 1} others" if len(gone) > 1 else ""
             raise OptionError(
-                f"The level {level:g} of `--elastic` removes the whole layer {gone[0]!r}{others}; choose smaller "
+                f"The level {share:g} of `--elastic` removes the whole layer {gone[0]!r}{others}; choose smaller "
                 "levels, or rank every layer within itself (`--ranking layer`)."
             )
-    return masks
+
+
+def _coupled(objective: Objective, ranker: Ranker, shares: Sequence[float]) -> Sequence[Masks]:
+    """Masks without whole coupled groups; where each layer is ranked within itself, each group loses its share."""
+    if objective.network.is_transformer:
+        raise OptionError("Nothing is coupled in a vision transformer's levels; leave `--coupled` out.")
+    procedure = objective.options.procedure
+    if procedure.name != OneShot.name:
+        raise OptionError(f"Coupled groups are removed in one shot, not by {procedure}; leave `--coupled` out.")
+    return coupled_masks(
+        objective.model.network,
+        objective.network,
+        objective.scores(ranker),
+        shares,
+        by_group=objective.ranking_scope == "layer",
+    )
 
 
 def _grow(
@@ -231,7 +253,13 @@ class _Elastic:
     ranker: Ranker
     document: CompositeDocument | None
     sparsities: tuple[float, ...]
+    coupled: bool
     model: ElasticModel
+
+    @property
+    def procedure(self) -> str:
+        """How pruning proceeded."""
+        return f"{self.objective.options.procedure}{' of coupled groups' if self.coupled else ''}"
 
     def origin(self) -> Origin:
         original, network = self.objective.model, self.objective.network
@@ -243,7 +271,7 @@ class _Elastic:
             preprocessing=self.objective.task.preprocessing.to_json(),
             levels=self.sparsities,
             ranker=self.ranker.to_json(),
-            procedure=str(self.objective.options.procedure),
+            procedure=self.procedure,
         )
 
     def measured(self, growth: Growth | None, ungrown: tuple[float, ...] | None, output: Path) -> ElasticReport:
@@ -253,7 +281,7 @@ class _Elastic:
             levels=figures(self.model, images, self.objective.batches),
             ungrown_accuracies=ungrown,
             ranker=self.ranker.label,
-            procedure=str(self.objective.options.procedure),
+            procedure=self.procedure,
             n_components=self.objective.n_components,
             growth=None if growth is None else {"n_images": len(growth.images), **asdict(growth.options)},
             images={"set": self._image_set(), "n_images": len(images)},

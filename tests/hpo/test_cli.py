@@ -570,7 +570,6 @@ def test_elastic_networks_that_cannot_be_are_refused(document, tmp_path, argumen
             ["best.json", *ELASTIC, "--rate", 0.4],
             "Give one of --rate, --keep-accuracy, --params, --flops and --elastic.",
         ),
-        (["best.json", *ELASTIC, "--coupled"], "--coupled is for a network of one size; leave it or --elastic out."),
         (["best.json", *ELASTIC, "--grow-images", 3], "--grow-learning-rate and --grow-images go with --grow-epochs."),
         (["best.json", "--rate", 0.4, "--grow-epochs", 3], "--heuristic and --grow-epochs go with --elastic."),
         (["--rate", 0.4], "Missing argument 'DOCUMENT'."),

@@ -11,7 +11,6 @@ from objectives.canonization import canonize
 from objectives.datasets import LabelledImages
 from objectives.elastic.files import load_elastic, save_elastic
 from objectives.elastic.model import ElasticModel
-from objectives.elastic.prune import nested_masks
 from objectives.elastic.rebuild import grown
 from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import slim
@@ -53,7 +52,7 @@ def test_levels_of_a_loaded_file_are_the_exact_slim_networks(lively, tmp_path, n
     canonical = canonize(lively(build()).requires_grad_(False), (3, size, size)).choosing(None)
     scores = {layer: torch.rand(n, generator=generator) for layer, n in canonical.components.items()}
     ranking = rank(scores, {layer: layer for layer in scores})
-    masks = nested_masks((0.3, 0.7), ranking.n_pruned, ranking.masks)
+    masks = [ranking.masks(ranking.n_pruned(rate)) for rate in (0, 0.3, 0.7)]
     path = tmp_path / "elastic.safetensors"
     save_elastic(ElasticModel(canonical, masks), path)
     model = load_elastic(path, canonical)

@@ -139,6 +139,22 @@ def test_a_core_that_the_procedure_has_trained_is_grown_around(objective, growth
     assert report.levels[2].accuracy == report.ungrown_accuracies[2]
 
 
+def test_coupled_groups_are_removed_whole(objective, tmp_path):
+    options = replace(objective.options, ranking="global")
+    for each, output in ((objective, "layer"), (Objective(objective.model, objective.task, options), "global")):
+        report = prune_elastic(each, CriterionSpec("weight"), levels=(0.1, 0.3), coupled=True, output=tmp_path / output)
+        assert report.procedure == "one_shot of coupled groups"
+        model = load_elastic(tmp_path / output / "elastic.safetensors", objective.network)
+        for share, level, masks in zip(report.sparsities, report.levels, model.masks, strict=True):
+            assert (1 - share) * 336 <= level.n_components <= (1 - share) * 336 + 40
+            streams = [masks[name] for name in ("layer3.0.conv2", "layer3.0.downsample.0")]
+            assert torch.equal(*streams)
+            assert not any("index_add" in str(node.target) for node in model.at(level.level).graph.nodes)
+    iterative = Objective(objective.model, objective.task, replace(options, procedure=Iterative(0.5)))
+    with pytest.raises(OptionError, match=r"in one shot, not by iterative\(step_share=0.5\); leave `--coupled` out"):
+        prune_elastic(iterative, COMPOSITE, levels=LEVELS, coupled=True, output=tmp_path / "iterative")
+
+
 def test_an_output_that_is_there_is_refused(objective, tmp_path):
     (tmp_path / "elastic").write_text("mine")
     with pytest.raises(SlimFileError, match="already exists; choose another directory or remove it"):
