@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "main"]
 
-_RANKED = ("ranking", "procedure", "step-share", "finetune-epochs", "finetune-learning-rate", "finetune-batch-size")
+_RANKED = (
+    *("ranking", "procedure", "step-share", "core-share"),
+    *("finetune-epochs", "finetune-learning-rate", "finetune-batch-size"),
+)
 
 _config = file_option("--config", "TOML file whose keys are the names of these options.", metavar="FILE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on standard output.")
@@ -67,6 +70,7 @@ def cli() -> None:
     hpo launch --procedure iterative --step-share 0.1
     hpo launch --procedure iterative --finetune-epochs 5
     hpo launch --procedure dynamic --metric auc_lowest_class
+    hpo launch --procedure prune_and_grow --core-share 0.5 --finetune-epochs 10
     hpo launch --baselines
     hpo launch --config study.toml --device cuda:0
     hpo launch --sampler grid --executor ray --workers 4

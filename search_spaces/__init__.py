@@ -48,6 +48,7 @@ from search_spaces.procedures import (
     Iterative,
     OneShot,
     ProcedureSpec,
+    PruneAndGrow,
     procedure_from_json,
 )
 from search_spaces.reasons import message_of, reason_of
@@ -100,6 +101,7 @@ __all__ = [
     "PROCEDURES",
     "ProcedureError",
     "ProcedureSpec",
+    "PruneAndGrow",
     "PruningHPOError",
     "REPAIRS",
     "RULE_DEFAULTS",
