@@ -42,6 +42,8 @@ from search_spaces.heuristics import (
 )
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.procedures import (
+    BATCH_SIZE,
+    LEARNING_RATE,
     LEAST_SHARE,
     PROCEDURES,
     Dynamic,
@@ -71,6 +73,7 @@ __all__ = [
     "AbsScope",
     "AttributionEngine",
     "BASELINES",
+    "BATCH_SIZE",
     "CRITERIA",
     "Components",
     "CompositeDocument",
@@ -91,6 +94,7 @@ __all__ = [
     "HEURISTICS",
     "ImageSet",
     "Iterative",
+    "LEARNING_RATE",
     "LEAST_SHARE",
     "NORMALIZATIONS",
     "NO_REPAIR",

@@ -16,8 +16,8 @@ __all__ = [
     "LEAST_SHARE",
     "OneShot",
     "PROCEDURES",
-    "PruneAndGrow",
     "ProcedureSpec",
+    "PruneAndGrow",
     "procedure_from_json",
 ]
 

@@ -530,6 +530,18 @@ def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
     assert rest[-3:] == ["Wrote:", *(f"  {tmp_path / 'elastic' / n}" for n in ("elastic.safetensors", "report.json"))]
 
 
+def test_prune_replays_prune_and_grow(document, tmp_path):
+    content = json.loads(document.read_text())
+    options = {"core_share": 0.4, "step_share": 0.4, "finetune_epochs": 1, "finetune_batch_size": 5}
+    path = tmp_path / "grown.json"
+    path.write_text(json.dumps(content | {"procedure": "prune_and_grow", "procedure_options": options}))
+    report = json.loads(hpo("prune", path, *ELASTIC, "-o", tmp_path / "elastic", "--json").stdout)
+    assert report["procedure"].startswith("prune_and_grow(core_share=0.4, step_share=0.4, finetune_epochs=1, ")
+    slim = json.loads(hpo("prune", path, "--rate", 0.4, "-o", tmp_path / "slim", "--json").stdout)
+    assert slim["repair"]["method"] == "none"
+    assert slim["procedure"] == report["procedure"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
