@@ -519,7 +519,7 @@ def export(
     hpo prune --heuristic taylor --elastic 0.3 --ranking layer --procedure iterative --finetune-epochs 5 -o elastic
     """
 )
-@click.argument("document", metavar="DOCUMENT", required=False)
+@click.argument("document", metavar="[DOCUMENT]", required=False)
 @click.option(
     "--rate",
     cls=Option,
