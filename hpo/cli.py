@@ -21,7 +21,7 @@ from hpo.config import OPTIONS, given_fields, resolve
 from hpo.errors import ConfigurationError, Interrupted
 from hpo.terminal import print_json, print_parts, start_logging
 from search_spaces.choices import ImageSet
-from search_spaces.procedures import OneShot
+from search_spaces.procedures import LEARNING_RATE, OneShot
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from storage.store import StudyStore
 
 __all__ = ["cli", "main"]
+
+_RANKED = (
+    *("ranking", "procedure", "step-share", "core-share"),
+    *("finetune-epochs", "finetune-learning-rate", "finetune-batch-size"),
+)
 
 _config = file_option("--config", "TOML file whose keys are the names of these options.", metavar="FILE")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on standard output.")
@@ -65,6 +70,7 @@ def cli() -> None:
     hpo launch --procedure iterative --step-share 0.1
     hpo launch --procedure iterative --finetune-epochs 5
     hpo launch --procedure dynamic --metric auc_lowest_class
+    hpo launch --procedure prune_and_grow --core-share 0.5 --finetune-epochs 10
     hpo launch --baselines
     hpo launch --config study.toml --device cuda:0
     hpo launch --sampler grid --executor ray --workers 4
@@ -508,9 +514,12 @@ def export(
     hpo prune best.json --keep-accuracy 0.95 -o slim
     hpo prune best.json --rate 0.4 --repair none -o slim
     hpo prune best.json --flops 0.5 --coupled -o slim --checkpoint resnet18.pt --data folder:flowers
+    hpo prune best.json --elastic 0.3,0.5,0.7 -o elastic
+    hpo prune --heuristic epsilon-abs --elastic 0.3,0.5 --ranking layer --grow-epochs 10 --grow-images 50 -o elastic
+    hpo prune --heuristic taylor --elastic 0.3 --ranking layer --procedure iterative --finetune-epochs 5 -o elastic
     """
 )
-@click.argument("document", metavar="DOCUMENT")
+@click.argument("document", metavar="[DOCUMENT]", required=False)
 @click.option(
     "--rate",
     cls=Option,
@@ -544,26 +553,79 @@ def export(
     help="Keep at most this share of the multiply-adds.",
 )
 @click.option(
+    "--elastic",
+    cls=Option,
+    heading="Amount (give one)",
+    metavar="LEVELS",
+    help="Make one network of several nested sizes, switched at run time: the whole one and those without these "
+    "shares of the components, such as 0.3,0.5,0.7.",
+)
+@click.option(
     "-o",
     type=click.Path(path_type=Path),
     metavar="DIR",
     required=True,
-    help="New directory to write slim.pt2, slim.safetensors and report.json to.",
+    help="New directory to write slim.pt2, slim.safetensors and report.json to; of an elastic network "
+    "elastic.safetensors and report.json.",
 )
-@click.option("--coupled", is_flag=True, help="Also prune whole coupled groups (torch-pruning), measured anew.")
+@click.option(
+    "--coupled",
+    is_flag=True,
+    help="Also prune whole coupled groups (torch-pruning), measured anew; of an elastic network nothing else.",
+)
+@click.option(
+    "--heuristic",
+    cls=Option,
+    heading="Elastic network",
+    metavar="NAME",
+    help="Rank by this published composite or baseline (see `hpo spaces`), without a document.",
+)
+@click.option(
+    "--grow-epochs",
+    cls=Option,
+    heading="Elastic network",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Train the smallest level, and then what each larger one has beyond it, for so many epochs; 0 leaves all "
+    "weights as they are.",
+)
+@click.option(
+    "--grow-learning-rate",
+    cls=Option,
+    heading="Elastic network",
+    type=click.FloatRange(0, min_open=True),
+    metavar="RATE",
+    help="With --grow-epochs: largest learning rate of its cosine schedule; batch norm is folded, so large ones "
+    f"diverge.  [default: {LEARNING_RATE:g}]",
+)
+@click.option(
+    "--grow-images",
+    cls=Option,
+    heading="Elastic network",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --grow-epochs: so many training images of each class.  [default: the reference images]",
+)
 @configuration_options("model", "data")
-@configuration_options("objective", only=["batch-size", "repair", "repair-strength", "device"])
+@configuration_options("objective", only=["batch-size", *_RANKED, "repair", "repair-strength", "device"])
 @_config
 @_json
 @_verbose
 def prune(
-    document: str,
+    document: str | None,
     rate: float | None,
     keep_accuracy: float | None,
     params: float | None,
     flops: float | None,
+    elastic: str | None,
     o: Path,
     coupled: bool,
+    heuristic: str | None,
+    grow_epochs: int,
+    grow_learning_rate: float | None,
+    grow_images: int | None,
     config: Path | None,
     as_json: bool,
     verbose: bool,
@@ -574,6 +636,10 @@ def prune(
     The document's network and images are used where no option says otherwise. What is left of a convolutional network
     is refitted to the unpruned network's outputs on the reference images, unless --repair says otherwise. slim.pt2 is a
     program that loads and runs with torch alone.
+
+    With --elastic the result is one network of several sizes that share their weights: the smallest is pruned and
+    trained first, then larger ones are grown around it, which stays as it is. It isn't repaired, and
+    `objectives.load_elastic` loads it.
     """
     amounts: dict[AmountKind, float | None] = {
         "rate": rate,
@@ -582,38 +648,83 @@ def prune(
         "flops": flops,
     }
     wanted = {kind: value for kind, value in amounts.items() if value is not None}
-    if len(wanted) != 1:
-        raise click.UsageError("Give one of --rate, --keep-accuracy, --params and --flops.")
+    if len(wanted) + (elastic is not None) != 1:
+        raise click.UsageError("Give one of --rate, --keep-accuracy, --params, --flops and --elastic.")
+    _check_elastic(elastic is not None, document, heuristic, grow_epochs, grow_learning_rate, grow_images)
     console = start_logging(verbose)
-    from hpo.problem import load_model_and_task
     from hpo.progress import make_progress
-    from hpo.report import prune_parts
-    from objectives.pruning.prune import PruneAmount
-    from objectives.pruning.prune import prune as run
 
-    content = _read_document(document)
+    content = None if document is None else _read_document(document)
     configuration, given = _resolve_with(content, options, config)
+    named = given_fields(options, config)
+    # The ranking's scope may be another one, so that no layer goes as a whole.
+    by_document = [name for name in _RANKED if OPTIONS[name].field in named and (elastic is None or name != "ranking")]
+    if content is not None and by_document:
+        raise ConfigurationError(f"The document says how pruning proceeds; leave `--{by_document[0]}` out.")
     with make_progress("AUC", console) as progress:
-        progress.phase("Loading network and images")
-        model, task = load_model_and_task(configuration, given)
-        progress.phase("Pruning")
-        ((kind, value),) = wanted.items()
-        is_default = configuration.repair is None and configuration.repair_strength is None
-        report = run(
-            model,
-            task,
-            content,
-            amount=PruneAmount(kind, value),
-            coupled=coupled,
-            output=o,
-            device=configuration.device,
-            batch_size=configuration.batch_size,
-            repair=None if is_default else configuration.repair_spec(default="refit"),
-        )
+        if elastic is not None:
+            if {"repair", "repair_strength"} & named:
+                raise ConfigurationError(
+                    "The levels of an elastic network share their weights, which a repair would change for each alone; "
+                    "leave `--repair` out."
+                )
+            from hpo.elastic import Growing, make_elastic
+            from hpo.report import elastic_parts
+
+            growing = Growing(grow_epochs, grow_learning_rate or LEARNING_RATE, grow_images)
+            ranker = _ranker(heuristic, None, False, None, None) if content is None else content.composite
+            progress.phase("Loading network and images")
+            problem = _load_problem(configuration, content, given)
+            made = make_elastic(problem, ranker, elastic, o, coupled, growing, given, progress)
+            result, parts = made.to_json(), elastic_parts(made)
+        else:
+            from hpo.problem import load_model_and_task
+            from hpo.report import prune_parts
+            from objectives.pruning.prune import PruneAmount
+            from objectives.pruning.prune import prune as run
+
+            assert content is not None, "without --elastic there is a document"
+            progress.phase("Loading network and images")
+            model, task = load_model_and_task(configuration, given)
+            progress.phase("Pruning")
+            ((kind, value),) = wanted.items()
+            is_default = configuration.repair is None and configuration.repair_strength is None
+            report = run(
+                model,
+                task,
+                content,
+                amount=PruneAmount(kind, value),
+                coupled=coupled,
+                output=o,
+                device=configuration.device,
+                batch_size=configuration.batch_size,
+                repair=None if is_default else configuration.repair_spec(default="refit"),
+            )
+            result, parts = report.to_json(), prune_parts(report)
     if as_json:
-        print_json(report.to_json())
+        print_json(result)
     else:
-        print_parts(*prune_parts(report))
+        print_parts(*parts)
+
+
+def _check_elastic(
+    is_elastic: bool,
+    document: str | None,
+    heuristic: str | None,
+    grow_epochs: int,
+    grow_learning_rate: float | None,
+    grow_images: int | None,
+) -> None:
+    """Refuse options of `prune` that don't go together."""
+    if not is_elastic:
+        if heuristic is not None or grow_epochs:
+            raise click.UsageError("--heuristic and --grow-epochs go with --elastic.")
+        if document is None:
+            raise click.UsageError("Missing argument 'DOCUMENT'.")
+    elif (document is None) == (heuristic is None):
+        raise click.UsageError("Give DOCUMENT or --heuristic.")
+    if not grow_epochs and (grow_learning_rate is not None or grow_images is not None):
+        raise click.UsageError("--grow-learning-rate and --grow-images go with --grow-epochs.")
 
 
 @cli.command(

@@ -35,6 +35,7 @@ from search_spaces.procedures import (
     PROCEDURES,
     Dynamic,
     ProcedureSpec,
+    PruneAndGrow,
     procedure_from_json,
 )
 from search_spaces.repairs import REPAIRS, RepairSpec
@@ -77,6 +78,7 @@ _PROCEDURE_OPTIONS = {
     name: tuple(field.name for field in dataclasses.fields(procedure)) for name, procedure in PROCEDURES.items()
 }
 _DYNAMIC = Dynamic()
+_PRUNE_AND_GROW = PruneAndGrow()
 _OF_PROCEDURES = frozenset(itertools.chain(*_PROCEDURE_OPTIONS.values()))
 _OF_FINE_TUNING = ("finetune_learning_rate", "finetune_batch_size")
 _ATTRIBUTIONS = get_args(AttributionEngine)
@@ -349,8 +351,8 @@ class LaunchConfiguration:
     )
     baselines: bool = _option(
         "search",
-        "Evaluate the baselines beside the heuristics: weight, gradient, Taylor, activation, integrated gradients, "
-        "random and LRP-alpha1-beta0 (see `hpo spaces`).",
+        "Evaluate the baselines beside the heuristics: weight, gradient, Taylor, Hessian, activation, integrated "
+        "gradients, random and LRP-alpha1-beta0 (see `hpo spaces`).",
         read=_flag,
         metavar="",
         default=False,
@@ -551,29 +553,38 @@ class LaunchConfiguration:
     procedure: str = _option(
         "objective",
         "How pruning proceeds: one_shot ranks the unpruned network once; iterative ranks what is left anew after every "
-        "step; dynamic does so in smaller steps and another order where class accuracies on the references suffer.",
+        "step; dynamic does so in smaller steps and another order where class accuracies on the references suffer; "
+        "prune_and_grow trains a core, and rebuilds what is larger around it.",
         read=_choice(tuple(PROCEDURES)),
         metavar="|".join(PROCEDURES),
         default="one_shot",
     )
     step_share: float | None = _option(
         "objective",
-        "Of --procedure iterative and dynamic: share of the original components that a step prunes.",
+        "Of all procedures but one_shot: share of the original components that a step prunes.",
         read=_between(LEAST_SHARE, math.nextafter(1, 2), f"must be a share of at least {LEAST_SHARE} and at most 1"),
         metavar="SHARE",
-        shown=str(_DYNAMIC.step_share),
+        shown=f"{_DYNAMIC.step_share}; {_PRUNE_AND_GROW.step_share} for prune_and_grow",
+    )
+    core_share: float | None = _option(
+        "objective",
+        "Of --procedure prune_and_grow: share of the original components that the core is without.",
+        read=_between(LEAST_SHARE, 1.0, f"must be a share of at least {LEAST_SHARE} and below 1"),
+        metavar="SHARE",
+        shown=str(_PRUNE_AND_GROW.core_share),
     )
     finetune_epochs: int | None = _option(
         "objective",
-        "Of --procedure iterative: train what each step leaves for so many passes over the reference images; the next "
-        "step ranks the trained network.",
+        "Of --procedure iterative and prune_and_grow: train what each step leaves for so many passes over the "
+        "reference images; the next step ranks the trained network.",
         read=_whole(0),
         metavar="N",
-        shown="0",
+        shown=f"0; {_PRUNE_AND_GROW.finetune_epochs} for prune_and_grow",
     )
     finetune_learning_rate: float | None = _option(
         "objective",
-        "With --finetune-epochs: learning rate (SGD, momentum 0.9); batch norm is folded, so large ones diverge.",
+        "With --finetune-epochs: learning rate (SGD, momentum 0.9; of prune_and_grow the largest of a cosine); batch "
+        "norm is folded, so large ones diverge.",
         read=_between(1e-12, 1e3, "must be a number above 0"),
         metavar="X",
         shown=str(LEARNING_RATE),
@@ -887,13 +898,15 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
                 f"`--{option.name}` is for `--procedure {' or '.join(owners)}`, but the procedure is "
                 f"{configuration.procedure}; leave one out."
             )
+    trains = configuration.finetune_epochs or configuration.procedure == PruneAndGrow.name
     for name in _OF_FINE_TUNING:
-        if getattr(configuration, name) is not None and not configuration.finetune_epochs:
+        if getattr(configuration, name) is not None and not trains:
             raise ConfigurationError(f"`--{name.replace('_', '-')}` says how to fine-tune; add `--finetune-epochs N`.")
-    if configuration.finetune_epochs and configuration.repair not in (None, "none"):
+    if trains and configuration.repair not in (None, "none"):
+        epochs, procedure = configuration.finetune_epochs, configuration.procedure
+        by = f"--procedure {procedure}" if procedure == PruneAndGrow.name else f"--finetune-epochs {epochs}"
         raise ConfigurationError(
-            f"Fine-tuned networks aren't repaired: leave `--finetune-epochs {configuration.finetune_epochs}` or "
-            f"`--repair {configuration.repair}` out."
+            f"Fine-tuned networks aren't repaired: leave `{by}` or `--repair {configuration.repair}` out."
         )
     if configuration.pruner == "race" and weights(configuration.metric, configuration.rates) is None:
         raise ConfigurationError(

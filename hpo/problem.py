@@ -36,6 +36,7 @@ __all__ = [
     "load_model_and_task",
     "load_network",
     "load_problem",
+    "load_training_images",
     "refuse_imports",
     "refuse_space",
 ]
@@ -311,6 +312,28 @@ def load_network(configuration: LaunchConfiguration, given: "Container[str]" = (
         interpolation=configuration.interpolation,
         allow_imports="model" in given,
     )
+
+
+def load_training_images(
+    configuration: LaunchConfiguration, model: "LoadedModel", n_per_class: int, given: "Container[str]"
+) -> "LabelledImages":
+    """Training images of the configuration's task, as many of each class; no image that is evaluated is among them.
+
+    Args:
+        configuration: A resolved configuration; its references are among the images where these are more.
+        model: That it names.
+        n_per_class: Images of each class.
+        given: As for `load_model_and_task`.
+
+    Raises:
+        DataError: There are fewer, or they cannot be read.
+    """
+    from objectives.errors import DataError
+
+    try:
+        return _load_task(replace(configuration, references_per_class=n_per_class), model, given).references
+    except DataError as error:
+        raise DataError(f"`--grow-images {n_per_class}`: {error}") from error
 
 
 def _load_task(configuration: LaunchConfiguration, model: "LoadedModel", given: "Container[str]") -> "Task":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hpo.comparison import Comparison
+    from objectives.elastic.prune import ElasticReport
     from objectives.objective import Evaluation
     from objectives.pruning.prune import PruneReport
     from objectives.pruning.records import StepRecord
@@ -38,6 +39,7 @@ __all__ = [
     "comparison_parts",
     "configuration_of",
     "configuration_table",
+    "elastic_parts",
     "evaluation_tables",
     "next_commands",
     "plain_table",
@@ -454,6 +456,45 @@ def prune_parts(report: "PruneReport") -> "list[Table | str]":
         table,
         images,
         repaired,
+        *report.warnings,
+        "\n".join(["Wrote:", *(f"  {file}" for file in report.files)]),
+    ]
+
+
+def elastic_parts(report: "ElasticReport") -> "list[Table | str]":
+    """The levels of an elastic network, the largest first."""
+    numbers = ["pruned", "components", "accuracy", "parameters", "FLOPs", "latency", "switch", "latency after it"]
+    ungrown = report.ungrown_accuracies
+    if ungrown is not None:
+        numbers.insert(3, "ungrown")
+    table = plain_table("level", numbers=numbers)
+    for sparsity, level in zip(report.sparsities, report.levels, strict=True):
+        table.add_row(
+            str(level.level),
+            f"{100 * sparsity:g} %",
+            f"{level.n_components:,}",
+            f"{level.accuracy:.4f}",
+            *([] if ungrown is None else [f"{ungrown[level.level]:.4f}"]),
+            f"{level.parameters:,}",
+            f"{level.flops:,}",
+            f"{level.latency_ms:.2f} ms",
+            f"{1000 * level.switch_ms:.1f} µs",
+            f"{level.latency_after_switch_ms:.2f} ms",
+        )
+    growth = report.growth
+    grown = (
+        "Nothing was trained after pruning."
+        if growth is None
+        else f"Grown in {growth['n_epochs']} epochs a level on {growth['n_images']} images at a learning rate of "
+        f"{growth['learning_rate']:g}; ungrown is a level's accuracy before."
+    )
+    measured_on = f"Accuracy on {report.images['n_images']} {report.images['set']} images"
+    return [
+        f"An elastic network of {len(report.levels)} levels and {report.n_components:,} components, ranked by "
+        f"{report.ranker}, pruned by {report.procedure}; {report.size_bytes / 1024:,.0f} KiB of weights in all.",
+        table,
+        f"{measured_on}; latency of one image, and of switching to a level from the next one, median.",
+        grown,
         *report.warnings,
         "\n".join(["Wrote:", *(f"  {file}" for file in report.files)]),
     ]

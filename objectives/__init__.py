@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from objectives.attribution.composites import load_composite
     from objectives.datasets import load_task
+    from objectives.elastic.files import load_elastic
     from objectives.models import load_model
     from objectives.objective import Evaluation, Objective, ObjectiveOptions
     from objectives.pruning.curve import Curve
@@ -26,6 +27,7 @@ __all__ = [
     "ObjectiveOptions",
     "load_composite",
     "load_coupled",
+    "load_elastic",
     "load_model",
     "load_slim",
     "load_task",
@@ -39,6 +41,7 @@ _MODULES = {
     "ObjectiveOptions": "objectives.objective",
     "load_composite": "objectives.attribution.composites",
     "load_coupled": "objectives.pruning.slim_files",
+    "load_elastic": "objectives.elastic.files",
     "load_model": "objectives.models",
     "load_slim": "objectives.pruning.slim_files",
     "load_task": "objectives.datasets",

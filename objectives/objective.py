@@ -231,6 +231,22 @@ class _Pruning:
     def fine_tuned(
         self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions
     ) -> TrainedWeights | None:
+        trained = self._trained(masks, weights, options, f"{_n_pruned(masks)}.safetensors")
+        return weights if trained is None else trained
+
+    def grown(self, masks: Masks, core: TrainedWeights, options: TrainingOptions) -> TrainedWeights:
+        name = f"grown-{_n_pruned(masks)}.safetensors"
+        grown = self._trained(masks, core, options, name, frozen=core)
+        return core if grown is None else grown
+
+    def _trained(
+        self,
+        masks: Masks,
+        weights: TrainedWeights | None,
+        options: TrainingOptions,
+        checkpoint: str,
+        frozen: TrainedWeights | None = None,
+    ) -> TrainedWeights | None:
         objective, stage = self.objective, self._stage(masks)
 
         def report(epoch: Epoch) -> None:
@@ -239,21 +255,21 @@ class _Pruning:
         objective.stage = stage
         try:
             with self.stopwatch.training():
-                trained = fine_tuned(
+                return fine_tuned(
                     objective.network if weights is None else weights.on(objective.network),
                     masks,
                     objective.references,
                     options,
-                    checkpoint=self._checkpoint(masks),
+                    frozen=frozen,
+                    checkpoint=self._checkpoint(checkpoint),
                     on_epoch=report,
                 )
         except TrainingError as error:
             reason = str(error).removesuffix(".")
             raise TrainingError(f"Fine-tuning, {stage}: {reason} (`--finetune-learning-rate`).") from error
-        return weights if trained is None else trained
 
-    def _checkpoint(self, masks: Masks) -> Path | None:
-        """File of the training of the network under masks."""
+    def _checkpoint(self, name: str) -> Path | None:
+        """File of a training."""
         if self.checkpoints is None:
             return None
         try:
@@ -261,7 +277,7 @@ class _Pruning:
         except OSError as error:
             _log.warning("Fine-tuning keeps no checkpoints: %s can't be made (%s)", self.checkpoints, error)
             return None
-        return self.checkpoints / f"{_n_pruned(masks)}.safetensors"
+        return self.checkpoints / name
 
     def _stage(self, masks: Masks) -> str:
         return f"{100 * _n_pruned(masks) / self.objective.n_components:.0f} % pruned"
@@ -445,13 +461,14 @@ class Objective:
         try:
             yield
         except ObjectiveError:
-            self._forget(composite)
+            self.forget(composite)
             raise
         finally:
             self.stage = None
-        self._forget(composite)
+        self.forget(composite)
 
-    def _forget(self, composite: Ranker) -> None:
+    def forget(self, composite: Ranker) -> None:
+        """Removes the checkpoints that a composite's `path` has left; an evaluation does so itself."""
         if (checkpoints := self._checkpoints(composite)) is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
 

@@ -42,12 +42,15 @@ from search_spaces.heuristics import (
 )
 from search_spaces.imports import DATA_SCHEMES, Named, import_object, is_import_path, runs_code
 from search_spaces.procedures import (
+    BATCH_SIZE,
+    LEARNING_RATE,
     LEAST_SHARE,
     PROCEDURES,
     Dynamic,
     Iterative,
     OneShot,
     ProcedureSpec,
+    PruneAndGrow,
     procedure_from_json,
 )
 from search_spaces.reasons import message_of, reason_of
@@ -70,6 +73,7 @@ __all__ = [
     "AbsScope",
     "AttributionEngine",
     "BASELINES",
+    "BATCH_SIZE",
     "CRITERIA",
     "Components",
     "CompositeDocument",
@@ -90,6 +94,7 @@ __all__ = [
     "HEURISTICS",
     "ImageSet",
     "Iterative",
+    "LEARNING_RATE",
     "LEAST_SHARE",
     "NORMALIZATIONS",
     "NO_REPAIR",
@@ -100,6 +105,7 @@ __all__ = [
     "PROCEDURES",
     "ProcedureError",
     "ProcedureSpec",
+    "PruneAndGrow",
     "PruningHPOError",
     "REPAIRS",
     "RULE_DEFAULTS",

@@ -17,6 +17,7 @@ __all__ = [
     "OneShot",
     "PROCEDURES",
     "ProcedureSpec",
+    "PruneAndGrow",
     "procedure_from_json",
 ]
 
@@ -88,12 +89,8 @@ class Iterative(_Named):
                 raise ProcedureError(f"`{name}` of a procedure needs `finetune_epochs` of at least 1; leave it out.")
             if self.finetune_epochs and getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
-        if self.finetune_epochs == 0:
-            return
-        rate = self.finetune_learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ProcedureError(f"`finetune_learning_rate` of a procedure must be above 0, but got {rate!r}.")
-        _check_whole("finetune_batch_size", self.finetune_batch_size, 1)
+        if self.finetune_epochs > 0:
+            _check_training(self.finetune_learning_rate, self.finetune_batch_size)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -149,9 +146,50 @@ class Dynamic(_Named):
                 raise ProcedureError(f"`{name}` of a procedure is true or false, but got {getattr(self, name)!r}.")
 
 
-ProcedureSpec: TypeAlias = OneShot | Iterative | Dynamic
+@dataclass(frozen=True, slots=True)
+class PruneAndGrow(_Named):
+    """Prunes to a core in trained steps, and rebuilds what is larger around it, which stays as it is.
 
-PROCEDURES: Mapping[str, type[ProcedureSpec]] = {each.name: each for each in (OneShot, Iterative, Dynamic)}
+    After "Model Elasticity via Prune-and-Grow CNN Architectures"; see `objectives.procedures.prune_and_grow`.
+
+    Attributes:
+        core_share: Of the original components, pruned to reach the core; at least `LEAST_SHARE` and below 1.
+        step_share: Of the original components, pruned in each step on the way; from `core_share` on it is one shot.
+        finetune_epochs: Passes over the reference images, by which each step's network and each rebuilt one is trained;
+            at least 1.
+        finetune_learning_rate: Above 0; it falls along a cosine.
+        finetune_batch_size: Images that a step of the training takes at most.
+
+    Raises:
+        ProcedureError: A value is out of range.
+    """
+
+    name: ClassVar[str] = "prune_and_grow"
+    core_share: float = 0.7
+    step_share: float = 0.2
+    finetune_epochs: int = 5
+    finetune_learning_rate: float = LEARNING_RATE
+    finetune_batch_size: int = BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        _check_share("core_share", self.core_share)
+        if self.core_share == 1:
+            raise ProcedureError("`core_share` of a procedure must be below 1, or there is no core.")
+        _check_share("step_share", self.step_share)
+        _check_whole("finetune_epochs", self.finetune_epochs, 1)
+        _check_training(self.finetune_learning_rate, self.finetune_batch_size)
+
+    @property
+    def fine_tunes(self) -> bool:
+        """See `_Named.fine_tunes`."""
+        return True
+
+
+ProcedureSpec: TypeAlias = OneShot | Iterative | Dynamic | PruneAndGrow
+
+PROCEDURES: Mapping[str, type[ProcedureSpec]] = {
+    each.name: each for each in (OneShot, Iterative, Dynamic, PruneAndGrow)
+}
 """Every procedure by name; `objectives.procedures` carries them out."""
 
 
@@ -174,6 +212,13 @@ def procedure_from_json(name: str, options: Mapping[str, Any] | None = None) -> 
 def _check_whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ProcedureError(f"`{name}` of a procedure must be a whole number of at least {least}, but got {value!r}.")
+
+
+def _check_training(learning_rate: object, batch_size: object) -> None:
+    is_number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
+    if not is_number or not 0 < learning_rate < math.inf:  # type: ignore[operator]
+        raise ProcedureError(f"`finetune_learning_rate` of a procedure must be above 0, but got {learning_rate!r}.")
+    _check_whole("finetune_batch_size", batch_size, 1)
 
 
 def _check_share(name: str, value: object) -> None:

@@ -13,7 +13,7 @@ class over the classes that the task keeps, F the true class's logit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -139,13 +139,11 @@ def _weight(spec: CriterionSpec, samples: ReferenceSamples) -> dict[str, Tensor]
 
     Yeom et al. 2021, criterion W (Li et al. 2017 take the l1 norm). Needs no reference samples.
     """
-    network = samples.network
-    scores = {}
-    for name, n_components in network.components.items():
-        layer = network.module.get_submodule(network.heads[name].value if name in network.heads else name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear), "components are outputs of these"
-        scores[name] = layer.weight.detach().reshape(n_components, -1).double().norm(dim=1).cpu()
-    return scores
+    network, weights = samples.network, _weights(samples.network)
+    return {
+        name: weights[name].detach().reshape(n_components, -1).double().norm(dim=1).cpu()
+        for name, n_components in network.components.items()
+    }
 
 
 @_register("gradient")
@@ -163,6 +161,38 @@ def _taylor(spec: CriterionSpec, samples: ReferenceSamples) -> dict[str, Tensor]
         return {name: outputs[name] * gradient for name, gradient in gradients.items()}
 
     return samples.mean_magnitude(values)
+
+
+@_register("hessian")
+def _hessian(spec: CriterionSpec, samples: ReferenceSamples) -> dict[str, Tensor]:
+    """The score is sum w^2 h over the weights w that make the component, without bias, as for `weight`.
+
+    h stands for the diagonal of the loss's Hessian: the mean over samples of (dL/dw)^2, the empirical Fisher
+    information. So half of it is what removing each of them alone does to the loss in second order (Optimal Brain
+    Damage, LeCun et al. 1989), as torch-pruning's Hessian importance of a layer takes it. One backward pass a sample.
+    """
+    network, references, weights = samples.network, samples.references, _weights(samples.network)
+
+    def compute(batch_size: int) -> dict[str, Tensor]:
+        squares = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+        with plain(network) as gradients_of, _trained(weights.values()):
+            for image, label in zip(references.images.split(1), references.labels.split(1), strict=True):
+                logits, _ = gradients_of.run(image)
+                with torch.enable_grad():
+                    loss = nn.functional.cross_entropy(logits, label)
+                gradients = torch.autograd.grad(loss, list(weights.values()))
+                for square, gradient in zip(squares.values(), gradients, strict=True):
+                    square += gradient.double().square()
+        return squares
+
+    squares = samples.batches.run(compute)
+    return {
+        name: (weights[name].detach().double().square() * squares[name] / len(references))
+        .reshape(n_components, -1)
+        .sum(dim=1)
+        .cpu()
+        for name, n_components in network.components.items()
+    }
 
 
 @_register("activation")
@@ -238,6 +268,29 @@ def _loss_gradients(
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     gradients = torch.autograd.grad(loss, list(outputs.values()))
     return {name: output.detach() for name, output in outputs.items()}, dict(zip(outputs, gradients, strict=True))
+
+
+def _weights(network: CanonicalNetwork) -> dict[str, Tensor]:
+    """Weights that make the components, by name in forward order: a layer's, or of heads those of v."""
+    weights: dict[str, Tensor] = {}
+    for name in network.components:
+        layer = network.module.get_submodule(network.heads[name].value if name in network.heads else name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear), "components are outputs of these"
+        weights[name] = layer.weight
+    return weights
+
+
+@contextmanager
+def _trained(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Has parameters require gradients while the block lasts."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _nonlinearity(network: CanonicalNetwork, name: str) -> Activation | None:

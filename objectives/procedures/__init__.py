@@ -13,6 +13,7 @@ from typing import Any
 from objectives.procedures.dynamic import dynamic
 from objectives.procedures.iterative import iterative
 from objectives.procedures.one_shot import one_shot
+from objectives.procedures.prune_and_grow import prune_and_grow
 from objectives.procedures.steps import Pruning, Step
 
 __all__ = ["PROCEDURES", "Procedure"]
@@ -20,5 +21,10 @@ __all__ = ["PROCEDURES", "Procedure"]
 Procedure = Callable[[Pruning, Any], Iterator[Step]]
 """Yields the steps in which it prunes; its second argument is its own `ProcedureSpec`."""
 
-PROCEDURES: Mapping[str, Procedure] = {"dynamic": dynamic, "iterative": iterative, "one_shot": one_shot}
+PROCEDURES: Mapping[str, Procedure] = {
+    "dynamic": dynamic,
+    "iterative": iterative,
+    "one_shot": one_shot,
+    "prune_and_grow": prune_and_grow,
+}
 """By name."""

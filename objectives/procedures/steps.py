@@ -55,6 +55,20 @@ class Pruning(Protocol):
         """
         ...
 
+    def grown(self, masks: Masks, core: TrainedWeights, options: TrainingOptions) -> TrainedWeights:
+        """Weights of a pruned network around a core that stays as it is, after training on the reference images.
+
+        Args:
+            masks: of the pruned network.
+            core: weights of one that is without some more; all others begin with those of the unpruned network.
+            options: of the training.
+
+        Raises:
+            TrainingError: the training diverged.
+            OutOfMemoryError: the device has no room for a batch.
+        """
+        ...
+
 
 def _unchanged(n_pruned: int) -> None:
     return None

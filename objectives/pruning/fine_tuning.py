@@ -28,6 +28,7 @@ def fine_tuned(
     images: LabelledImages,
     options: TrainingOptions,
     *,
+    frozen: TrainedWeights | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> TrainedWeights | None:
@@ -38,6 +39,7 @@ def fine_tuned(
         masks: that it is pruned by.
         images: to train on, with positions among the network's outputs as labels.
         options: of the training.
+        frozen: weights of the network under masks that keep less, which stay bit for bit as `network` has them.
         checkpoint: see `objectives.training.train`.
         on_epoch: likewise.
 
@@ -56,5 +58,6 @@ def fine_tuned(
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))  # a draft shares what it can
     written = exact.written()
-    train(written, images, options, checkpoint=checkpoint, on_epoch=on_epoch)
+    trained = None if frozen is None else {name: ~mask for name, mask in frozen.within(network, masks).items()}
+    train(written, images, options, gradient_masks=trained, checkpoint=checkpoint, on_epoch=on_epoch)
     return TrainedWeights.of(written, masks)

@@ -41,7 +41,7 @@ from search_spaces.documents import CompositeDocument
 from search_spaces.procedures import OneShot
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
-__all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "RepairFigures", "prune"]
+__all__ = ["AmountKind", "NetworkFigures", "PruneAmount", "PruneReport", "RepairFigures", "differences", "prune"]
 
 AmountKind = Literal["rate", "keep_accuracy", "parameters", "flops"]
 
@@ -377,19 +377,24 @@ class _Pruning:
         )
 
     def _warnings(self, slim_network: fx.GraphModule) -> list[str]:
-        objective, document = self.objective, self.document
-        warnings = []
-        if objective.model.fingerprint != document.model["fingerprint"]:
-            warnings.append("The weights aren't those that the document was made for.")
-        if objective.task.fingerprint != document.data["fingerprint"]:
-            warnings.append("The images aren't those that the document was made for.")
-        if objective.task.preprocessing.to_json() != document.preprocessing:
-            warnings.append("The preprocessing isn't the document's.")
+        warnings = differences(self.objective, self.document)
         if not depends_on_images(slim_network):
             warnings.append("No path from the image to the logits is left: the network always gives the same answer.")
         for warning in warnings:
             _log.warning(warning)
         return warnings
+
+
+def differences(objective: Objective, document: CompositeDocument) -> list[str]:
+    """What isn't as it was when a document was made, a sentence each."""
+    warnings = []
+    if objective.model.fingerprint != document.model["fingerprint"]:
+        warnings.append("The weights aren't those that the document was made for.")
+    if objective.task.fingerprint != document.data["fingerprint"]:
+        warnings.append("The images aren't those that the document was made for.")
+    if objective.task.preprocessing.to_json() != document.preprocessing:
+        warnings.append("The preprocessing isn't the document's.")
+    return warnings
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:

@@ -38,6 +38,7 @@ from search_spaces.reasons import message_of
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = [
+    "build_original",
     "kept_indices",
     "load_coupled",
     "load_slim",
@@ -168,7 +169,7 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     document = CompositeDocument.from_json(json.loads(metadata["document"]))
     model: Mapping[str, Any] = document.model
     if network is None:
-        network = _build(model)
+        network = build_original(model, "slim")
     height, width = document.preprocessing["size"]
     input_shape = (len(document.preprocessing["mean"]), height, width)
     canonical = fitting(canonize(network, input_shape), document)
@@ -187,16 +188,25 @@ def load_slim(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     return module
 
 
-def _build(model: Mapping[str, Any]) -> nn.Module:
+def build_original(model: Mapping[str, Any], kind: str) -> nn.Module:
+    """The architecture that a file names, with random weights, in evaluation mode.
+
+    Args:
+        model: its `name`, `num_classes` and, where it has any, `options`.
+        kind: of the network in the file, for messages.
+
+    Raises:
+        ModelError: it is no timm model, or can't be built.
+    """
     name = model["name"]
     if ":" in name:  # an import path, or a download
-        raise ModelError(f"The slim network was made from {name!r}; pass a network of that class.")
+        raise ModelError(f"The {kind} network was made from {name!r}; pass a network of that class.")
     options = {"num_classes": model["num_classes"], **model.get("options", {}), "pretrained": False}
     try:
         network: nn.Module = timm.create_model(name, **options)
     except Exception as error:  # timm raises many kinds
         raise ModelError(
-            f"The slim network's architecture {name!r} can't be built ({_first_line(error)}); pass a network of that "
+            f"The {kind} network's architecture {name!r} can't be built ({_first_line(error)}); pass a network of that "
             "class."
         ) from error
     return network.eval()

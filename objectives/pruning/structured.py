@@ -29,10 +29,11 @@ from objectives.attribution.attention import Heads
 from objectives.attribution.operations import Activation
 from objectives.errors import UnsupportedNetworkError
 from objectives.network import CanonicalNetwork
+from objectives.pruning import rates
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import Masks
 
-__all__ = ["CoupledNetwork", "prune_coupled", "resize_transformer"]
+__all__ = ["CoupledNetwork", "coupled_masks", "prune_coupled", "resize_transformer"]
 
 _LOGIT_TOLERANCE = 1e-3
 
@@ -88,13 +89,7 @@ def prune_coupled(
         UnsupportedNetworkError: torch-pruning can't follow the network, or misses one of its couplings.
     """
     pruned = copy.deepcopy(network)
-    for parameter in pruned.parameters():
-        parameter.requires_grad_(True)  # torch-pruning traces the autograd graph
-    with _followed(network):
-        graph = _dependency_graph(pruned, canonical)
-    names = {module: name for name, module in pruned.named_modules() if name in canonical.components}
-    groups = _coupled_groups(graph, pruned.get_submodule(canonical.classifier), names)
-    units = [unit for number, group in enumerate(groups) for unit in _units(graph, number, group, names, scores)]
+    graph, groups, units = _found(pruned, network, canonical, scores)
     chosen = _least_relevant(units, [_width(group) for group in groups], n_pruned)
     for number, group in enumerate(groups):
         indices = sorted(index for unit in chosen if unit.group == number for index in unit.indices)
@@ -107,6 +102,49 @@ def prune_coupled(
     _check_equal(pruned, network, canonical, removed)
     widths = {name: _out_width(pruned.get_submodule(name)) for name in canonical.components}
     return CoupledNetwork(pruned, len(removed), widths)
+
+
+def coupled_masks(
+    network: nn.Module,
+    canonical: CanonicalNetwork,
+    scores: Mapping[str, Tensor],
+    shares: Sequence[float],
+    *,
+    by_group: bool,
+) -> list[dict[str, Tensor]]:
+    """Masks without whole coupled channels, nested for growing shares; the exact slim networks need no index sums.
+
+    Channels go in the order of `prune_coupled`, and some channel of every group stays. What torch-pruning doesn't
+    follow isn't coupled.
+
+    Args:
+        network: the user's own, in evaluation mode; it isn't changed.
+        canonical: its canonical form.
+        scores: layer -> (components,).
+        shares: of the components that are removed at most, increasing.
+        by_group: each group loses its share, rather than the network.
+
+    Raises:
+        UnsupportedNetworkError: torch-pruning can't follow the network.
+    """
+    _, groups, units = _found(copy.deepcopy(network), network, canonical, scores)
+    units.sort(key=_order)
+    of_groups = [[unit for unit in units if unit.group == number] for number in range(len(groups))]
+    last = {own[-1] for own in of_groups if own}
+    parts = of_groups if by_group else [units]
+    masks = []
+    for share in shares:
+        kept = {name: torch.ones(width, dtype=torch.bool) for name, width in canonical.components.items()}
+        for part in parts:
+            most = rates.n_pruned(share, sum(len(unit.components) for unit in part))
+            for unit in (unit for unit in part if unit not in last):
+                most -= len(unit.components)
+                if most < 0:
+                    break
+                for name, index in unit.components:
+                    kept[name][index] = False
+        masks.append(kept)
+    return masks
 
 
 def resize_transformer(network: nn.Module, canonical: CanonicalNetwork, masks: Masks) -> CoupledNetwork:
@@ -182,12 +220,31 @@ def _remove_columns(network: nn.Module, readers: list[str], lost: Tensor) -> Non
         tp.prune_linear_in_channels(network.get_submodule(reader), lost.tolist())
 
 
+def _found(
+    copied: nn.Module, network: nn.Module, canonical: CanonicalNetwork, scores: Mapping[str, Tensor]
+) -> tuple[tp.DependencyGraph, list[tp.Group], list[_Unit]]:
+    """Dependencies of a copy of a network, its coupled groups, and all that can be removed of them."""
+    for parameter in copied.parameters():
+        parameter.requires_grad_(True)  # torch-pruning traces the autograd graph
+    with _followed(network):
+        graph = _dependency_graph(copied, canonical)
+    names = {module: name for name, module in copied.named_modules() if name in canonical.components}
+    groups = _coupled_groups(graph, copied.get_submodule(canonical.classifier), names)
+    units = [unit for number, group in enumerate(groups) for unit in _units(graph, number, group, names, scores)]
+    return graph, groups, units
+
+
+def _order(unit: _Unit) -> tuple[float, int, tuple[int, ...]]:
+    """By which units go."""
+    return unit.score, unit.group, unit.indices
+
+
 def _least_relevant(units: Iterable[_Unit], widths: Sequence[int], n_pruned: int) -> list[_Unit]:
     """As many units as fit, none of which is its group's last."""
     chosen = []
     n_removed = 0
     left = list(widths)
-    for unit in sorted(units, key=lambda unit: (unit.score, unit.group, unit.indices)):
+    for unit in sorted(units, key=_order):
         if n_removed + len(unit.components) <= n_pruned and left[unit.group] > len(unit.indices):
             chosen.append(unit)
             n_removed += len(unit.components)

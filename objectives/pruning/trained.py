@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from objectives.fingerprints import state_fingerprint
 from objectives.network import CanonicalNetwork
 from objectives.pruning.ranking import Masks
-from objectives.pruning.slimming import stored_channels
+from objectives.pruning.slimming import draft, stored_channels
 from objectives.repair.repairer import with_layers
 
 __all__ = ["TrainedWeights"]
@@ -63,6 +63,34 @@ class TrainedWeights:
                     _put(values, getattr(layer, key).data, stored[node.name], columns)
             layers[name] = layer
         return with_layers(network, layers)
+
+    def within(self, network: CanonicalNetwork, masks: Masks) -> dict[str, Tensor]:
+        """Places of these weights among those of a slim network that is without less.
+
+        Args:
+            network: that both were made from.
+            masks: of the larger slim network, made with the channels in ascending order.
+
+        Returns:
+            Parameter of the larger one -> bool of its shape, true where the smaller one has it.
+        """
+        stored = stored_channels(network, self.masks)
+        layers: dict[str, nn.Module] = {}
+        for node in network.module.graph.nodes:
+            layer = network.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(layer, nn.Conv2d | nn.Linear | nn.LayerNorm):
+                continue
+            blank = copy.deepcopy(layer)
+            for parameter in blank.parameters():
+                parameter.data = torch.zeros_like(parameter)
+            if not isinstance(blank, nn.LayerNorm) and blank.bias is not None:  # without inputs a layer still emits it
+                blank.bias.data[stored[node.name].to(blank.bias.device)] = 1
+            layers[str(node.target)] = blank
+        ones = {name: torch.ones_like(value) for name, value in self.state.items()}
+        marked = replace(self, state=ones).on(with_layers(network, layers))
+        return {
+            name: parameter != 0 for name, parameter in draft(marked, masks, orders={}).written().named_parameters()
+        }
 
 
 def _put(values: Tensor, tensor: Tensor, rows: Tensor, columns: Tensor) -> None:

@@ -15,7 +15,7 @@ from optuna.artifacts import get_all_artifact_meta
 
 from hpo.cli import cli
 from hpo.config import OPTIONS
-from objectives import load_slim
+from objectives import load_elastic, load_slim
 from objectives.models import load_model
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
@@ -421,11 +421,11 @@ def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
     [
         (
             ["--finetune-epochs", "2"],
-            "`--finetune-epochs` is for `--procedure iterative`, but the procedure is one_shot; leave one out.",
+            "`--finetune-epochs` is for `--procedure iterative or prune_and_grow`, but the procedure is one_shot;",
         ),
         (
             ["--procedure", "dynamic", "--finetune-learning-rate", "0.1"],
-            "`--finetune-learning-rate` is for `--procedure iterative`, but the procedure is dynamic; leave one out.",
+            "`--finetune-learning-rate` is for `--procedure iterative or prune_and_grow`, but the procedure is",
         ),
         (
             ["--procedure", "iterative", "--finetune-batch-size", "8"],
@@ -495,6 +495,100 @@ def test_prune_prints_a_table(document, tmp_path):
     assert text.startswith("Pruned ")
     for name in ("unpruned", "masked", "exact slim"):
         assert f" {name} " in text
+
+
+ELASTIC = ["--elastic", "0.2,0.4", "--ranking", "layer"]
+
+
+def test_prune_makes_an_elastic_network_of_a_document(document, tmp_path):
+    report = json.loads(hpo("prune", document, *ELASTIC, "-o", tmp_path / "elastic", "--json").stdout)
+    assert report["sparsities"] == [0, 0.2, 0.4]
+    assert (report["growth"], report["procedure"], report["images"]["set"]) == (None, "one_shot", "confirmation")
+    parameters = [level["parameters"] for level in report["levels"]]
+    assert parameters == sorted(parameters, reverse=True)
+    assert sorted(path.name for path in (tmp_path / "elastic").iterdir()) == ["elastic.safetensors", "report.json"]
+    assert json.loads((tmp_path / "elastic" / "report.json").read_text()) == report
+    model = load_elastic(tmp_path / "elastic" / "elastic.safetensors")
+    assert [sum(int(mask.sum()) for mask in masks.values()) for masks in model.masks] == [
+        level["n_components"] for level in report["levels"]
+    ]
+    again = refused("prune", document, *ELASTIC, "-o", tmp_path / "elastic")
+    assert again == f"The output '{tmp_path / 'elastic'}' already exists; choose another directory or remove it."
+
+
+def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
+    growing = ["--grow-epochs", 1, "--grow-images", 2, "--grow-learning-rate", 0.01]
+    growing += ["--procedure", "iterative", "--step-share", 0.4]
+    result = hpo("prune", "--heuristic", "taylor", *ELASTIC, *growing, *QUICK[2:], "-o", tmp_path / "elastic")
+    first, *rest = result.stdout.splitlines()
+    by = "ranked by taylor, pruned by iterative(step_share=0.4)"
+    assert first.startswith(f"An elastic network of 3 levels and 336 components, {by}; ")
+    (header,) = (line.split() for line in rest if line.startswith(" level "))
+    assert header[:5] == ["level", "pruned", "components", "accuracy", "ungrown"]
+    assert "Grown in 1 epochs a level on 20 images at a learning rate of 0.01;" in result.stdout
+    assert "Growing level 0 (3 of 3 done)" in result.stderr
+    assert rest[-3:] == ["Wrote:", *(f"  {tmp_path / 'elastic' / n}" for n in ("elastic.safetensors", "report.json"))]
+
+
+def test_prune_replays_prune_and_grow(document, tmp_path):
+    content = json.loads(document.read_text())
+    options = {"core_share": 0.4, "step_share": 0.4, "finetune_epochs": 1, "finetune_batch_size": 5}
+    path = tmp_path / "grown.json"
+    path.write_text(json.dumps(content | {"procedure": "prune_and_grow", "procedure_options": options}))
+    report = json.loads(hpo("prune", path, *ELASTIC, "-o", tmp_path / "elastic", "--json").stdout)
+    assert report["procedure"].startswith("prune_and_grow(core_share=0.4, step_share=0.4, finetune_epochs=1, ")
+    slim = json.loads(hpo("prune", path, "--rate", 0.4, "-o", tmp_path / "slim", "--json").stdout)
+    assert slim["repair"]["method"] == "none"
+    assert slim["procedure"] == report["procedure"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--elastic", "0.5,0.3"],
+            "Levels of `--elastic` must increase strictly, above 0 and below 1, but got 0.5, 0.3.",
+        ),
+        (
+            ["--elastic", "0.2,1"],
+            "Levels of `--elastic` must increase strictly, above 0 and below 1, but got 0.2, 1.0.",
+        ),
+        (["--elastic", "many"], "`--elastic many` isn't a comma-separated list of shares; try 0.3,0.5,0.7."),
+        ([*ELASTIC, "--repair", "refit"], "The levels of an elastic network share their weights, which a repair would"),
+        (["--elastic", "0.99"], "The level 0.99 of `--elastic` removes the whole layer '"),
+        (
+            [*ELASTIC, "--grow-epochs", 1, "--grow-images", 1000],
+            "`--grow-images 1000`: The class '0' (output 0) has 100",
+        ),
+        (
+            [*ELASTIC, "--grow-epochs", 1, "--grow-learning-rate", "1e20"],
+            "Growing: The training diverged in epoch 1 of 1 (loss ",
+        ),
+        ([*ELASTIC, "--procedure", "dynamic"], "The document says how pruning proceeds; leave `--procedure` out."),
+        (["--rate", 0.4, "--ranking", "layer"], "The document says how pruning proceeds; leave `--ranking` out."),
+    ],
+)
+def test_elastic_networks_that_cannot_be_are_refused(document, tmp_path, arguments, message):
+    assert refused("prune", document, *arguments, "-o", tmp_path / "elastic").startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (ELASTIC, "Give DOCUMENT or --heuristic."),
+        (["best.json", *ELASTIC, "--heuristic", "zplus"], "Give DOCUMENT or --heuristic."),
+        (
+            ["best.json", *ELASTIC, "--rate", 0.4],
+            "Give one of --rate, --keep-accuracy, --params, --flops and --elastic.",
+        ),
+        (["best.json", *ELASTIC, "--grow-images", 3], "--grow-learning-rate and --grow-images go with --grow-epochs."),
+        (["best.json", "--rate", 0.4, "--grow-epochs", 3], "--heuristic and --grow-epochs go with --elastic."),
+        (["--rate", 0.4], "Missing argument 'DOCUMENT'."),
+    ],
+)
+def test_options_of_elastic_networks_go_together(tmp_path, arguments, message):
+    assert message in refused("prune", *arguments, "-o", tmp_path / "elastic", code=2)
 
 
 def test_spaces():
@@ -718,7 +812,7 @@ def test_keys_that_would_be_ignored_are_refused(document, tmp_path, command, key
 
 
 def test_prune_wants_one_amount(document, tmp_path):
-    message = "Give one of --rate, --keep-accuracy, --params and --flops."
+    message = "Give one of --rate, --keep-accuracy, --params, --flops and --elastic."
     assert message in refused("prune", document, "-o", tmp_path / "slim", code=2)
     assert message in refused("prune", document, "--rate", 0.1, "--flops", 0.5, "-o", tmp_path / "slim", code=2)
     assert "1.5 is not in the range" in refused("prune", document, "--rate", 1.5, "-o", tmp_path / "slim", code=2)

@@ -6,7 +6,7 @@ import pytest
 from hpo.config import OPTIONS, LaunchConfiguration, resolve
 from hpo.errors import ConfigurationError
 from objectives.pruning.rates import PruningRatesError
-from search_spaces.procedures import Iterative, OneShot
+from search_spaces.procedures import Iterative, OneShot, PruneAndGrow
 from search_spaces.repairs import RepairSpec
 
 
@@ -125,7 +125,8 @@ def test_every_option_can_stand_in_a_file(tmp_path):
     other = write(
         tmp_path / "of-another-procedure.toml",
         """
-        procedure = "iterative"
+        procedure = "prune_and_grow"
+        core-share = 0.5
         finetune-epochs = 3
         finetune-learning-rate = 0.01
         finetune-batch-size = 8
@@ -135,7 +136,7 @@ def test_every_option_can_stand_in_a_file(tmp_path):
     written = file.read_text() + other.read_text()
     given = {name for name in OPTIONS if f"{name} =" in written} | {"model-option"}
     assert given == set(OPTIONS)
-    assert resolve({}, other).procedure_spec() == Iterative(0.05, 3, 0.01, 8)
+    assert resolve({}, other).procedure_spec() == PruneAndGrow(0.5, 0.2, 3, 0.01, 8)
     assert (configuration.timeout_s, configuration.trial_timeout_s, configuration.store_timeout_s) == (120, 600, 60)
     assert (configuration.workers, configuration.gpus_per_trial, configuration.cpus_per_trial) == (2, 0.5, 2)
     assert (configuration.trials_per_batch, configuration.max_losses) == (4, 1)
@@ -303,15 +304,26 @@ def test_a_procedure_has_its_own_options(tmp_path):
     with pytest.raises(ConfigurationError) as caught:
         resolve({"step_share": 0.1})
     assert str(caught.value) == (
-        "`--step-share` is for `--procedure iterative or dynamic`, but the procedure is one_shot; leave one out."
+        "`--step-share` is for `--procedure iterative or dynamic or prune_and_grow`, but the procedure is one_shot; "
+        "leave one out."
     )
     with pytest.raises(ConfigurationError, match=r"^`--fixed-rate` is for `--procedure dynamic`, but"):
         resolve({"procedure": "iterative", "fixed_rate": True})
     for bad in (0, 1.5, "all"):
         with pytest.raises(ConfigurationError, match=r"^`--step-share` must be a "):
             resolve({"procedure": "iterative", "step_share": bad})
-    with pytest.raises(ConfigurationError, match=r"^`--procedure` must be one of one_shot, iterative, dynamic"):
+    with pytest.raises(ConfigurationError, match=r"^`--procedure` must be one of one_shot, iterative, dynamic, prune"):
         resolve({"procedure": "iterativ"})
+
+
+def test_prune_and_grow_trains_unless_told_otherwise():
+    given = {"procedure": "prune_and_grow", "core_share": "0.5", "finetune_learning_rate": "0.01"}
+    spec = resolve(given).procedure_spec()
+    assert spec == PruneAndGrow(0.5, finetune_learning_rate=0.01)
+    with pytest.raises(ConfigurationError, match=r"leave `--procedure prune_and_grow` or `--repair bn` out"):
+        resolve({"procedure": "prune_and_grow", "repair": "bn"})
+    with pytest.raises(ConfigurationError, match=r"^`--core-share` must be a share of at least 0\.0001 and below 1"):
+        resolve({"procedure": "prune_and_grow", "core_share": "1"})
 
 
 def test_a_documents_options_are_of_its_own_procedure():

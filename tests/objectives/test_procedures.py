@@ -42,6 +42,9 @@ class Pruning:
         scores = self.scores(masks)
         return rank(scores if masks is None else of_kept(scores, masks), self.kinds, masks)
 
+    def fine_tuned(self, masks, weights, options):
+        return None  # of networks that can't be trained
+
     def class_accuracies(self, masks):
         self.n_measured += 1
         return self.accuracies(torch.cat(list(masks.values())))

@@ -69,6 +69,7 @@ CRITERIA = {
     "weight": CriterionSpec("weight"),
     "gradient": CriterionSpec("gradient"),
     "taylor": CriterionSpec("taylor"),
+    "hessian": CriterionSpec("hessian"),
     "activation": CriterionSpec("activation"),
     "integrated-gradients": CriterionSpec("integrated-gradients"),
     **{f"random-{seed}": CriterionSpec("random", seed=seed) for seed in range(5)},

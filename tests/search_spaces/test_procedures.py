@@ -70,7 +70,23 @@ def test_how_to_fine_tune_has_defaults_and_is_left_out_where_nothing_is() -> Non
     assert procedure_from_json("iterative", tuned.options) == tuned
     assert tuned.fine_tunes
     assert Iterative().options == Iterative(finetune_epochs=0).options == {"step_share": 0.05}
-    assert not any(procedure_from_json(name).fine_tunes for name in PROCEDURES)
+    assert [name for name in PROCEDURES if procedure_from_json(name).fine_tunes] == ["prune_and_grow"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("core_share", 0),
+        ("core_share", 1),
+        ("step_share", 1.1),
+        ("finetune_epochs", 0),
+        ("finetune_learning_rate", None),
+        ("finetune_batch_size", 0),
+    ],
+)
+def test_values_that_prune_and_grow_does_not_take(option: str, value: object) -> None:
+    with pytest.raises(ProcedureError, match=f"^`{option}` of a procedure must be"):
+        procedure_from_json("prune_and_grow", {option: value})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch_pruning
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
@@ -155,6 +156,30 @@ def test_weight_of_a_head_is_that_of_its_values(build_transformer, images):
     for (name, heads), block in zip(canonical.heads.items(), network.blocks, strict=True):
         values = block.attn.qkv.weight.detach()[48:].reshape(heads.n_heads, -1)
         torch.testing.assert_close(scores[name], values.norm(dim=1))
+
+
+def test_hessian_is_the_mean_of_torch_prunings_over_samples(images):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(80, 7), nn.ReLU(), nn.Linear(7, 4)),
+    )
+    network = network.double().eval()
+    expected = {name: [] for name in ("0", "2", "5")}
+    for image, label in zip(images, LABELS, strict=True):  # of several samples torch-pruning 1.6.1 keeps the last alone
+        importance = torch_pruning.importance.GroupHessianImportance("first", normalizer=None)
+        network.zero_grad()
+        nn.functional.cross_entropy(network(image[None]), label[None]).backward()
+        importance.accumulate_grad(network)
+        graph = torch_pruning.DependencyGraph().build_dependency(network, example_inputs=images[:1])
+        for name, scores in expected.items():
+            layer = network.get_submodule(name)
+            handler = graph.get_pruner_of_module(layer).prune_out_channels
+            group = graph.get_pruning_group(layer, handler, list(range(len(layer.weight))))
+            scores.append(importance(group).double())
+    found = raw("hessian", samples_of(canonize(network.requires_grad_(False), (3, 8, 8)), images, LABELS))
+    for name, scores in expected.items():
+        torch.testing.assert_close(found[name], torch.stack(scores).mean(dim=0), rtol=1e-6, atol=0)
 
 
 def test_conductance_adds_up_over_layers_that_all_paths_cross(network, canonical, images):

@@ -6,9 +6,9 @@ import safetensors.torch
 import torch
 
 from objectives.canonization import canonize
-from objectives.elastic.files import load_elastic, save_elastic
+from objectives.elastic.files import Origin, load_elastic, save_elastic
 from objectives.elastic.model import ElasticModel
-from objectives.errors import SlimFileError
+from objectives.errors import ModelError, SlimFileError
 
 
 @pytest.mark.parametrize("name", ["branches", "cifar_resnet20"])
@@ -29,6 +29,37 @@ def test_a_file_is_read_back_bit_for_bit(elastic, tmp_path, name):
         assert torch.equal(loaded.at(level)(subject.images), model.at(level)(subject.images))
         for layer, mask in model.masks[level].items():
             assert torch.equal(loaded.masks[level][layer], mask)
+
+
+def test_a_file_that_names_its_network_is_enough(elastic, tmp_path):
+    subject, path = elastic("cifar_resnet20"), tmp_path / "elastic.safetensors"
+    canonical = canonize(subject.network, (3, 32, 32), classes=[1, 4, 7])
+    model = ElasticModel(canonical, subject.masks)
+    named = {"name": "cifar_resnet20", "options": {}, "num_classes": 10}
+    save_elastic(model, path, Origin(model=named, input_shape=(3, 32, 32), classes=(1, 4, 7)))
+    for loaded in (load_elastic(path), load_elastic(path, subject.network)):
+        dtype = next(loaded.parameters()).dtype
+        for level in range(4):
+            found, expected = loaded.at(level)(subject.images.to(dtype)), model.at(level)(subject.images)
+            tolerance = 1e-9 if dtype == expected.dtype else 1e-4
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 100)
+
+
+def test_who_loads_must_bring_a_network_that_the_file_does_not_name(elastic, tmp_path):
+    subject, path = elastic("branches"), tmp_path / "elastic.safetensors"
+    model = ElasticModel(subject.canonical, subject.masks)
+    save_elastic(model, path)
+    with pytest.raises(ModelError, match="doesn't say what network it was made from; pass its canonical form"):
+        load_elastic(path)
+    named = {"name": "mine.models:build", "options": {}, "num_classes": 5}
+    save_elastic(model, path, Origin(model=named, input_shape=(3, 6, 6)))
+    with pytest.raises(ModelError, match="elastic network was made from 'mine\\.models:build'; pass a network of"):
+        load_elastic(path)
+    assert torch.equal(load_elastic(path, subject.network)(subject.images), model(subject.images))
+    content = safetensors.torch.save(model.network.state_dict(), {"format": "pruning-hpo/elastic/1", "origin": "{}"})
+    path.write_bytes(content)
+    with pytest.raises(SlimFileError, match="is damaged: its origin can't be read"):
+        load_elastic(path)
 
 
 def test_a_file_of_another_network_is_refused(elastic, tmp_path):

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,46 @@ def test_a_transformers_weights_are_trained_and_return(transformer):
     assert after.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(parameter, weights.state[name]) for name, parameter in after.named_parameters())
     assert sum(not torch.equal(p, before.get_parameter(name)) for name, p in after.named_parameters()) > 20
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "inception", "regnety_002"])
+def test_what_grows_around_a_core_leaves_it_as_it_is(prunable, name):
+    subject = prunable(name)
+    ranking, images = subject.ranking(), images_of(subject)
+    larger, smaller = (ranking.masks(ranking.n_pruned(rate)) for rate in (0.2, 0.6))
+    gentle = replace(OPTIONS, learning_rate=1e-6 if name == "regnety_002" else 0.01)
+    core = fine_tuned(subject.canonical, smaller, images, gentle)
+    start = core.on(subject.canonical)
+    weights = fine_tuned(start, larger, images, gentle, frozen=core)
+    grown = weights.on(subject.canonical)
+    assert torch.equal(slim(grown, smaller)(subject.images), slim(start, smaller)(subject.images))
+    assert not torch.equal(slim(grown, larger)(subject.images), slim(start, larger)(subject.images))
+    places = core.within(subject.canonical, larger)
+    n_frozen = sum(int(place.sum()) for place in places.values())
+    assert n_frozen == sum(value.numel() for value in core.state.values())
+    for key, value in slim(start, larger).named_parameters():
+        assert key in places
+        assert weights.state[key].shape == value.shape
+    # A layer to which the core gives no inputs emits its bias.
+    silent = {**larger, next(iter(larger)): torch.zeros_like(next(iter(larger.values())))}
+    core = fine_tuned(subject.canonical, silent, images, gentle)
+    if core is not None:
+        start = core.on(subject.canonical)
+        grown = fine_tuned(start, larger, images, gentle, frozen=core).on(subject.canonical)
+        assert torch.equal(slim(grown, silent)(subject.images), slim(start, silent)(subject.images))
+
+
+def test_what_grows_around_a_transformers_core_leaves_it_as_it_is(transformer):
+    canonical = transformer.canonical.choosing("all")
+    generator = torch.Generator().manual_seed(0)
+    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    larger, smaller = (ranking.masks(ranking.n_pruned(rate)) for rate in (0.2, 0.5))
+    images, gentle = LabelledImages(transformer.images, transformer.labels), replace(OPTIONS, learning_rate=1e-4)
+    core = fine_tuned(canonical, smaller, images, gentle)
+    start = core.on(canonical)
+    grown = fine_tuned(start, larger, images, gentle, frozen=core).on(canonical)
+    assert torch.equal(slim(grown, smaller)(images.images), slim(start, smaller)(images.images))
+    assert not torch.equal(slim(grown, larger)(images.images), slim(start, larger)(images.images))
 
 
 def test_weights_of_one_network_are_never_taken_for_anothers(prunable):

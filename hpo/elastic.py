@@ -1,0 +1,94 @@
+"""Elastic networks from the command line: `hpo prune --elastic`."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpo.problem import LoadedProblem, load_training_images
+from hpo.progress import Progress
+from search_spaces.procedures import BATCH_SIZE, LEARNING_RATE
+
+if TYPE_CHECKING:
+    from objectives.elastic.prune import ElasticReport
+    from objectives.training import Epoch
+    from search_spaces.criteria import Ranker
+
+__all__ = ["Growing", "make_elastic"]
+
+
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """The training of an elastic network.
+
+    Attributes:
+        n_epochs: Of each level; 0 for none.
+        learning_rate: The largest of the cosine schedule.
+        images_per_class: Training images; None for the reference images.
+    """
+
+    n_epochs: int = 0
+    learning_rate: float = LEARNING_RATE
+    images_per_class: int | None = None
+
+
+def make_elastic(
+    problem: LoadedProblem,
+    ranker: "Ranker",
+    levels: str,
+    output: Path,
+    coupled: bool,
+    growing: Growing,
+    given: Container[str],
+    progress: Progress,
+) -> "ElasticReport":
+    """Write an elastic network of a problem.
+
+    Args:
+        problem: Its network is pruned by its procedure.
+        ranker: Composite or criterion.
+        levels: As `objectives.elastic.prune.parse_levels` reads them.
+        output: New directory.
+        coupled: Remove whole coupled groups.
+        growing: Training.
+        given: As for `hpo.problem.load_model_and_task`.
+        progress: Whom to tell how far it is.
+
+    Raises:
+        ObjectiveError: Levels, training or output can't be as they are asked for.
+    """
+    from objectives.elastic.prune import Growth, parse_levels, prune_elastic
+    from objectives.training import TrainingOptions
+
+    sparsities = parse_levels(levels)
+    growth = None
+    if growing.n_epochs:
+        images, n = problem.task.references, growing.images_per_class
+        if n is not None:
+            progress.phase("Loading training images")
+            images = load_training_images(problem.configuration, problem.model, n, given)
+        options = TrainingOptions(
+            growing.n_epochs,
+            BATCH_SIZE,
+            growing.learning_rate,
+            schedule="cosine",
+            seed=problem.configuration.seed,
+        )
+        growth = Growth(images, options)
+    n_levels = len(sparsities) + 1
+
+    def grown(level: int, epoch: "Epoch") -> None:
+        done = (n_levels - 1 - level) * epoch.n_epochs + epoch.number
+        progress.phase(f"Growing level {level}", n_levels * epoch.n_epochs, done)
+
+    progress.phase("Pruning")
+    return prune_elastic(
+        problem.objective,
+        ranker,
+        levels=sparsities,
+        output=output,
+        coupled=coupled,
+        growth=growth,
+        document=problem.document,
+        on_epoch=grown,
+    )
