@@ -29,6 +29,7 @@ def fine_tuned(
     options: TrainingOptions,
     *,
     frozen: TrainedWeights | None = None,
+    validation: LabelledImages | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> TrainedWeights | None:
@@ -40,7 +41,8 @@ def fine_tuned(
         images: to train on, with positions among the network's outputs as labels.
         options: of the training.
         frozen: weights of the network under masks that keep less, which stay bit for bit as `network` has them.
-        checkpoint: see `objectives.training.train`.
+        validation: see `objectives.training.train`.
+        checkpoint: likewise.
         on_epoch: likewise.
 
     Returns:
@@ -59,5 +61,13 @@ def fine_tuned(
             setattr(module, name, nn.Parameter(parameter.detach().clone()))  # a draft shares what it can
     written = exact.written()
     trained = None if frozen is None else {name: ~mask for name, mask in frozen.within(network, masks).items()}
-    train(written, images, options, gradient_masks=trained, checkpoint=checkpoint, on_epoch=on_epoch)
+    train(
+        written,
+        images,
+        options,
+        validation=validation,
+        gradient_masks=trained,
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+    )
     return TrainedWeights.of(written, masks)
