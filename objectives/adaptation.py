@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from objectives.datasets import LabelledImages, Task
 from objectives.datasets.task_splits import SplitData
-from objectives.errors import DataError, OptionError, TrainingError
+from objectives.errors import DataError, OptionError, RepairError, TrainingError
 from objectives.fingerprints import state_fingerprint
 from objectives.models import LoadedModel
 from objectives.objective import Objective, ObjectiveOptions
@@ -285,10 +285,16 @@ class Adaptation:
                 aren't removed at the end.
 
         Raises:
-            RelevanceError: the composite's relevance can't be used.
+            RepairError: the composite repairs networks.
+            RelevanceError: its relevance can't be used.
             TrainingError: a training diverged.
             OutOfMemoryError: the device has no room for a single image, or a batch of a training.
         """
+        if composite.repair:
+            raise RepairError(
+                f"Repair {composite.repair} is for networks that aren't trained after pruning; leave it out of the "
+                "composite."
+            )
         return task_relevant(_Pruning(self, composite, checkpoints), self.options.procedure)
 
     def record(self, step: AdaptedStep) -> AdaptationRecord:
@@ -345,7 +351,8 @@ class Adaptation:
             checkpoints: likewise.
 
         Raises:
-            RelevanceError: the composite's relevance can't be used.
+            RepairError: the composite repairs networks.
+            RelevanceError: its relevance can't be used.
             TrainingError: a training diverged.
             OutOfMemoryError: the device has no room for a single image, or a batch of a training.
         """

@@ -2,7 +2,8 @@
 
 A procedure is given a way to rank what masks leave, and yields the steps in which it prunes, up to the last component;
 the objective measures as much of their path as it needs. Its options and its name, the value of `--procedure`, are in
-`search_spaces.procedures`.
+`search_spaces.procedures`. `task_relevant` is none of these, as it needs images and a network of its own for each
+split: see `objectives.adaptation`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from objectives.adaptation import Adaptation, AdaptationOptions, AdaptationRecor
 from objectives.datasets import LabelledImages, load_task
 from objectives.datasets.task_splits import TaskSplit, split_data
 from objectives.digits import DigitsCNN
-from objectives.errors import DataError, OptionError, TrainingError
+from objectives.errors import DataError, OptionError, RepairError, TrainingError
 from objectives.fingerprints import state_fingerprint
 from objectives.models import load_model
 from objectives.procedures.task_relevant import TaskRelevant
@@ -18,6 +18,7 @@ from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import cost, slim
 from objectives.training import TrainingOptions
 from search_spaces.heuristics import heuristic
+from search_spaces.repairs import RepairSpec
 
 NEW_CLASSES = TaskSplit("new_classes", T=("4", "5"), P=("0", "1", "2"), F=("3",))
 NEW_SUBCLASSES = TaskSplit(
@@ -202,6 +203,11 @@ def test_iterations_that_leave_nothing_are_refused():
     with pytest.raises(OptionError, match="`n_iterations` must be at least 1, but got 0"):
         TaskRelevant(n_iterations=0)
     assert TaskRelevant().shares[-1] == 0.8926258176  # ten iterations of 20 %
+
+
+def test_a_composite_that_repairs_is_refused(adaptation):
+    with pytest.raises(RepairError, match="Repair bn is for networks that aren't trained after pruning; leave it out"):
+        adaptation.evaluate(replace(EPSILON, repair=RepairSpec("bn")))
 
 
 def test_a_network_of_other_outputs_is_refused(digits, data):
