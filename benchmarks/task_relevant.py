@@ -1,7 +1,8 @@
-"""Task-relevant pruning on the paper's splits of CIFAR-10: LRP against IMP, with and without extra knowledge.
+r"""Task-relevant pruning on the paper's splits of CIFAR-10: LRP against IMP, with and without extra knowledge.
 
     python benchmarks/task_relevant.py
-    python benchmarks/task_relevant.py --images-per-class 5000 --epochs 50 --patience 4 --data npz:TRAIN.npz,EVAL.npz
+    python benchmarks/task_relevant.py --network resnet50 --size 32 --data npz:TRAIN.npz,EVAL.npz \
+        --images-per-class 5000 --evaluation-images 10000 --epochs 50 --patience 4      # the paper's size
 
 Algorithm 1 of Avé et al. 2025 in four arms: extra knowledge T or none, all-Epsilon relevance (LRP) or weight magnitude
 (IMP); 10 iterations in which each layer loses 20 % of what it has left, retraining on P, and adaptation of every size
@@ -52,7 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--splits", type=Path, default=HERE / "task_relevant.toml", help="TOML, a table each")
     parser.add_argument("--only", metavar="NAME", help="one of the splits")
     parser.add_argument("--network", default="cifar_resnet20", help="of timm, trained from scratch")
-    parser.add_argument("--data", help="as of `hpo launch`; by default the data pack's")
+    parser.add_argument("--size", type=int, help="pixels of an image; by default the network's own")
+    parser.add_argument("--data", help="CIFAR-10 as of `hpo launch`; by default the data pack's")
     parser.add_argument("--images-per-class", type=int, default=300, help="for training, validation included")
     parser.add_argument("--evaluation-images", type=int, default=4943)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -157,6 +159,7 @@ class Benchmark:
 
     def start(self, split: TaskSplit, repetition: int, directory: Path) -> tuple[LoadedModel, SplitData]:
         """A network with initial weights, and its images."""
+        from objectives.cifar_resnets import CIFAR10_CLASSES
         from objectives.datasets import load_task
         from objectives.datasets.task_splits import split_data
 
@@ -164,30 +167,30 @@ class Benchmark:
         source = given.data or cifar10(data_pack())
         task = load_task(
             source,
-            self.untrained(None, repetition, directory),
+            self.untrained(len(CIFAR10_CLASSES), repetition, directory),
             references_per_class=given.images_per_class,
             evaluation_images=given.evaluation_images,
             confirmation_share=0,
             seed=repetition,
         )
-        data = split_data(split, task.references, task.search, task.class_names, seed=repetition)
+        data = split_data(split, task.references, task.search, CIFAR10_CLASSES, seed=repetition)
         return self.untrained(len(data.outputs), repetition, directory), data
 
-    def untrained(self, n_outputs: int | None, repetition: int, directory: Path) -> LoadedModel:
-        """A network with initial weights of a repetition's own, and as many outputs; by default its usual ones."""
+    def untrained(self, n_outputs: int, repetition: int, directory: Path) -> LoadedModel:
+        """A network with initial weights of a repetition's own."""
         import safetensors.torch
         import timm
 
         from objectives.models import load_model
         from search_spaces.files import write_atomically
 
-        options = {} if n_outputs is None else {"num_classes": n_outputs}
+        options = {"num_classes": n_outputs}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(repetition)
             network = timm.create_model(self.given.network, pretrained=False, **options)
         path = directory / "untrained.safetensors"
         write_atomically(path, safetensors.torch.save(network.state_dict()))
-        return load_model(self.given.network, checkpoint=path, options=options)
+        return load_model(self.given.network, checkpoint=path, options=options, size=self.given.size, crop=1.0)
 
     def evaluate(self, adaptation: Adaptation, ranker: str, run: dict[str, Any], checkpoints: Path) -> None:
         """One arm: a row for each size, saved as soon as it is there, then the figures."""
