@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from cifar10_vit import NETWORK as CIFAR_VIT
 from data_pack import cifar10, data_pack
 from timed_launch import timed_launch
 from torch import Tensor, nn
@@ -107,6 +108,7 @@ class Flops(TorchDispatchMode):
 # As many reference images as `plain` takes at a time, and the composites of four rules in four groups.
 N_REFERENCES = 50
 N_COUNTED = 4  # reference images for counting operations, whose number is proportional to them
+VIT = "vit_tiny_patch16_224"
 NETWORKS = {"cifar_resnet20": 32, "resnet18": 112}
 NETWORKS_ON_GPU = {**NETWORKS, "resnet50": 224}
 
@@ -116,17 +118,28 @@ def attribution(device: torch.device) -> Rows:
     """256 composites on `N_REFERENCES` images; `plain` is timed on 16 of them and scaled.
 
     In these 16 every rule stands in every group equally often with each rule of any other group. Half of them run
-    before the shared engine and half after it, so that a machine that is busy with other things slows both.
+    before the shared engine and half after it, so that a machine that is busy with other things slows both. On a
+    transformer there are three times as many, one rule of attention after the other.
     """
     from objectives.layer_groups import group_layers
+    from search_spaces.composites import ATTENTION_RULES
 
     for name, size in (NETWORKS if device.type == "cpu" else NETWORKS_ON_GPU).items():
         network, references = random_network(name, size, N_REFERENCES, device)
-        yield {"network": f"{name}, {size} px", **compare_engines(network, group_layers(network), references)}
+        composites = grid()
+        found = compare_engines(network, group_layers(network), references, composites, orthogonal(composites))
+        yield {"network": f"{name}, {size} px", **found}
+    network, references = random_network(VIT, 32, N_REFERENCES, device, **CIFAR_VIT)
+    composites = [replace(each, attention=rule) for rule in ATTENTION_RULES for each in grid()]
+    sampled = [
+        replace(each, attention=ATTENTION_RULES[index % 3]) for index, each in enumerate(orthogonal(composites[:256]))
+    ]
+    found = compare_engines(network.choosing("mlp"), group_layers(network), references, composites, sampled)
+    yield {"network": "CIFAR transformer, MLPs", **found}
 
 
 def random_network(
-    name: str, size: int, n_images: int, device: torch.device
+    name: str, size: int, n_images: int, device: torch.device, **options: Any
 ) -> tuple[CanonicalNetwork, LabelledImages]:
     """A network with random weights, in canonical form, and as many random images."""
     import timm
@@ -136,7 +149,7 @@ def random_network(
     from objectives.datasets import LabelledImages
 
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10)
+    model = timm.create_model(name, **{"num_classes": 10, **options})
     for module in model.modules():  # timm's zeros in the last batch norm of a block would let no relevance through
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -146,14 +159,19 @@ def random_network(
 
 
 def compare_engines(
-    network: CanonicalNetwork, groups: dict[str, str], references: LabelledImages
+    network: CanonicalNetwork,
+    groups: dict[str, str],
+    references: LabelledImages,
+    composites: Sequence[CompositeSpec],
+    sampled: Sequence[CompositeSpec],
 ) -> dict[str, float | int]:
-    """Times and operations of both engines on one network, a composite each, and the difference of their scores."""
+    """Times and operations of both engines on one network, a composite each, and the difference of their scores.
+
+    `plain` runs on the composites in `sampled`.
+    """
     from objectives.attribution.shared import SharedAttribution
     from objectives.datasets import LabelledImages
 
-    composites = grid()
-    sampled = orthogonal(composites)
     plain, shared = Clock(references.images.device), Clock(references.images.device)
     plain_attribution(network, groups, references, sampled[0])  # warm
     for composite in sampled[::2]:
@@ -229,7 +247,9 @@ def plain_attribution(
             for name, relevance in zip(
                 names, torch.autograd.grad(logits, [outputs[name] for name in names], start), strict=True
             ):
-                by_sample = relevance.flatten(start_dim=2).sum(dim=2) if relevance.ndim > 2 else relevance
+                by_sample = (
+                    relevance.sum(dim=(1,) if relevance.ndim == 3 else (2, 3)) if relevance.ndim > 2 else relevance
+                )
                 sums[name] += by_sample.abs().sum(dim=0)
         for handle in handles:
             handle.remove()
@@ -256,10 +276,11 @@ class Case:
     n_images: int
     n_references: int
     heuristics: tuple[str, ...]
+    components: str | None = None
 
 
 def cases() -> Iterator[Case]:
-    """CIFAR ResNet-20 on 1,000 images, and MobileNetV2 at 224 px on 100."""
+    """CIFAR ResNet-20 and the MLPs of the CIFAR transformer on 1,000 images, and MobileNetV2 at 224 px on 100."""
     pack = data_pack()
     imagenet, weights = pack / "imagenet", pack / "weights"
     yield Case(
@@ -282,6 +303,23 @@ def cases() -> Iterator[Case]:
         n_references=32,
         heuristics=("epsilon-abs", "zplus-abs"),
     )
+    yield Case(
+        "cifar_vit",
+        {
+            "name": VIT,
+            "checkpoint": weights / "cifar10_vit_p4_d128_l4_h4.safetensors",
+            "options": CIFAR_VIT,
+            "size": 32,
+            "crop": 1.0,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2470, 0.2435, 0.2616),
+        },
+        cifar10(pack),
+        n_images=1000,
+        n_references=100,
+        heuristics=("epsilon-cp-abs", "zplus-cp"),
+        components="mlp",
+    )
 
 
 @part
@@ -297,11 +335,11 @@ def curve(device: torch.device) -> Rows:
 
 def time_curves(case: Case, device: torch.device) -> Rows:
     """One row a dtype, over all heuristics of the case."""
-    from search_spaces.heuristics import HEURISTICS
+    from search_spaces import heuristic
 
     objectives = {dtype: make_objective(case, dtype, device) for dtype in DTYPES}
     curves = [
-        take_turns(objectives, plain_masks(objectives["fp32"], HEURISTICS[name]), device) for name in case.heuristics
+        take_turns(objectives, plain_masks(objectives["fp32"], heuristic(name)), device) for name in case.heuristics
     ]
     plain_s = sum(curve.total_s("plain") for curve in curves)
     for dtype in DTYPES:
@@ -333,7 +371,8 @@ def make_objective(case: Case, dtype: str, device: torch.device) -> Objective:
     task = load_task(case.data, model, evaluation_images=case.n_images, references_per_class=per_class)
     few = LabelledImages(*(tensor[: case.n_references] for tensor in (task.references.images, task.references.labels)))
     rates = parse_rates(DEFAULT_RATES)
-    return Objective(model, replace(task, references=few), ObjectiveOptions(rates, dtype=dtype, device=str(device)))
+    objective_options = ObjectiveOptions(rates, dtype=dtype, device=str(device), components=case.components)
+    return Objective(model, replace(task, references=few), objective_options)
 
 
 def plain_masks(objective: Objective, composite: CompositeSpec) -> list[Masks]:
@@ -396,7 +435,7 @@ def plain_count(objective: Objective, mask: Masks) -> Tensor:
 
     network = objective.model.network.to(objective.device)
     images = objective.task.search.to(objective.device)
-    with masked(network, objective.network.layers, mask) as dense:
+    with masked(network, objective.network.prunable, mask) as dense:
         return correct_predictions(dense, images, Batches("plain", PLAIN_BATCH["evaluation"]))
 
 
