@@ -127,6 +127,8 @@ class _Builder:
         self.environment: dict[fx.Node, fx.Node] = {}
         self.scopes: dict[fx.Node, str] = {}
         self.folded: dict[str, str] = {}
+        self.scales: dict[str, tuple[str, ...]] = {}
+        self.averaged: dict[str, str] = {}
         self.from_images: set[fx.Node] = set()
         (self.n_images,) = (
             node.meta["val"].shape[0]
@@ -160,7 +162,16 @@ class _Builder:
         module.delete_all_unused_submodules()
         module.recompile()
         canonical = describe(
-            RewrittenGraph(module, self.input_shape, self.heads, self.folded, self.scopes, self.not_by_image)
+            RewrittenGraph(
+                module,
+                self.input_shape,
+                self.heads,
+                self.folded,
+                self.scales,
+                self.averaged,
+                self.scopes,
+                self.not_by_image,
+            )
         )
         if classes is not None:
             layer = _restrict(module, canonical.layers[canonical.classifier], classes)
@@ -206,10 +217,13 @@ class _Builder:
         elif target in PRODUCTS and (gate := self._gate_operand(node)) is not None:
             self._gate(node, gate)
         elif target in PRODUCTS and (layer := self._scaled_layer(node)) is not None:
-            scale = self._given(node, arguments_of(node)[1])
+            source, parameter = arguments_of(node)
+            scale, before = self._given(node, parameter), self.environment[source]
             bias = None if layer.bias is None else layer.bias.detach() * scale
             _set_parameters(layer, layer.weight.detach() * scale[:, None], bias)
-            self.environment[node] = self.environment[arguments_of(node)[0]]
+            name = str(before.target)
+            self.scales[name] = (*self.scales.get(name, ()), self.parameter_names[parameter.name])
+            self.environment[node] = before
         elif target is aten.slice.Tensor and is_whole(node):
             self._identity(node)
         elif target is aten.div.Tensor and (joined := self._averaged_classifiers(node)) is not None:
@@ -417,6 +431,7 @@ class _Builder:
         weight = torch.cat([first.weight.detach(), second.weight.detach()], dim=1) / 2
         _set_parameters(joined, weight, (biases[0] + biases[1]) / 2)
         _add_submodule(self.root, str(left.target), joined)
+        self.averaged[str(left.target)] = str(right.target)
         self._record(node, self.graph.call_module(str(left.target), (both,)))
 
     def _batch_norm(self, node: fx.Node) -> None:

@@ -29,6 +29,8 @@ class RewrittenGraph:
         input_shape: (C, H, W).
         heads: of each attention, by the name of its module.
         folded: name of the batch norm folded into a layer, by the layer's.
+        scales: names of the parameters that a layer's outputs are multiplied by, folded into it, by the layer's name.
+        averaged: name of the other of two layers whose mean one computes, by that one's.
         scopes: name of the innermost module of the user's network whose forward made a node.
         not_by_image: nodes whose first dimension isn't the images'.
     """
@@ -37,6 +39,8 @@ class RewrittenGraph:
     input_shape: tuple[int, int, int]
     heads: dict[str, Heads]
     folded: dict[str, str]
+    scales: dict[str, tuple[str, ...]]
+    averaged: dict[str, str]
     scopes: dict[fx.Node, str]
     not_by_image: set[fx.Node]
 
@@ -64,6 +68,8 @@ def describe(graph: RewrittenGraph) -> CanonicalNetwork:
                 input_shape=shape_of(node.all_input_nodes[0]),
                 output_shape=shape_of(node),
                 kernel=tuple(getattr(module.get_submodule(name), "kernel_size", (1, 1))),
+                scales=graph.scales.get(name, ()),
+                averaged=graph.averaged.get(name),
             )
     if not layers:
         raise UnsupportedNetworkError("The network has no convolution or dense layer that relevance flows through.")

@@ -24,6 +24,9 @@ class Layer:
         name: of the module in the user's network; behind it `.q`, `.k` and `.v`, where these share one.
         width: number of output channels or neurons.
         norm: name of the batch norm folded into it, if any.
+        scales: names of the parameters folded into it that the user's network multiplies its outputs by (LayerScale).
+        averaged: name of the user's other layer, where it stands for the mean of both, on the inputs of both (the two
+            classifiers of a distilled network).
         input_shape: without the batch dimension.
         output_shape: without the batch dimension.
         kernel: (height, width) of a convolution; (1, 1) for a dense layer.
@@ -35,6 +38,8 @@ class Layer:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     kernel: tuple[int, ...]
+    scales: tuple[str, ...] = ()
+    averaged: str | None = None
 
     @property
     def is_convolution(self) -> bool:

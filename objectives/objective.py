@@ -482,7 +482,7 @@ class Objective:
         """How the networks that a composite prunes are repaired.
 
         Raises:
-            RepairError: the network is a transformer, or fine-tuned.
+            RepairError: the network is fine-tuned.
         """
         repair = self.options.repair if composite.repair is None else composite.repair
         self._check_repair(repair)
@@ -659,8 +659,6 @@ class Objective:
     def _check_repair(self, repair: RepairSpec) -> None:
         if repair and self.options.procedure.fine_tunes:
             raise RepairError(f"Repair {repair} is for networks that aren't fine-tuned; choose --repair none.")
-        if repair and self.network.is_transformer:
-            raise RepairError(f"Repair {repair} is for convolutional networks; choose --repair none.")
 
     def _check_copy(self, original: nn.Module, references: LabelledImages) -> None:
         def compare(batch_size: int) -> tuple[float, float]:

@@ -2,6 +2,10 @@
 
 In a residual block the sum of the original is the last layer's target, less what the pruned shortcut brings. Where both
 branches end in a layer, the one with more weights does so.
+
+Of a transformer only the layers that write what heads and MLP neurons give to the stream are repaired, and the
+classifier: what they compute is linear in what pruning leaves. The layers of q, k and v and the MLPs' first ones, read
+by attention and activations, stay as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from objectives.attribution.operations import ResidualSum
+from objectives.attribution.attention import AttentionProduct, AttentionWeights
+from objectives.attribution.operations import Activation, ResidualSum
 from objectives.network import shape_of
 from objectives.repair.rows import LinearLayer
 
@@ -25,12 +30,14 @@ class OrderedNetwork:
     Attributes:
         module: computes what the canonical network computes, with its layers.
         layers: every convolution and dense layer by name, those of gates too, in this order.
+        repairable: names of those that a repair may change.
         sums: name of a layer that ends a branch -> the sum that it is the last summand of.
         shortcuts: name of such a layer -> the sum's other summand.
     """
 
     module: fx.GraphModule
     layers: dict[str, LinearLayer]
+    repairable: frozenset[str]
     sums: dict[str, fx.Node]
     shortcuts: dict[str, fx.Node]
 
@@ -63,7 +70,20 @@ def order(module: fx.GraphModule) -> OrderedNetwork:
         for node in graph.nodes
         if _is_layer(module, node)
     }
-    return OrderedNetwork(ordered, layers, sums, shortcuts)
+    has_attention = any(_is(module, node, AttentionProduct) for node in graph.nodes)
+    left = {str(node.target) for node in graph.nodes if has_attention and _is_layer(module, node) and _is_read(module, node)}
+    return OrderedNetwork(ordered, layers, frozenset(layers.keys() - left), sums, shortcuts)
+
+
+def _is_read(module: fx.GraphModule, layer: fx.Node) -> bool:
+    """Whether an activation or attention reads a layer's outputs, with no other layer or sum in between."""
+    readers = list(layer.users)
+    for node in readers:
+        if _is(module, node, (Activation, AttentionWeights, AttentionProduct)):
+            return True
+        if not _is_layer(module, node) and not _is(module, node, ResidualSum):
+            readers.extend(node.users)
+    return False
 
 
 def _is(module: fx.GraphModule, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:

@@ -65,7 +65,7 @@ def observe(
     """Runs the original network once.
 
     Args:
-        network: the original.
+        network: the original, of which the layers are observed that a repair may change.
         images: (N, C, H, W) reference images.
         batch_size: images a pass.
         n_positions: most that are sampled of each layer, unless it has more columns than half of that.
@@ -74,6 +74,7 @@ def observe(
     positions = {
         name: _sample(layer, len(images), max(n_positions, 2 * layer.n_columns), seed).to(images.device)
         for name, layer in network.layers.items()
+        if name in network.repairable
     }
     observer = _Observer(network, positions)
     with torch.inference_mode():
@@ -81,7 +82,7 @@ def observe(
             observer.observe(images[first : first + batch_size], first)
     return {
         name: Targets(positions[name], torch.cat(observer.values[name]), observer.sums[name].moments())
-        for name in network.layers
+        for name in positions
     }
 
 
@@ -109,7 +110,7 @@ class _Observer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op == "call_module" and n.target in self.network.layers:
+        if n.op == "call_module" and n.target in self.positions:
             name = str(n.target)
             self.sums[name].add(self.network.layers[name].outputs_by_position(value))
             if name not in self.network.sums:

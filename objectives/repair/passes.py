@@ -79,12 +79,14 @@ class RepairPass(fx.Interpreter, ABC):
         if not self._reached.isdisjoint(n.all_input_nodes):
             self._reached.add(n)
         if n.op != "call_module" or n.target not in self.network.layers:
-            return self._chunk_by_chunk(n)
+            value = self._chunk_by_chunk(n)
+            return self._heads(n, value) if n.op == "call_module" and n.target in self.masks else value
         name = str(n.target)
         (inputs,), _ = self.fetch_args_kwargs_from_env(n)
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
         module = layer.module
-        if (n in self._reached or shortcut in self._reached) and bool(kept.any()):
+        is_reached = n in self._reached or shortcut in self._reached
+        if is_reached and name in self.network.repairable and bool(kept.any()):
             if not all(bool(part.sum().isfinite()) for part in inputs):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
             module = self.new_layer(name, inputs, None if shortcut is None else self.env[shortcut])
@@ -94,6 +96,16 @@ class RepairPass(fx.Interpreter, ABC):
             self._reached.add(n)
             module = layer.silenced(module, kept)
         return inputs.map(lambda index: module(inputs.parts[index]))
+
+    def _heads(self, node: fx.Node, outputs: Chunks) -> Chunks:
+        """Heads' outputs side by side, those of pruned heads zero."""
+        kept = self.masks[str(node.target)]
+        if bool(kept.all()):
+            return outputs
+        self._reached.add(node)
+        first: Tensor = outputs.parts[0]
+        factors = kept.to(first).repeat_interleave(first.shape[-1] // len(kept))
+        return outputs.map(lambda index: outputs.parts[index] * factors)
 
     def _chunk_by_chunk(self, node: fx.Node) -> Any:
         """What a step gives for each chunk; of no images, at once."""
