@@ -633,9 +633,9 @@ def prune(
 ) -> None:
     """Prune a network with an exported composite, and write the smaller network.
 
-    The document's network and images are used where no option says otherwise. What is left of a convolutional network
-    is refitted to the unpruned network's outputs on the reference images, unless --repair says otherwise. slim.pt2 is a
-    program that loads and runs with torch alone.
+    The document's network and images are used where no option says otherwise. What is left is refitted to the unpruned
+    network's outputs on the reference images, unless --repair says otherwise. slim.pt2 is a program that loads and runs
+    with torch alone.
 
     With --elastic the result is one network of several sizes that share their weights: the smallest is pruned and
     trained first, then larger ones are grown around it, which stays as it is. It isn't repaired, and

@@ -690,11 +690,11 @@ class LaunchConfiguration:
     )
     repair: str | None = _option(
         "objective",
-        "Give pruned convolutional networks accuracy back from the reference images: bn matches each channel's mean "
-        "and deviation, refit fits the remaining weights to the unpruned network's outputs.",
+        "Give pruned networks accuracy back from the reference images: bn matches each channel's mean and deviation, "
+        "refit fits the remaining weights to the unpruned network's outputs.",
         read=_choice(tuple(REPAIRS)),
         metavar="|".join(REPAIRS),
-        shown="none; of `hpo prune` the document's, else refit, of transformers none",
+        shown="none; of `hpo prune` the document's, else refit, of what is fine-tuned none",
     )
     repair_strength: float | None = _option(
         "objective",

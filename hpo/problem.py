@@ -362,8 +362,8 @@ def refuse_space(configuration: LaunchConfiguration, space: "SearchSpace", probl
     """Refuse a space whose composites don't fit the network.
 
     Raises:
-        ConfigurationError: Only one of space and network has attention, or the space repairs a network that has it or
-            that is fine-tuned.
+        ConfigurationError: Only one of space and network has attention, or the space repairs a network that is
+            fine-tuned.
     """
     parameters = space.distributions()
     if "repair" in parameters and configuration.procedure_spec().fine_tunes:
@@ -372,11 +372,6 @@ def refuse_space(configuration: LaunchConfiguration, space: "SearchSpace", probl
             "`--finetune-epochs` out, or `repair` out of the space."
         )
     if ("attention" in parameters) == problem.has_attention:
-        if problem.has_attention and "repair" in parameters:
-            raise ConfigurationError(
-                f"`--space {configuration.space}` searches the repair, which is for convolutional networks, but "
-                f"{configuration.model!r} is a transformer; leave `repair` out of the space."
-            )
         return
     wrong, right = ("lack a rule for it", "has") if problem.has_attention else ("have a rule for it", "lacks")
     raise ConfigurationError(

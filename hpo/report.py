@@ -442,8 +442,8 @@ def prune_parts(report: "PruneReport") -> "list[Table | str]":
         repaired = f"{agrees} of {measured_on}."
     else:
         repaired = (
-            f"Repaired by {repair.method}, strength {repair.strength:.3g}, on {repair.n_references} reference images "
-            f"in {repair.seconds:.1f} s: accuracy {repair.accuracy_without:.4f} without, "
+            f"Repaired by {repair.method}, {_strength(repair.strength)}, on {repair.n_references} reference images in "
+            f"{repair.seconds:.1f} s: accuracy {repair.accuracy_without:.4f} without, "
             f"{report.exact.accuracy:.4f} with.\n"
             f"{agrees} of {measured_on}, without on {100 * repair.agreement_without:.1f} %."
         )
@@ -498,6 +498,12 @@ def elastic_parts(report: "ElasticReport") -> "list[Table | str]":
         *report.warnings,
         "\n".join(["Wrote:", *(f"  {file}" for file in report.files)]),
     ]
+
+
+def _strength(strength: float | dict[str, float] | None) -> str:
+    if isinstance(strength, dict):
+        return f"strength {min(strength.values()):.3g} to {max(strength.values()):.3g} by layer"
+    return f"strength {strength:.3g}"
 
 
 def _trial_report(trial: FrozenTrial, confirmation_auc: float | None) -> TrialSummary:

@@ -108,7 +108,7 @@ class RepairFigures:
 
     Attributes:
         method: of `search_spaces.repairs.REPAIRS`.
-        strength: given, or chosen from the reference images; None of `none`.
+        strength: given, or chosen from the reference images, of a transformer's refit for each layer; None of `none`.
         n_references: images that it was made with.
         seconds: that it took.
         accuracy_without: of the slim network without it, on the report's images.
@@ -117,7 +117,7 @@ class RepairFigures:
     """
 
     method: str
-    strength: float | None
+    strength: float | dict[str, float] | None
     n_references: int
     seconds: float
     accuracy_without: float
@@ -188,8 +188,8 @@ def prune(
         coupled: also remove coupled groups by torch-pruning.
         device: to compute on.
         batch_size: images a pass.
-        repair: of the exact slim network, from the reference images; by default it is refitted, a transformer or a
-            network that the procedure fine-tunes isn't repaired. Neither is the coupled network.
+        repair: of the exact slim network, from the reference images; by default it is refitted, a network that the
+            procedure fine-tunes isn't repaired. Neither is the coupled network.
 
     Raises:
         RepairError: the pruned network can't be repaired.
@@ -205,8 +205,7 @@ def prune(
             "`--coupled` out."
         )
     if repair is None:
-        is_repaired = document.composite.attention is None and not document.procedure_spec.fine_tunes
-        repair = RepairSpec("refit") if is_repaired else NO_REPAIR
+        repair = NO_REPAIR if document.procedure_spec.fine_tunes else RepairSpec("refit")
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure_spec,
@@ -285,7 +284,8 @@ class _Pruning:
         slim_network = slim(with_layers(trained, layers), masks)
         input_shape = network.input_shape
         write_program(_on_cpu(slim_network), input_shape, directory / "slim.pt2")
-        used = RepairSpec(repair.method, repairer.strength(repair))
+        strength = repairer.strength(repair)
+        used = RepairSpec(repair.method, None if isinstance(strength, dict) else strength)
         write_weights(
             slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors", used, layers
         )
@@ -323,7 +323,7 @@ class _Pruning:
             exact=self._figures(slim_network, slim_network),
             repair=RepairFigures(
                 method=repair.method,
-                strength=used.strength,
+                strength=strength,
                 n_references=len(repairer.images),
                 seconds=seconds,
                 accuracy_without=self._accuracy(unrepaired),

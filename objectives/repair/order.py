@@ -4,8 +4,8 @@ In a residual block the sum of the original is the last layer's target, less wha
 branches end in a layer, the one with more weights does so.
 
 Of a transformer only the layers that write what heads and MLP neurons give to the stream are repaired, and the
-classifier: what they compute is linear in what pruning leaves. The layers of q, k and v and the MLPs' first ones, read
-by attention and activations, stay as they are.
+classifier: what they compute is linear in what pruning leaves. The patch embedding, the layers of q, k and v and the
+MLPs' first ones, read by attention and activations, stay as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class OrderedNetwork:
         module: computes what the canonical network computes, with its layers.
         layers: every convolution and dense layer by name, those of gates too, in this order.
         repairable: names of those that a repair may change.
+        is_transformer: whether it has attention.
         sums: name of a layer that ends a branch -> the sum that it is the last summand of.
         shortcuts: name of such a layer -> the sum's other summand.
     """
@@ -38,6 +39,7 @@ class OrderedNetwork:
     module: fx.GraphModule
     layers: dict[str, LinearLayer]
     repairable: frozenset[str]
+    is_transformer: bool
     sums: dict[str, fx.Node]
     shortcuts: dict[str, fx.Node]
 
@@ -70,9 +72,17 @@ def order(module: fx.GraphModule) -> OrderedNetwork:
         for node in graph.nodes
         if _is_layer(module, node)
     }
-    has_attention = any(_is(module, node, AttentionProduct) for node in graph.nodes)
-    left = {str(node.target) for node in graph.nodes if has_attention and _is_layer(module, node) and _is_read(module, node)}
-    return OrderedNetwork(ordered, layers, frozenset(layers.keys() - left), sums, shortcuts)
+    is_transformer = any(_is(module, node, AttentionProduct) for node in graph.nodes)
+    repairable = frozenset(
+        str(node.target)
+        for node in graph.nodes
+        if _is_layer(module, node) and not (is_transformer and (_is_read(module, node) or _reads_images(node)))
+    )
+    return OrderedNetwork(ordered, layers, repairable, is_transformer, sums, shortcuts)
+
+
+def _reads_images(layer: fx.Node) -> bool:
+    return any(node.op == "placeholder" for node in layer.all_input_nodes)
 
 
 def _is_read(module: fx.GraphModule, layer: fx.Node) -> bool:

@@ -39,7 +39,7 @@ class Refit(RepairPass):
         targets: of each layer.
         masks: kept components.
         batch_size: images of a chunk.
-        strength: of the penalty.
+        strength: of the penalty; of each layer's, where they differ.
         n_rows: added up at once.
     """
 
@@ -49,7 +49,7 @@ class Refit(RepairPass):
         targets: Mapping[str, Targets],
         masks: Masks,
         batch_size: int,
-        strength: float,
+        strength: float | Mapping[str, float],
         n_rows: int = _ROWS,
     ) -> None:
         super().__init__(network, targets, masks, batch_size)
@@ -105,7 +105,7 @@ class Refit(RepairPass):
 
     def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """The strength for a layer."""
-        return self.strength
+        return self.strength[name] if isinstance(self.strength, Mapping) else self.strength
 
     def _fitted(self, name: str, inputs: Chunks) -> _Fitted:
         """Of a layer without groups the kept outputs' weights of live inputs; else groups that have both."""

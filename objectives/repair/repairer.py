@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,14 +29,14 @@ from search_spaces.repairs import RepairSpec
 
 __all__ = ["Repairer", "with_biases", "with_layers"]
 
-METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, int, float], RepairPass]] = {
+METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, int, Any], RepairPass]] = {
     "bn": MatchMoments,
     "refit": Refit,
 }
-"""What carries out each repair."""
+"""What carries out each repair, with a strength as `Repairer.strength` gives it."""
 
 # Counts changes of what a repair computes: measurements are kept in stores.
-_FORM = 4
+_FORM = 5
 # Of each layer; twice as many positions change the AUC of ResNet-20 on CIFAR-10 by 0.001.
 _N_POSITIONS = 3000
 # Values of all references that are kept at once; beyond, only some of the references are used.
@@ -62,7 +63,7 @@ class Repairer:
         self.network = network
         self.batches = batches
         self._references = references
-        self._strength: float | None = None
+        self._strength: float | dict[str, float] | None = None
         self._repaired: OrderedDict[str, dict[str, Linear]] = OrderedDict()
 
     @cached_property
@@ -85,8 +86,11 @@ class Repairer:
         content = [_FORM, references, self.batches.asked, _N_POSITIONS, _BYTES_KEPT, _SEED]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
-    def strength(self, repair: RepairSpec) -> float | None:
-        """The repair's strength, chosen on the references where it has none; None of `none`."""
+    def strength(self, repair: RepairSpec) -> float | dict[str, float] | None:
+        """The repair's strength, chosen on the references where it has none; None of `none`.
+
+        What is chosen for a transformer's refit is each layer's own.
+        """
         if repair.strength is not None or repair.method == "none":
             return repair.strength
         if repair.method == "bn":
@@ -95,10 +99,12 @@ class Repairer:
             generator = torch.Generator().manual_seed(_SEED)
             widths = self.network.components.items()
             masks = {name: torch.rand(width, generator=generator) < 0.5 for name, width in widths}
+            for mask in masks.values():
+                mask[0] &= not bool(mask.all())  # or what it reaches might not be reached
             self._strength = self.batches.run(
                 lambda size: choose_strength(self._ordered, self._targets, self.images, masks, size), self._at_most
             )
-            _log.info("The references choose strength %g for refitting.", self._strength)
+            _log.info("The references choose strength %s for refitting.", self._strength)
         return self._strength
 
     def layers(self, masks: Masks, repair: RepairSpec) -> dict[str, Linear]:

@@ -3,9 +3,7 @@
 import json
 import logging
 import warnings
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -13,15 +11,10 @@ import torch
 from click.testing import CliRunner
 
 from hpo.cli import cli
-from hpo.config import resolve
-from hpo.problem import load_problem
 from objectives import load_slim
-from objectives.errors import RepairError
 from objectives.pruning.slim_files import load_coupled
-from objectives.racing import Correctness, Race
 from search_spaces.documents import load_document
-from search_spaces.heuristics import HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
-from search_spaces.repairs import RepairSpec
+from search_spaces.heuristics import TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
 
 OPTIONS = {
     "img_size": 8,
@@ -103,7 +96,8 @@ def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_
     assert refused("evaluate", "--composite", path, "--checkpoint", checkpoint, "--components", other) == message
 
     report = tmp_path / "slim"
-    hpo("prune", path, "--rate", "0.6", "--coupled", "--checkpoint", checkpoint, "-o", report)
+    options = "--repair", "none", "--coupled", "--checkpoint", checkpoint
+    hpo("prune", path, "--rate", "0.6", *options, "-o", report)
     figures = json.loads((report / "report.json").read_text())
     assert figures["exact"]["accuracy"] == figures["masked_accuracy"] == figures["coupled"]["accuracy"]
     # Of heads both remove the same rows, but only the exact network the norm (48 values) before a block's lost heads;
@@ -118,6 +112,36 @@ def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_
     torch.testing.assert_close(coupled(images), slim(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("components", "asked"), [("mlp", ("--repair", "refit")), ("all", ("--space", "vit+repair"))])
+def test_a_study_with_repair_is_launched_exported_and_pruned(
+    model, checkpoint, tmp_path, monkeypatch, components, asked
+):
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
+    hpo("launch", "--study", "vit", "--exact", *model, *QUICK, "--components", components, *asked, "--n-trials", 2)
+    path, report = tmp_path / "best.json", tmp_path / "slim"
+    hpo("export", "vit", "-o", path)
+    repair = load_document(path).repair
+    assert repair == {"method": "refit", "strength": None} or components == "all"
+    evaluated = json.loads(hpo("evaluate", "--composite", path, "--checkpoint", checkpoint, "--json").stdout)
+    best = json.loads(hpo("status", "vit", "--json").stdout)["best"]["number"]
+    assert evaluated["accuracies"] == json.loads(hpo("show", best, "--json").stdout)["curve"]["accuracies"]
+    assert evaluated["repair"] == repair
+
+    said = hpo("prune", path, "--rate", "0.6", "--checkpoint", checkpoint, "-o", report).stdout
+    figures = json.loads((report / "report.json").read_text())
+    assert figures["repair"]["method"] == ("refit" if repair["method"] == "none" else repair["method"])
+    assert figures["exact"]["accuracy"] == figures["masked_accuracy"]
+    strengths = figures["repair"]["strength"]
+    if figures["repair"]["method"] == "refit":
+        layers = [f"blocks.{i}.{name}" for i in range(4) for name in ("attn.proj", "mlp.fc2")]
+        assert set(strengths) == {*layers, "head"}
+        least, most = min(strengths.values()), max(strengths.values())
+        assert f"strength {least:.3g} to {most:.3g} by layer" in said
+    images = torch.rand(3, 1, 8, 8)
+    slim = load_slim(report / "slim.safetensors")
+    torch.testing.assert_close(torch.export.load(report / "slim.pt2").module()(images), slim(images))
+
+
 def test_wrong_use_ends_in_one_line(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
     rules = "LLR=Epsilon,MLL=Epsilon,HLL=Epsilon,FCL=Epsilon"
@@ -130,17 +154,6 @@ def test_wrong_use_ends_in_one_line(model, tmp_path, monkeypatch):
     assert "`--components heads` is for vision transformers" in refused(
         "evaluate", "--heuristic", "epsilon", "--components", "heads"
     )
-    assert refused("evaluate", *model, *QUICK, "--heuristic", "epsilon-cp", "--repair", "refit") == (
-        "Repair refit is for convolutional networks; choose --repair none."
-    )
-    space = tmp_path / "mine.toml"
-    groups = "".join(f'{group} = ["Epsilon"]\n' for group in ("LLR", "MLL", "HLL", "FCL"))
-    space.write_text(f'[parameters]\n{groups}attention = ["CP"]\nrepair = ["refit"]\n')
-    for name in ("vit+repair", space):
-        assert refused("launch", *model, *QUICK, "--space", name, "--n-trials", 1) == (
-            f"`--space {name}` searches the repair, which is for convolutional networks, but 'vit_tiny_patch16_224' is "
-            "a transformer; leave `repair` out of the space."
-        )
     assert "pass `--space cnn`." in refused("launch", "--space", "vit+repair", "--n-trials", 1)
     unknown = refused("evaluate", *model, *QUICK, "--rules", rules, "--attention", "CPP")
     assert unknown == "Unknown attention rule 'CPP'. Did you mean 'CP'? Known: AttnLRP, CP, ZPlus."
@@ -163,20 +176,6 @@ def test_an_attention_that_is_not_known_ends_in_one_line(tmp_path):
         "The step 'permute' in module 'stages.2.1' has no relevance rule here, so the network can't be attributed "
         "correctly."
     )
-
-
-def test_a_composites_own_repair_is_refused_before_it_is_attributed(checkpoint):
-    """It has no rule for attention, which attribution would refuse."""
-    options = {"size": (8, 8), "mean": (0.3,), "std": (0.4,), "evaluation_images": 40, "references_per_class": 1}
-    network = {"model": "vit_tiny_patch16_224", "model_options": tuple(map("{0[0]}={0[1]}".format, OPTIONS.items()))}
-    configuration = resolve({**options, **network, "checkpoint": str(checkpoint), "data": "digits", "rates": "0,0.5"})
-    problem = load_problem(configuration, None)
-    composite = replace(HEURISTICS["epsilon"], repair=RepairSpec("bn"))
-    correct = Correctness.of(np.ones((2, problem.objective.task.search.labels.numel()), bool))
-    race = Race(1, correct, configuration.rates, (0.5, 0.5), risk=0.01)
-    for evaluate in (lambda: problem.evaluate(composite, "search"), lambda: problem.race(composite, race)):
-        with pytest.raises(RepairError, match=r"^Repair bn is for convolutional networks; choose --repair none\.$"):
-            evaluate()
 
 
 def test_rules_of_the_command_line_with_attention(model):
