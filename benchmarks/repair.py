@@ -1,6 +1,7 @@
 """What repair gives back: AUC without repair, with `bn` and with `refit`, on confirmation images.
 
     python benchmarks/repair.py            # measures what is missing and draws the picture
+    python benchmarks/repair.py --networks cifar_vit deit_tiny --references 1 10
     python benchmarks/repair.py --table    # prints what has been measured
 
 It can be stopped and started again as one likes: every case is written to `benchmarks/results/repair.json` when it is
@@ -12,12 +13,15 @@ seconds of a curve are those of this machine; a repair's include the choice of i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cifar10_vit import NETWORK as CIFAR_VIT
 from data_pack import IMAGENETTE, cifar10, data_pack, imagenette
 
 HERE = Path(__file__).resolve().parent
@@ -34,13 +38,60 @@ N_IMAGES = 1000
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network of the data pack, of timm's or this product's architecture, and how finely its curve is measured."""
+
+    model: str
+    weights: str
+    rates: str = "0:0.9:0.1"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    of_imagenet: bool = False
+    is_transformer: bool = False
+
+
+HALF = (0.5, 0.5, 0.5)
+NETWORKS = {
+    "cifar_resnet20": Network("cifar_resnet20", "cifar10_resnet20", "0:0.95:0.05"),
+    "cifar_resnet56": Network("cifar_resnet56", "cifar10_resnet56"),
+    "cifar_vit": Network(
+        "vit_tiny_patch16_224",
+        "cifar10_vit_p4_d128_l4_h4",
+        options=CIFAR_VIT,
+        preprocessing={
+            "size": (32, 32),
+            "crop": 1.0,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2470, 0.2435, 0.2616),
+        },
+        is_transformer=True,
+    ),
+    "mobilenetv2_100": Network(
+        "mobilenetv2_100",
+        "imagenet_mobilenetv2_100_qat",
+        options={"pad_type": "same"},
+        preprocessing={"mean": HALF, "std": HALF},
+        of_imagenet=True,
+    ),
+    "deit_tiny": Network(
+        "deit_tiny_patch16_224",
+        "imagenet_deit_tiny_patch16_224",
+        preprocessing={"crop": 0.875},
+        of_imagenet=True,
+        is_transformer=True,
+    ),
+}
+REFERENCES = (10, 1, 5, 50)
+BASELINES = ("weight", "taylor", "random-0")
+
+
+@dataclass(frozen=True)
 class Case:
-    """One ranking on one network: a heuristic, one of `SEARCHED`, `magnitude` or `random`."""
+    """One ranking on one network: a heuristic, a baseline or one of `SEARCHED`."""
 
     network: str
     criterion: str
     references: int
-    rates: str = "0:0.95:0.05"
 
     @property
     def key(self) -> str:
@@ -48,20 +99,20 @@ class Case:
         return f"{self.network} {self.criterion} {self.references}"
 
 
-CASES = [
-    *(Case("cifar_resnet20", criterion, 10) for criterion in ("epsilon-abs", "searched", "zplus-abs", "random")),
-    Case("cifar_resnet20", "epsilon-rms", 10),
-    Case("mobilenetv2_100", "epsilon-abs", 10, "0:0.9:0.1"),
-    Case("cifar_resnet56", "epsilon-abs", 10, "0:0.9:0.1"),
-    *(Case("cifar_resnet20", "epsilon-abs", n) for n in (1, 5, 50)),
-    Case("cifar_resnet20", "magnitude", 10),
-    Case("mobilenetv2_100", "zplus-abs", 10, "0:0.9:0.1"),
-    Case("cifar_resnet56", "zplus-abs", 10, "0:0.9:0.1"),
-    *(Case("cifar_resnet20", name, 10) for name in ("zplus", "epsilon-plus-abs", "epsilon-plus", "epsilon")),
-    *(Case("cifar_resnet20", f"epsilon-{name}", 10) for name in ("gamma", "gamma-abs")),
-    *(Case("cifar_resnet20", f"epsilon-alpha2-beta1{suffix}", 10) for suffix in ("", "-abs")),
-    *(Case("mobilenetv2_100", "epsilon-abs", n, "0:0.9:0.1") for n in (1, 5, 50)),
-]
+def cases(networks: Sequence[str], references: Sequence[int]) -> list[Case]:
+    """Every heuristic with 10 references a class; the usual one and the baselines with other numbers, too."""
+    from search_spaces import HEURISTICS, TRANSFORMER_HEURISTICS
+
+    chosen = []
+    for n, name in itertools.product(references, networks):
+        is_transformer = NETWORKS[name].is_transformer
+        usual = "epsilon-cp-abs" if is_transformer else "epsilon-abs"
+        criteria = [usual, *BASELINES]
+        if n == 10:
+            criteria += [] if name != "cifar_resnet20" else SEARCHED
+            criteria += TRANSFORMER_HEURISTICS if is_transformer else HEURISTICS
+        chosen += [Case(name, criterion, n) for criterion in dict.fromkeys(criteria)]
+    return chosen
 
 
 def make_objective(case: Case) -> Any:
@@ -69,43 +120,28 @@ def make_objective(case: Case) -> Any:
     from objectives import Objective, ObjectiveOptions, load_model, load_task
     from objectives.pruning.rates import parse_rates
 
-    pack = data_pack()
-    if case.network == "mobilenetv2_100":
-        weights = pack / "weights" / "imagenet_mobilenetv2_100_qat.safetensors"
-        half = (0.5, 0.5, 0.5)
-        model = load_model(case.network, checkpoint=str(weights), options={"pad_type": "same"}, mean=half, std=half)
-        source, classes = imagenette(pack), IMAGENETTE
-    else:
-        weights = pack / "weights" / f"{case.network.replace('cifar', 'cifar10')}.safetensors"
-        model = load_model(case.network, checkpoint=str(weights))
-        source, classes = cifar10(pack), None
+    pack, network = data_pack(), NETWORKS[case.network]
+    checkpoint = str(pack / "weights" / f"{network.weights}.safetensors")
+    model = load_model(
+        network.model, checkpoint=checkpoint, options=dict(network.options), **dict(network.preprocessing)
+    )
     # Nothing is searched here, so most images confirm.
     task = load_task(
-        source,
+        imagenette(pack) if network.of_imagenet else cifar10(pack),
         model,
         references_per_class=case.references,
-        classes=classes,
+        classes=IMAGENETTE if network.of_imagenet else None,
         evaluation_images=20,
         confirmation_share=0.9,
     )
-    return Objective(model, task, ObjectiveOptions(parse_rates(case.rates)))
+    return Objective(model, task, ObjectiveOptions(parse_rates(network.rates)))
 
 
 def make_ranking(case: Case, objective: Any) -> Any:
     """The order in which the case prunes."""
-    import torch
-
     from objectives.pruning.ranking import rank
     from search_spaces import CompositeSpec, heuristic
 
-    if case.criterion == "random":
-        generator = torch.Generator().manual_seed(0)
-        return rank({name: torch.rand(n, generator=generator) for name, n in objective.component_widths.items()})
-    if case.criterion == "magnitude":
-        # l2 norm of each filter, divided by the l2 norm of its layer (Yeom et al. 2021)
-        weights = {name: objective.network.module.get_submodule(name).weight for name in objective.component_widths}
-        norms = {name: weight.flatten(1).norm(dim=1) for name, weight in weights.items()}
-        return rank({name: norm / norm.norm() for name, norm in norms.items()})
     if case.criterion in SEARCHED:
         rules, aggregate = SEARCHED[case.criterion]
         return rank(objective.scores(CompositeSpec.parse_rules(rules, abs=True, aggregate=aggregate)))
@@ -209,10 +245,14 @@ def main() -> None:
     """Measures what is missing, and prints and draws all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    only_table = parser.parse_args().table
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="default: all")
+    parser.add_argument(
+        "--references", nargs="+", type=int, choices=REFERENCES, default=REFERENCES, help="a class; default: all"
+    )
+    given = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for case in CASES:
-        if only_table or case.key in results:
+    for case in [] if given.table else cases(given.networks, given.references):
+        if case.key in results:
             continue
         results[case.key] = measure(case)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
