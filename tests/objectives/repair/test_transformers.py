@@ -130,3 +130,18 @@ def test_a_layer_that_a_norm_follows_is_fitted_to_its_own_outputs(build_transfor
     assert {name.rpartition(".")[2] for name in network.repairable} == {"proj", "fc2", "head"}
     masks = random_ranking(canonical).masks(50)
     assert Repairer(canonical, images(6), BATCHES).layers(masks, REFIT)
+
+
+@pytest.mark.parametrize(("variant", "options"), [("distilled", {}), ("layer-scale", {"proj_bias": False})])
+def test_some_classes_only_and_layers_without_biases(build_transformer, variant, options):
+    network, classes = build_transformer(variant, **options), [7, 2, 4]
+    for block in network.blocks:
+        block.attn.fused_attn = False
+    canonical = canonize(network, (3, 16, 16), classes).choosing("all")
+    masks, others = random_ranking(canonical).masks(70), images(3, seed=5)
+    before = network(others)
+    layers = Repairer(canonical, images(6), BATCHES).layers(masks, REFIT)
+    with repaired(network, canonical.layers, layers, classes) as own, masked(own, canonical.prunable, masks):
+        large = own(others)[:, classes]
+    close(slim(with_layers(canonical, layers), masks)(others), large)
+    assert torch.equal(network(others), before)
