@@ -178,8 +178,8 @@ class _Stopwatch:
     """What an evaluation takes."""
 
     def __init__(self) -> None:
-        self._start = self._attributed = time.perf_counter()
-        self._trained = 0.0
+        self._start = time.perf_counter()
+        self._attribution = self._trained = 0.0
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -190,14 +190,15 @@ class _Stopwatch:
 
     def attributed(self) -> None:
         """All masks are known."""
-        self._attributed = time.perf_counter()
+        self._attribution = time.perf_counter() - self._start - self._trained
 
     def seconds(self) -> dict[str, float]:
         """Spent on `attribution`, `training` and `evaluation` until now."""
         return {
-            "attribution": self._attributed - self._start - self._trained,
+            "attribution": self._attribution,
             **({"training": self._trained} if self._trained else {}),
-            "evaluation": time.perf_counter() - self._attributed,
+            # Some networks are trained only for the records of steps, when all masks are known.
+            "evaluation": time.perf_counter() - self._start - self._attribution - self._trained,
         }
 
 
@@ -456,19 +457,21 @@ class Objective:
         return self.options.checkpoints / hashlib.blake2b(content, digest_size=16).hexdigest()
 
     @contextmanager
-    def _ending(self, composite: Ranker) -> Iterator[None]:
-        """What an evaluation leaves when it ends, well or not; one that is killed leaves its checkpoints."""
+    def ending(self, composite: Ranker) -> Iterator[None]:
+        """When the block ends, well or not, a composite's `path` leaves nothing; one that is killed its checkpoints.
+
+        Evaluations do so themselves.
+        """
         try:
             yield
         except ObjectiveError:
-            self.forget(composite)
+            self._forget(composite)
             raise
         finally:
             self.stage = None
-        self.forget(composite)
+        self._forget(composite)
 
-    def forget(self, composite: Ranker) -> None:
-        """Removes the checkpoints that a composite's `path` has left; an evaluation does so itself."""
+    def _forget(self, composite: Ranker) -> None:
         if (checkpoints := self._checkpoints(composite)) is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
@@ -503,7 +506,7 @@ class Objective:
         """
         stopwatch = _Stopwatch()
         repair = self.repair(composite)  # first: it may be refused
-        with self._ending(composite):
+        with self.ending(composite):
             path = self._path(composite, stopwatch)
             networks = self._networks(path, stopwatch)
             return self._count(path, networks, repair, images, stopwatch)
@@ -520,7 +523,7 @@ class Objective:
         stopwatch = _Stopwatch()
         repair = self.repair(composite)  # first: it may be refused
         evaluator = self.evaluator("search")
-        with self._ending(composite):
+        with self.ending(composite):
             path = self._path(composite, stopwatch)
             networks = self._networks(path, stopwatch)
 

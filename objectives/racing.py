@@ -83,7 +83,7 @@ class GivenUp:
         bound: upper limit of its figure's difference from the rival's.
         certain: whether the bound is exact; otherwise it holds with a probability of 1 - `risk`.
         share: of the rates above 0 times images, those measured until then.
-        seconds: spent on `attribution` and `evaluation`.
+        seconds: spent on `attribution`, on `training` where there is any, and on `evaluation`.
     """
 
     rival: int

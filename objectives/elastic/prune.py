@@ -155,7 +155,7 @@ def prune_elastic(
         SlimFileError: the output exists or can't be written.
     """
     checked = check_levels(tuple(levels))
-    with new_directory(output) as directory:
+    with new_directory(output) as directory, objective.ending(ranker):
         sparsities = (0.0, *checked)
         trained = None
         if coupled:
@@ -172,7 +172,6 @@ def prune_elastic(
         if growth is not None:
             ungrown = report.accuracies()
             _grow(model, growth, output, trained is None, on_epoch)
-        objective.forget(ranker)
         content = report.measured(growth, ungrown, output)
         save_elastic(model, directory / "elastic.safetensors", report.origin())
         (directory / "report.json").write_text(json.dumps(content.to_json(), indent=2) + "\n")

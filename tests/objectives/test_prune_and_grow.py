@@ -1,6 +1,7 @@
 """The procedure of elastic networks on the digits: its core, what is rebuilt around it, and what is refused."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,22 @@ def test_a_trial_is_the_same_again_and_goes_on_where_it_was_killed(objective, tm
     assert own.evaluate(EPSILON).curve == evaluation.curve
     assert "another training" not in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_for_the_records_alone_is_a_trainings_time(objective, monkeypatch):
+    """A network of a step that is of no rate is rebuilt when all masks are known."""
+    now = 0.0
+
+    def trained(*arguments, **options):
+        nonlocal now
+        now += 1
+        return fine_tuned(*arguments, **options)
+
+    monkeypatch.setattr("objectives.objective.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("objectives.objective.fine_tuned", trained)
+    evaluation = objective(rates=(0.0, 0.75)).evaluate(EPSILON)
+    assert [step.n_pruned for step in evaluation.steps] == [0, 84, 168]
+    assert evaluation.seconds == {"attribution": 0, "training": 3, "evaluation": 0}
 
 
 def test_a_step_of_the_cores_share_is_one_shot(objective):

@@ -137,6 +137,11 @@ def test_a_core_that_the_procedure_has_trained_is_grown_around(objective, growth
         expected = slim(core, path.masks(n))(images)
         torch.testing.assert_close(model.at(2)(images), expected, rtol=1e-4, atol=1e-3)
     assert report.levels[2].accuracy == report.ungrown_accuracies[2]
+    # What is refused leaves no checkpoints either.
+    with pytest.raises(OptionError, match="leave one out"):
+        prune_elastic(iterative, COMPOSITE, levels=(0.4, 0.4001), output=tmp_path / "refused")
+    assert not list((tmp_path / "cache").iterdir())
+    assert iterative.stage is None
 
 
 def test_coupled_groups_are_removed_whole(objective, tmp_path):
