@@ -59,6 +59,7 @@ _FORMAT = "pruning-hpo/comparison/1"
 # What decides a row's figures, beside the network, the subset and the seed.
 _SETTINGS = (
     "data",
+    "class_map",
     "references_per_class",
     "sample",
     "evaluation_images",
