@@ -245,6 +245,8 @@ def _mean(values: list[float]) -> float:
 
 def main() -> None:
     """Measures what is missing, and prints all."""
+    from search_spaces.files import write_atomically
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--epochs", type=int, default=3, help="of each training; one-shot has five times as many")
@@ -264,7 +266,7 @@ def main() -> None:
             continue
         experiment = Experiment(case, size, checkpoints)
         results[case.key] = KINDS[case.kind](experiment)
-        given.results.write_text(json.dumps(known, indent=1) + "\n")
+        write_atomically(given.results, (json.dumps(known, indent=1) + "\n").encode())
         shutil.rmtree(experiment.checkpoints)
         print(case.key, results[case.key], flush=True)
     print(tables(results))
