@@ -93,6 +93,7 @@ class Worker(Protocol):
 
         Raises:
             RelevanceError: The composite's own failure.
+            TrainingError: Likewise: what it leaves can't be fine-tuned.
             PruningHPOError: Another failure.
         """
         ...
@@ -102,6 +103,7 @@ class Worker(Protocol):
 
         Raises:
             RelevanceError: The composite's own failure.
+            TrainingError: Likewise: what it leaves can't be fine-tuned.
             PruningHPOError: Another failure.
         """
         ...

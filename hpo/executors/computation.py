@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from hpo.executors import Job, Outcome, Worker
-from objectives.errors import RelevanceError
+from objectives.errors import RelevanceError, TrainingError
 from objectives.racing import GivenUp
 from search_spaces.errors import PruningHPOError
 from search_spaces.reasons import reason_of
@@ -29,7 +29,7 @@ def compute(worker: Worker, job: Job) -> Outcome:
             return Outcome(job, evaluation=worker.evaluate(job.composite, job.images))
         found = worker.race(job.composite, job.race)
         return Outcome(job, given_up=found) if isinstance(found, GivenUp) else Outcome(job, evaluation=found)
-    except RelevanceError as error:
+    except (RelevanceError, TrainingError) as error:  # all trainings of a study have one learning rate
         return Outcome(job, failure=str(error), cause="composite")
     except PruningHPOError as error:
         return Outcome(job, failure=str(error), cause="objective")

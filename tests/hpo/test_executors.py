@@ -5,7 +5,7 @@ import pytest
 
 from hpo.executors import Job, Outcome
 from hpo.executors.local import LocalExecutor
-from objectives.errors import RelevanceError
+from objectives.errors import RelevanceError, TrainingError
 from search_spaces.errors import SpaceError
 from search_spaces.heuristics import HEURISTICS
 
@@ -42,6 +42,7 @@ def test_nothing_has_ended_yet(make_problem):
     [
         (SpaceError("Write it so."), "Write it so.", "objective"),
         (RelevanceError("No relevance."), "No relevance.", "composite"),
+        (TrainingError("It diverged."), "It diverged.", "composite"),
         (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0", "objective"),
         (SystemExit(3), "SystemExit: 3", "objective"),
         (StopIteration(), "StopIteration", "objective"),
