@@ -84,8 +84,6 @@ _LOGIT_TOLERANCE = 1e-3
 # Share of images whose prediction rounding may change.
 _BORDER_SHARE = {"fp32": 0.005, "bf16": 0.03}
 
-_Pruned = tuple[Masks, TrainedWeights | None]
-
 _log = logging.getLogger(__name__)
 
 
@@ -197,7 +195,7 @@ class _Stopwatch:
         return {
             "attribution": self._attribution,
             **({"training": self._trained} if self._trained else {}),
-            # Some networks are trained only for the records of steps, when all masks are known.
+            # Networks that only rates or records of steps need are trained when all masks are known.
             "evaluation": time.perf_counter() - self._start - self._attribution - self._trained,
         }
 
@@ -508,8 +506,8 @@ class Objective:
         repair = self.repair(composite)  # first: it may be refused
         with self.ending(composite):
             path = self._path(composite, stopwatch)
-            networks = self._networks(path, stopwatch)
-            return self._count(path, networks, repair, images, stopwatch)
+            numbers = self._numbers(path, stopwatch)
+            return self._count(path, numbers, repair, images, stopwatch)
 
     def race(self, composite: Ranker, race: Race) -> Evaluation | GivenUp:
         """As `evaluate` on the search images, unless the composite loses a race on the way.
@@ -525,38 +523,39 @@ class Objective:
         evaluator = self.evaluator("search")
         with self.ending(composite):
             path = self._path(composite, stopwatch)
-            networks = self._networks(path, stopwatch)
+            numbers = self._numbers(path, stopwatch)
 
             def measure(index: int, n_images: int) -> NDArray[np.bool_]:
-                masks, weights = networks[index]
-                correct: NDArray[np.bool_] = evaluator.measure(masks, n_images, repair, weights).correct.cpu().numpy()
+                n = numbers[index]
+                measurement = evaluator.measure(path.masks(n), n_images, repair, path.weights(n))
+                correct: NDArray[np.bool_] = measurement.correct.cpu().numpy()
                 return correct
 
             given_up = race.run(measure)
             if given_up is None:
-                return self._count(path, networks, repair, "search", stopwatch)  # of what has been measured
+                return self._count(path, numbers, repair, "search", stopwatch)  # of what has been measured
         evaluator.news()  # of nobody's interest: most masks were measured on few images
         return replace(given_up, seconds=stopwatch.seconds())
 
-    def _networks(self, path: PruningPath, stopwatch: _Stopwatch) -> list[_Pruned]:
-        """Of every rate."""
+    def _numbers(self, path: PruningPath, stopwatch: _Stopwatch) -> list[int]:
+        """Components pruned at every rate, whose masks are known then; what the rates alone need isn't trained yet."""
         numbers = [path.n_pruned(rate) for rate in self.options.rates]
-        networks = [(path.masks(n), path.weights(n)) for n in numbers]
+        path.masks(numbers[-1])
         self.stage = None
         stopwatch.attributed()
-        return networks
+        return numbers
 
     def _count(
         self,
         path: PruningPath,
-        networks: Sequence[_Pruned],
+        numbers: Sequence[int],
         repair: RepairSpec,
         images: ImageSet,
         stopwatch: _Stopwatch,
     ) -> Evaluation:
         """On all images."""
         evaluator = self.evaluator(images)
-        measurements = [evaluator.measure(masks, repair=repair, weights=weights) for masks, weights in networks]
+        measurements = [evaluator.measure(path.masks(n), repair=repair, weights=path.weights(n)) for n in numbers]
         nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
         collapsed = evaluator.measure(nothing, repair=repair)
         # The one time that the device is waited for.

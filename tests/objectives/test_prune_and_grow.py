@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.slimming import slim
+from objectives.racing import Correctness, Race
 from objectives.training import TrainingOptions
 from search_spaces.heuristics import heuristic
 from search_spaces.procedures import PruneAndGrow
@@ -88,6 +90,23 @@ def test_a_training_for_the_records_alone_is_a_trainings_time(objective, monkeyp
     evaluation = objective(rates=(0.0, 0.75)).evaluate(EPSILON)
     assert [step.n_pruned for step in evaluation.steps] == [0, 84, 168]
     assert evaluation.seconds == {"attribution": 0, "training": 3, "evaluation": 0}
+
+
+def test_a_lost_race_rebuilds_no_network_that_it_does_not_measure(objective, monkeypatch):
+    n_trained = 0
+
+    def counted(*arguments, **options):
+        nonlocal n_trained
+        n_trained += 1
+        return fine_tuned(*arguments, **options)
+
+    monkeypatch.setattr("objectives.objective.fine_tuned", counted)
+    own = objective()
+    always = Correctness.of(np.ones((len(RATES), len(own.task.search)), dtype=np.bool_))
+    given_up = own.race(EPSILON, Race(0, always, RATES, (0.0, 0.0, 0.0, 0.0, 1.0), 0.05))
+    assert given_up.lowest_rate == 0.75
+    assert n_trained == 2  # the core's steps
+    assert given_up.seconds.keys() == {"attribution", "training", "evaluation"}
 
 
 def test_a_step_of_the_cores_share_is_one_shot(objective):
