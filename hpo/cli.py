@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `--help` appears at once.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -661,6 +662,9 @@ def prune(
     by_document = [name for name in _RANKED if OPTIONS[name].field in named and (elastic is None or name != "ranking")]
     if content is not None and by_document:
         raise ConfigurationError(f"The document says how pruning proceeds; leave `--{by_document[0]}` out.")
+    from objectives.pruning.slim_files import check_output
+
+    check_output(o)
     with make_progress("AUC", console) as progress:
         if elastic is not None:
             if {"repair", "repair_strength"} & named:
@@ -725,6 +729,8 @@ def _check_elastic(
         raise click.UsageError("Give DOCUMENT or --heuristic.")
     if not grow_epochs and (grow_learning_rate is not None or grow_images is not None):
         raise click.UsageError("--grow-learning-rate and --grow-images go with --grow-epochs.")
+    if grow_learning_rate is not None and not math.isfinite(grow_learning_rate):
+        raise click.UsageError(f"--grow-learning-rate must be a finite number, but got {grow_learning_rate}.")
 
 
 @cli.command(

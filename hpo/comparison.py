@@ -527,8 +527,10 @@ class _RowsFile:
         different = differences(stored, self._head["settings"])
         if different:
             more = f" ({len(different)} settings differ)" if len(different) > 1 else ""
+            # A name, such as the procedure's, explains the options that differ with it.
+            first = min(different, key=lambda difference: not difference.key.endswith(".name"))
             raise ComparisonFileError(
-                f"{str(folder)!r} holds a comparison of other settings: {different[0]}{more}; choose another folder."
+                f"{str(folder)!r} holds a comparison of other settings: {first}{more}; choose another folder."
             )
         self._rows = {(row.run, row.criterion, row.key): row for row in rows}
 

@@ -585,7 +585,7 @@ class LaunchConfiguration:
         "objective",
         "With --finetune-epochs: learning rate (SGD, momentum 0.9; of prune_and_grow the largest of a cosine); batch "
         "norm is folded, so large ones diverge.",
-        read=_between(1e-12, 1e3, "must be a number above 0"),
+        read=_between(math.ulp(0.0), math.inf, "must be a number above 0"),
         metavar="X",
         shown=str(LEARNING_RATE),
     )

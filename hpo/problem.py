@@ -333,7 +333,8 @@ def load_training_images(
     try:
         return _load_task(replace(configuration, references_per_class=n_per_class), model, given).references
     except DataError as error:
-        raise DataError(f"`--grow-images {n_per_class}`: {error}") from error
+        reason = str(error).replace("--references-per-class", "--grow-images")
+        raise DataError(f"`--grow-images {n_per_class}`: {reason}") from error
 
 
 def _load_task(configuration: LaunchConfiguration, model: "LoadedModel", given: "Container[str]") -> "Task":

@@ -485,8 +485,9 @@ def elastic_parts(report: "ElasticReport") -> "list[Table | str]":
     grown = (
         "Nothing was trained after pruning."
         if growth is None
-        else f"Grown in {growth['n_epochs']} epochs a level on {growth['n_images']} images at a learning rate of "
-        f"{growth['learning_rate']:g}; ungrown is a level's accuracy before."
+        else f"Grown in {growth['n_epochs']} epoch{'' if growth['n_epochs'] == 1 else 's'} a level on "
+        f"{growth['n_images']} images at a learning rate of {growth['learning_rate']:g}; "
+        "ungrown is a level's accuracy before."
     )
     measured_on = f"Accuracy on {report.images['n_images']} {report.images['set']} images"
     return [

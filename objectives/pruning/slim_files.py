@@ -39,6 +39,7 @@ from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = [
     "build_original",
+    "check_output",
     "kept_indices",
     "load_coupled",
     "load_slim",
@@ -53,6 +54,20 @@ __all__ = [
 _FORMAT = "pruning-hpo/slim/1"
 
 
+def check_output(target: Path) -> None:
+    """Refuse what `new_directory` would refuse at once, before anything is computed for it.
+
+    Raises:
+        SlimFileError: `target` exists and isn't empty, or can't be looked at.
+    """
+    try:
+        is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    if is_taken:
+        raise SlimFileError(f"The output {str(target)!r} already exists; choose another directory or remove it.")
+
+
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory that appears whole at `target` when the block ends well; otherwise nothing is left behind.
@@ -60,9 +75,8 @@ def new_directory(target: Path) -> Iterator[Path]:
     Raises:
         SlimFileError: `target` exists and isn't empty, or there is no room or permission.
     """
+    check_output(target)
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise SlimFileError(f"The output {str(target)!r} already exists; choose another directory or remove it.")
         existing = next(parent for parent in target.absolute().parents if parent.exists())
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=existing) as temporary:
             content = Path(temporary) / "content"
@@ -75,9 +89,11 @@ def new_directory(target: Path) -> Iterator[Path]:
     except SlimFileError:
         raise
     except OSError as error:
-        raise SlimFileError(
-            f"{str(target)!r} can't be written ({_first_line(error)}); make room or choose another path."
-        ) from error
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> SlimFileError:
+    return SlimFileError(f"{str(target)!r} can't be written ({_first_line(error)}); make room or choose another path.")
 
 
 def write_program(module: nn.Module, input_shape: tuple[int, int, int], path: Path) -> None:

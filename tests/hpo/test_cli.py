@@ -525,7 +525,7 @@ def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
     assert first.startswith(f"An elastic network of 3 levels and 336 components, {by}; ")
     (header,) = (line.split() for line in rest if line.startswith(" level "))
     assert header[:5] == ["level", "pruned", "components", "accuracy", "ungrown"]
-    assert "Grown in 1 epochs a level on 20 images at a learning rate of 0.01;" in result.stdout
+    assert "Grown in 1 epoch a level on 20 images at a learning rate of 0.01;" in result.stdout
     assert "Growing level 0 (3 of 3 done)" in result.stderr
     assert rest[-3:] == ["Wrote:", *(f"  {tmp_path / 'elastic' / n}" for n in ("elastic.safetensors", "report.json"))]
 
@@ -558,7 +558,8 @@ def test_prune_replays_prune_and_grow(document, tmp_path):
         (["--elastic", "0.99"], "The level 0.99 of `--elastic` removes the whole layer '"),
         (
             [*ELASTIC, "--grow-epochs", 1, "--grow-images", 1000],
-            "`--grow-images 1000`: The class '0' (output 0) has 100",
+            "`--grow-images 1000`: The class '0' (output 0) has 100 training images, fewer than the 1000 "
+            "references wanted; add images, lower --grow-images or",
         ),
         (
             [*ELASTIC, "--grow-epochs", 1, "--grow-learning-rate", "1e20"],
@@ -583,6 +584,10 @@ def test_elastic_networks_that_cannot_be_are_refused(document, tmp_path, argumen
             "Give one of --rate, --keep-accuracy, --params, --flops and --elastic.",
         ),
         (["best.json", *ELASTIC, "--grow-images", 3], "--grow-learning-rate and --grow-images go with --grow-epochs."),
+        (
+            ["best.json", *ELASTIC, "--grow-epochs", 3, "--grow-learning-rate", "nan"],
+            "--grow-learning-rate must be a finite number, but got nan.",
+        ),
         (["best.json", "--rate", 0.4, "--grow-epochs", 3], "--heuristic and --grow-epochs go with --elastic."),
         (["--rate", 0.4], "Missing argument 'DOCUMENT'."),
     ],

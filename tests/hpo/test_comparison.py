@@ -253,6 +253,8 @@ def test_other_settings_and_other_folders_are_refused(done, tmp_path):
     )
     line = refused(*CRITERIA, *TWO, "--procedure", "iterative", "-o", folder)
     assert 'procedure.name: "one_shot" -> "iterative" (2 settings differ); choose another folder.' in line
+    line = refused(*CRITERIA, *TWO, "--procedure", "dynamic", "-o", folder)
+    assert 'other settings: procedure.name: "one_shot" -> "dynamic" (' in line
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
     assert refused(*CRITERIA, *TWO, "-o", tmp_path / "mine") == (
