@@ -362,7 +362,7 @@ def test_a_race_that_is_not_lost_is_an_exact_evaluation(model, task, dtype):
     racing = Objective(model, task, options)
     raced = racing.race(HEURISTICS["zplus-abs"], _race(racing, exact))
     assert replace(raced, seconds={}, measured=()) == replace(exact, seconds={}, measured=())
-    # What was measured in parts, in other batches, is not taken over elsewhere: rate 0 and that of no components were not.
+    # What was measured in parts, in other batches, is not taken over elsewhere; rate 0 and no components were not.
     assert len(raced.measured) == 2
     assert set(raced.measured) < set(exact.measured)
 
