@@ -32,7 +32,7 @@ from objectives.objective import Objective, ObjectiveOptions
 from objectives.procedures.task_relevant import AdaptedStep, TaskRelevant, task_relevant
 from objectives.pruning.curve import Curve
 from objectives.pruning.fine_tuning import fine_tuned
-from objectives.pruning.ranking import Masks, Ranking
+from objectives.pruning.ranking import Masks, Ranking, n_pruned_by
 from objectives.pruning.trained import TrainedWeights
 from objectives.training import Epoch, TrainingOptions, TrainingResult, train
 from search_spaces.choices import AbsScope, ImageSet, OutputRelevance
@@ -193,7 +193,7 @@ class _Pruning:
         options: TrainingOptions,
     ) -> TrainedWeights | None:
         adaptation, objective = self.adaptation, self.adaptation.objective
-        n_pruned = sum(int((~mask).sum()) for mask in masks.values())
+        n_pruned = n_pruned_by(masks)
         stage = f"{100 * n_pruned / objective.n_components:.0f} % pruned, {purpose}"
 
         def report(epoch: Epoch) -> None:

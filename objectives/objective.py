@@ -46,7 +46,7 @@ from objectives.procedures.path import PruningPath
 from objectives.pruning.curve import Curve, weights
 from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
 from objectives.pruning.fine_tuning import fine_tuned
-from objectives.pruning.ranking import Masks, Ranking, rank
+from objectives.pruning.ranking import Masks, Ranking, n_pruned_by, rank
 from objectives.pruning.rates import check_rates
 from objectives.pruning.records import StepRecord
 from objectives.pruning.trained import TrainedWeights
@@ -230,11 +230,11 @@ class _Pruning:
     def fine_tuned(
         self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions
     ) -> TrainedWeights | None:
-        trained = self._trained(masks, weights, options, f"{_n_pruned(masks)}.safetensors")
+        trained = self._trained(masks, weights, options, f"{n_pruned_by(masks)}.safetensors")
         return weights if trained is None else trained
 
     def grown(self, masks: Masks, core: TrainedWeights, options: TrainingOptions) -> TrainedWeights:
-        name = f"grown-{_n_pruned(masks)}.safetensors"
+        name = f"grown-{n_pruned_by(masks)}.safetensors"
         grown = self._trained(masks, core, options, name, frozen=core)
         return core if grown is None else grown
 
@@ -279,7 +279,7 @@ class _Pruning:
         return self.checkpoints / name
 
     def _stage(self, masks: Masks) -> str:
-        return f"{100 * _n_pruned(masks) / self.objective.n_components:.0f} % pruned"
+        return f"{100 * n_pruned_by(masks) / self.objective.n_components:.0f} % pruned"
 
 
 class Objective:
@@ -707,10 +707,6 @@ class Objective:
                 f"The curve starts at accuracy {curve.accuracies[0]:.4f}, but the unpruned network has "
                 f"{self.unpruned_accuracy:.4f}; try `--dtype fp32`."
             )
-
-
-def _n_pruned(masks: Masks) -> int:
-    return sum(int((~mask).sum()) for mask in masks.values())
 
 
 def _by_class(correct: Tensor, labels: Tensor) -> tuple[tuple[float, ...], ...]:

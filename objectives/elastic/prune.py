@@ -27,7 +27,7 @@ from objectives.errors import OptionError, TrainingError
 from objectives.objective import Objective
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.prune import differences
-from objectives.pruning.ranking import Masks
+from objectives.pruning.ranking import Masks, n_pruned_by
 from objectives.pruning.slim_files import new_directory
 from objectives.pruning.slimming import depends_on_images
 from objectives.pruning.structured import coupled_masks
@@ -188,7 +188,7 @@ def check_masks(shares: Sequence[float], masks: Sequence[Masks]) -> None:
     Raises:
         OptionError: a level prunes what the one before it does, or all components of a layer.
     """
-    numbers = [sum(int((~mask).sum()) for mask in of_level.values()) for of_level in masks]
+    numbers = [n_pruned_by(of_level) for of_level in masks]
     n_components = sum(len(mask) for mask in masks[0].values())
     for (low, larger), (high, smaller) in itertools.pairwise(zip(shares, numbers, strict=True)):
         if larger == smaller:

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 
-from objectives.procedures.steps import Pruning, Step
-from objectives.pruning.ranking import Ranking
+from objectives.procedures.steps import Pruning, Step, when_asked
 from objectives.pruning.trained import TrainedWeights
 from objectives.training import TrainingOptions
 from search_spaces.procedures import Iterative
@@ -51,9 +51,9 @@ def iterative(pruning: Pruning, options: Iterative) -> Iterator[Step]:
         if n_done:
             ranking = pruning.rank(ranking.masks(n_done), weights)
         if options.finetune_epochs:
-            tuning = _Tuning(pruning, ranking, weights, _training(options))
-            yield Step(ranking, n_pruned, tuning.weights)
-            weights = tuning.weights(n_pruned) if n_pruned < len(ranking) else None
+            tuned = when_asked(ranking, partial(pruning.fine_tuned, weights=weights, options=_training(options)))
+            yield Step(ranking, n_pruned, tuned)
+            weights = tuned(n_pruned) if n_pruned < len(ranking) else None
         else:
             yield Step(ranking, n_pruned)
         n_done = n_pruned
@@ -68,22 +68,3 @@ def _training(options: Iterative) -> TrainingOptions:
         learning_rate=options.finetune_learning_rate,
         momentum=_MOMENTUM,
     )
-
-
-class _Tuning:
-    """The networks that one step comes to, trained when they are asked for."""
-
-    def __init__(
-        self, pruning: Pruning, ranking: Ranking, start: TrainedWeights | None, options: TrainingOptions
-    ) -> None:
-        self.pruning = pruning
-        self.ranking = ranking
-        self.start = start
-        self.options = options
-        self.known: dict[int, TrainedWeights | None] = {}
-
-    def weights(self, n_pruned: int) -> TrainedWeights | None:
-        """After training without the first components of the ranking."""
-        if n_pruned not in self.known:
-            self.known[n_pruned] = self.pruning.fine_tuned(self.ranking.masks(n_pruned), self.start, self.options)
-        return self.known[n_pruned]

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 
-from objectives.procedures.steps import Pruning, Step
-from objectives.pruning.ranking import Ranking
+from objectives.procedures.steps import Pruning, Step, when_asked
+from objectives.pruning.ranking import Masks, Ranking, n_pruned_by
 from objectives.pruning.trained import TrainedWeights
 from objectives.training import TrainingOptions
 from search_spaces.procedures import PruneAndGrow
@@ -53,27 +54,14 @@ def prune_and_grow(pruning: Pruning, options: PruneAndGrow) -> Iterator[Step]:
         steps.append((ranking, n_pruned))
         n_done = n_pruned
     for each, end in steps:
-        yield Step(each, end, _Growing(pruning, each, n_core, core, training).weights)
+        yield Step(each, end, when_asked(each, partial(_grown, pruning, n_core, core, training)))
     yield Step(ranking, len(ranking), lambda n_pruned: core)
 
 
-class _Growing:
-    """The networks of one step's ranking that are rebuilt around the core, trained when they are asked for."""
-
-    def __init__(
-        self, pruning: Pruning, ranking: Ranking, n_core: int, core: TrainedWeights | None, options: TrainingOptions
-    ) -> None:
-        self.pruning = pruning
-        self.ranking = ranking
-        self.n_core = n_core
-        self.core = core
-        self.options = options
-        self.known: dict[int, TrainedWeights] = {}
-
-    def weights(self, n_pruned: int) -> TrainedWeights | None:
-        """Without the first components of the ranking."""
-        if self.core is None or n_pruned == self.n_core:
-            return self.core
-        if n_pruned not in self.known:
-            self.known[n_pruned] = self.pruning.grown(self.ranking.masks(n_pruned), self.core, self.options)
-        return self.known[n_pruned]
+def _grown(
+    pruning: Pruning, n_core: int, core: TrainedWeights | None, options: TrainingOptions, masks: Masks
+) -> TrainedWeights | None:
+    """A network rebuilt around the core; the core itself where nothing returns to it, or it can't be trained."""
+    if core is None or n_pruned_by(masks) == n_core:
+        return core
+    return pruning.grown(masks, core, options)

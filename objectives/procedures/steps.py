@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 from objectives.pruning.ranking import Masks, Ranking
 from objectives.pruning.trained import TrainedWeights
 from objectives.training import TrainingOptions
 
-__all__ = ["Pruning", "Step"]
+__all__ = ["Pruning", "Step", "when_asked"]
 
 
 class Pruning(Protocol):
@@ -89,3 +90,15 @@ class Step:
     ranking: Ranking
     n_pruned: int
     weights: Callable[[int], TrainedWeights | None] = _unchanged
+
+
+def when_asked(
+    ranking: Ranking, train: Callable[[Masks], TrainedWeights | None]
+) -> Callable[[int], TrainedWeights | None]:
+    """`Step.weights` of the networks that a ranking comes to, each trained once, when it is first asked for."""
+
+    @cache
+    def weights(n_pruned: int) -> TrainedWeights | None:
+        return train(ranking.masks(n_pruned))
+
+    return weights

@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from typing import Protocol
 
 from objectives.errors import OptionError
-from objectives.procedures.steps import Step
+from objectives.procedures.steps import Step, when_asked
 from objectives.pruning.ranking import Masks, Ranking
 from objectives.pruning.trained import TrainedWeights
 from objectives.training import TrainingOptions
@@ -115,7 +116,8 @@ def task_relevant(pruning: AdaptivePruning, options: TaskRelevant) -> Iterator[A
     """
     ranking, n_done = pruning.rank(), 0
     weights: TrainedWeights | None = None
-    yield AdaptedStep(ranking, 0, _Adaptation(pruning, ranking, None, options.training).weights)
+    adapted = partial(pruning.adapted, options=options.training)
+    yield AdaptedStep(ranking, 0, when_asked(ranking, partial(adapted, weights=None)))
     for share in options.shares[1:]:
         n_pruned = ranking.n_pruned(share)
         if n_pruned == n_done:  # a share of less than a component of any layer
@@ -123,25 +125,5 @@ def task_relevant(pruning: AdaptivePruning, options: TaskRelevant) -> Iterator[A
         if n_done:
             ranking = pruning.rank(ranking.masks(n_done), weights)
         weights = pruning.fine_tuned(ranking.masks(n_pruned), weights, options.training)
-        adaptation = _Adaptation(pruning, ranking, weights, options.training)
-        yield AdaptedStep(ranking, n_pruned, adaptation.weights, share, weights)
+        yield AdaptedStep(ranking, n_pruned, when_asked(ranking, partial(adapted, weights=weights)), share, weights)
         n_done = n_pruned
-
-
-class _Adaptation:
-    """Of one size, when it is first asked for."""
-
-    def __init__(
-        self, pruning: AdaptivePruning, ranking: Ranking, start: TrainedWeights | None, options: TrainingOptions
-    ) -> None:
-        self.pruning = pruning
-        self.ranking = ranking
-        self.start = start
-        self.options = options
-        self.known: dict[int, TrainedWeights | None] = {}
-
-    def weights(self, n_pruned: int) -> TrainedWeights | None:
-        """After adaptation of the network without the first components of the ranking."""
-        if n_pruned not in self.known:
-            self.known[n_pruned] = self.pruning.adapted(self.ranking.masks(n_pruned), self.start, self.options)
-        return self.known[n_pruned]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from objectives.pruning.rates import n_pruned
 
-__all__ = ["Masks", "Ranking", "of_kept", "rank"]
+__all__ = ["Masks", "Ranking", "n_pruned_by", "of_kept", "rank"]
 
 Masks = Mapping[str, Tensor]
 """Layer -> (components,) of bool: true where the component is kept."""
@@ -46,6 +46,11 @@ class Ranking:
     def split(self, kept: Tensor) -> dict[str, Tensor]:
         """Masks from (n,) of bool in the concatenation of all layers; views of it."""
         return dict(zip(self.widths, kept.split(list(self.widths.values())), strict=True))
+
+
+def n_pruned_by(masks: Masks) -> int:
+    """Components that masks prune."""
+    return sum(int((~mask).sum()) for mask in masks.values())
 
 
 def of_kept(values: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
