@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -47,6 +48,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON alone o
 _verbose = click.option("-v", "--verbose", is_flag=True, help="Log more, with the origin of errors.")
 _study = click.argument("study", required=False)
 _storage = configuration_options("study", only=["storage"])
+_comparison = partial(click.option, cls=Option, heading="Comparison")
+_amount = partial(click.option, cls=Option, heading="Amount (give one)")
+_elastic = partial(click.option, cls=Option, heading="Elastic network")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -322,51 +326,41 @@ def evaluate(
     hpo compare --criteria zplus,weight,taylor --procedure iterative --finetune-epochs 3 -o tuned
     """
 )
-@click.option(
+@_comparison(
     "--criteria",
     required=True,
-    cls=Option,
-    heading="Comparison",
     metavar="A,B,...",
     help="What to compare, the others to the first: heuristics and baselines (see `hpo spaces`), files of export "
     "documents, of which only the composite is taken, and best: the best composite of --study.",
 )
-@click.option(
+@_comparison(
     "--n-subsets",
     type=int,
     default=5,
     show_default=True,
-    cls=Option,
-    heading="Comparison",
     metavar="N",
     help="Random subsets of the classes.",
 )
-@click.option(
+@_comparison(
     "--classes-per-subset",
     type=int,
     default=3,
     show_default=True,
-    cls=Option,
-    heading="Comparison",
     metavar="K",
     help="Classes of each subset; the network keeps their outputs alone.",
 )
-@click.option(
+@_comparison(
     "--seeds",
     default="0",
     show_default=True,
-    cls=Option,
-    heading="Comparison",
     metavar="A,B,...",
     help="Seeds of the references and the split; every subset runs with each.",
 )
-@click.option(
+@_comparison(
     "--subset-seed",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    cls=Option,
-    heading="Comparison",
     metavar="N",
     help="Seed of the draw of subsets.",
 )
@@ -521,42 +515,32 @@ def export(
     """
 )
 @click.argument("document", metavar="[DOCUMENT]", required=False)
-@click.option(
+@_amount(
     "--rate",
-    cls=Option,
-    heading="Amount (give one)",
     type=click.FloatRange(0, 1, max_open=True),
     metavar="SHARE",
     help="Prune this share of the components.",
 )
-@click.option(
+@_amount(
     "--keep-accuracy",
-    cls=Option,
-    heading="Amount (give one)",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
     help="Prune as much as keeps this share of the unpruned accuracy.",
 )
-@click.option(
+@_amount(
     "--params",
-    cls=Option,
-    heading="Amount (give one)",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
     help="Keep at most this share of the parameters.",
 )
-@click.option(
+@_amount(
     "--flops",
-    cls=Option,
-    heading="Amount (give one)",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
     help="Keep at most this share of the multiply-adds.",
 )
-@click.option(
+@_amount(
     "--elastic",
-    cls=Option,
-    heading="Amount (give one)",
     metavar="LEVELS",
     help="Make one network of several nested sizes, switched at run time: the whole one and those without these "
     "shares of the components, such as 0.3,0.5,0.7.",
@@ -574,17 +558,13 @@ def export(
     is_flag=True,
     help="Also prune whole coupled groups (torch-pruning), measured anew; of an elastic network nothing else.",
 )
-@click.option(
+@_elastic(
     "--heuristic",
-    cls=Option,
-    heading="Elastic network",
     metavar="NAME",
     help="Rank by this published composite or baseline (see `hpo spaces`), without a document.",
 )
-@click.option(
+@_elastic(
     "--grow-epochs",
-    cls=Option,
-    heading="Elastic network",
     type=click.IntRange(min=0),
     metavar="N",
     default=0,
@@ -592,19 +572,15 @@ def export(
     help="Train the smallest level, and then what each larger one has beyond it, for so many epochs; 0 leaves all "
     "weights as they are.",
 )
-@click.option(
+@_elastic(
     "--grow-learning-rate",
-    cls=Option,
-    heading="Elastic network",
     type=click.FloatRange(0, min_open=True),
     metavar="RATE",
     help="With --grow-epochs: largest learning rate of its cosine schedule; batch norm is folded, so large ones "
     f"diverge.  [default: {LEARNING_RATE:g}]",
 )
-@click.option(
+@_elastic(
     "--grow-images",
-    cls=Option,
-    heading="Elastic network",
     type=click.IntRange(min=1),
     metavar="N",
     help="With --grow-epochs: so many training images of each class.  [default: the reference images]",

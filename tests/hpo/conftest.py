@@ -1,4 +1,6 @@
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +10,17 @@ from stand_in import StandInProblem, drive_study
 
 from search_spaces.spaces import DiscreteSpace, SearchSpace
 from storage.store import StudyStore
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """What a command sets up for its process's log and warnings ends with the test."""
+    root = logging.getLogger()
+    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
+    yield
+    root.handlers, warnings.showwarning = handlers, show
+    root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture

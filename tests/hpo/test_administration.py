@@ -1,12 +1,10 @@
 """The commands that look after a store: what they print, and how they end."""
 
 import json
-import logging
 import os
 import pty
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,11 @@ NEWEST = newest_versions()
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_logging: None) -> None:
     for name in ("HPO_ARTIFACTS", "HPO_DASHBOARD_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    root = logging.getLogger()
-    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
-    yield
-    root.handlers, warnings.showwarning = handlers, show
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def hpo(*arguments: str, code: int = 0) -> Result:

@@ -1,11 +1,9 @@
 """The command line on the real digits: what is printed, and what is refused before anything is written."""
 
 import json
-import logging
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -38,14 +36,7 @@ COMMANDS = [
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "1"]
 
 
-@pytest.fixture(autouse=True)
-def _own_logging():
-    root = logging.getLogger()
-    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
-    yield
-    root.handlers, warnings.showwarning = handlers, show
-    root.setLevel(level)
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 @pytest.fixture(scope="module")

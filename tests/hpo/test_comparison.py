@@ -2,8 +2,6 @@
 
 import csv
 import json
-import logging
-import warnings
 
 import numpy as np
 import pytest
@@ -24,14 +22,7 @@ TWO = ["--n-subsets", "2", "--classes-per-subset", "2", "--classes", "1,3,8", *Q
 CRITERIA = ["--criteria", "epsilon-abs,weight,taylor"]
 
 
-@pytest.fixture(autouse=True)
-def _own_logging():
-    root = logging.getLogger()
-    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
-    yield
-    root.handlers, warnings.showwarning = handlers, show
-    root.setLevel(level)
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,6 @@
 """Vision transformers through the command line: a small one with random weights on the digits."""
 
 import json
-import logging
-import warnings
 
 import pytest
 import safetensors.torch
@@ -29,14 +27,7 @@ OPTIONS = {
 QUICK = ["--rates", "0,0.3,0.6", "--evaluation-images", "40", "--references-per-class", "1", "--data", "digits"]
 
 
-@pytest.fixture(autouse=True)
-def _own_logging():
-    root = logging.getLogger()
-    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
-    yield
-    root.handlers, warnings.showwarning = handlers, show
-    root.setLevel(level)
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 @pytest.fixture(scope="module")
