@@ -488,7 +488,7 @@ def _connected(address: str | None) -> Iterator[Any]:
 def _reaped(folder: str) -> Iterator[Callable[[], None]]:
     """Have the cluster in this folder cleared away when this context, or this process, ends; call once it is up."""
     with subprocess.Popen(
-        [sys.executable, "-I", reaper.__file__, str(os.getpid()), folder],
+        [sys.executable, "-I", reaper.__file__, folder],
         stdin=subprocess.PIPE,
         text=True,
         process_group=0,  # Ctrl-C in a terminal is for the driver

@@ -1,11 +1,15 @@
 """The reaper of an own Ray cluster: a program that clears away what is left of it once its driver has ended.
 
-    python reaper.py DRIVER_PID FOLDER
+    python reaper.py FOLDER
 
 The driver holds its standard input: a line says that the cluster is up, the end that the driver has ended, also where
 it was killed. Ray's servers and workers end by themselves then, but two of its agents go on for a minute, a worker that
 was just starting for half of one, and its folder stays for ever. Other processes that the driver has started are none
 of its business.
+
+All of them have the folder in their arguments at first. Some write a title over them once they are ready, as Ray's
+agents do: they are found by those that have started them, which end with the driver. So they are looked for as long as
+the cluster is coming up, since the driver may end before it is.
 """
 
 import os
@@ -21,58 +25,63 @@ from pathlib import Path
 __all__ = ["main"]
 
 _GRACE_S = 3.0
+_BETWEEN_LOOKS_S = 0.25
 
 
-def main(driver: int, folder: str) -> None:
+def main(folder: str) -> None:
     """Wait for the driver's end, then end its cluster and remove the folder."""
-    sys.stdin.readline()
-    processes = _opened(_cluster(driver, folder))
+    opened: dict[int, int] = {}
+    is_up = False
+    while not is_up:
+        is_up = bool(select.select([sys.stdin], [], [], _BETWEEN_LOOKS_S)[0])
+        _open(_cluster(folder), opened)
     sys.stdin.read()
-    _end(processes)
-    _end(_opened(_named(folder)))
+    _open(_cluster(folder), opened)
+    _end(opened.values())
+    opened = {}
+    _open(_cluster(folder), opened)
+    _end(opened.values())
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _opened(pids: Iterable[int]) -> list[int]:
-    """Descriptors of processes: unlike its number, a process's descriptor is never another's."""
-    processes = []
+def _open(pids: Iterable[int], opened: dict[int, int]) -> None:
+    """Adds descriptors of processes: unlike its number, a process's descriptor is never another's."""
     for pid in pids:
+        if pid in opened:
+            if not _has_ended(opened[pid]):
+                continue
+            os.close(opened.pop(pid))
         with suppress(ProcessLookupError):  # it has just ended
-            processes.append(os.pidfd_open(pid))
-    return processes
+            opened[pid] = os.pidfd_open(pid)
+
+
+def _has_ended(process: int, within_s: float = 0.0) -> bool:
+    return bool(select.select([process], [], [], within_s)[0])
 
 
 def _end(processes: Iterable[int]) -> None:
     for process in processes:
-        if not select.select([process], [], [], 0)[0]:
+        if not _has_ended(process):
             signal.pidfd_send_signal(process, signal.SIGKILL)
-            select.select([process], [], [], _GRACE_S)
+            _has_ended(process, _GRACE_S)
 
 
-def _named(folder: str) -> Iterator[int]:
-    """Processes that have the folder in their arguments, as a worker has until it is ready."""
-    for status in Path("/proc").glob("[0-9]*"):
-        pid = int(status.name)
-        if pid != os.getpid() and folder in _arguments(pid):
-            yield pid
-
-
-def _cluster(driver: int, folder: str) -> Iterator[int]:
-    """Processes of the cluster in this folder, which is the driver's; none where there is no /proc.
-
-    Its servers, which the driver has started, have the folder in their arguments; not all that they start in turn do.
-    """
+def _cluster(folder: str) -> Iterator[int]:
+    """Processes with the folder in their arguments, and all that they have started; none where there is no /proc."""
     children = defaultdict[int, list[int]](list)
+    found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The name in brackets may hold spaces and brackets.
             parent = int(status.read_text().rpartition(")")[2].split()[1])
         except OSError:  # it has just ended
             continue
-        children[parent].append(int(status.parent.name))
-    found = [pid for pid in children[driver] if pid != os.getpid() and folder in _arguments(pid)]
+        pid = int(status.parent.name)
+        children[parent].append(pid)
+        if pid != os.getpid() and folder in _arguments(pid):
+            found.append(pid)
     for pid in found:  # which grows
-        found += children[pid]
+        found += [child for child in children[pid] if child not in found]
         yield pid
 
 
@@ -84,4 +93,4 @@ def _arguments(pid: int) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])

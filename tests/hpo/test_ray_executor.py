@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,14 @@ class Launch:
                 pids.append(int(folder.name))
         return pids
 
+    def titles(self):
+        """What they write over their arguments."""
+        titles = []
+        for pid in self.pids():
+            with suppress(OSError):
+                titles.append(Path(f"/proc/{pid}/cmdline").read_text())
+        return titles
+
 
 @pytest.fixture
 def launch(tmp_path, request):
@@ -356,15 +365,29 @@ def test_ctrl_c_in_a_terminal_ends_everything_in_order(launch):
         assert not {"RUNNING", "FAIL"} & {trial.state.name for trial in store.load("digits").get_trials()}
 
 
-@pytest.mark.slow
-def test_a_driver_that_is_killed_leaves_no_process(launch):
-    launch.wait_for("2/10  trial")
+def assert_killing_leaves_nothing(launch):
     assert len(launch.pids()) > 4
     launch.process.kill()
     deadline = time.monotonic() + 10
     while launch.pids() or list(launch.temporary.iterdir()):
         assert time.monotonic() < deadline, (launch.pids(), list(launch.temporary.iterdir()))
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_leaves_no_process(launch):
+    launch.wait_for("2/10  trial")
+    assert_killing_leaves_nothing(launch)
+
+
+@pytest.mark.slow
+def test_nor_does_one_that_is_killed_while_its_cluster_comes_up(launch):
+    """At the moment when Ray's two agents have just written their titles over their arguments."""
+    deadline = time.monotonic() + 120
+    while len([title for title in launch.titles() if re.match(r"ray::\w+Agent", title)]) < 2:
+        assert time.monotonic() < deadline, launch.titles()
+        time.sleep(0.02)
+    assert_killing_leaves_nothing(launch)
 
 
 def test_one_process_has_one_executor(executor):
