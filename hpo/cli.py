@@ -641,21 +641,24 @@ def prune(
     from objectives.pruning.slim_files import check_output
 
     check_output(o)
+    if elastic is not None and {"repair", "repair_strength"} & named:
+        raise ConfigurationError(
+            "The levels of an elastic network share their weights, which a repair would change for each alone; "
+            "leave `--repair` out."
+        )
     with make_progress("AUC", console) as progress:
         if elastic is not None:
-            if {"repair", "repair_strength"} & named:
-                raise ConfigurationError(
-                    "The levels of an elastic network share their weights, which a repair would change for each alone; "
-                    "leave `--repair` out."
-                )
             from hpo.elastic import Growing, make_elastic
             from hpo.report import elastic_parts
+            from objectives.elastic.prune import parse_levels
+
+            levels = parse_levels(elastic)
 
             growing = Growing(grow_epochs, grow_learning_rate or LEARNING_RATE, grow_images)
             ranker = _ranker(heuristic, None, False, None, None) if content is None else content.composite
             progress.phase("Loading network and images")
             problem = _load_problem(configuration, content, given)
-            made = make_elastic(problem, ranker, elastic, o, coupled, growing, given, progress)
+            made = make_elastic(problem, ranker, levels, o, coupled, growing, given, progress)
             result, parts = made.to_json(), elastic_parts(made)
         else:
             from hpo.problem import load_model_and_task
@@ -664,16 +667,17 @@ def prune(
             from objectives.pruning.prune import prune as run
 
             assert content is not None, "without --elastic there is a document"
+            ((kind, value),) = wanted.items()
+            amount = PruneAmount(kind, value)
             progress.phase("Loading network and images")
             model, task = load_model_and_task(configuration, given)
             progress.phase("Pruning")
-            ((kind, value),) = wanted.items()
             is_default = configuration.repair is None and configuration.repair_strength is None
             report = run(
                 model,
                 task,
                 content,
-                amount=PruneAmount(kind, value),
+                amount=amount,
                 coupled=coupled,
                 output=o,
                 device=configuration.device,

@@ -16,8 +16,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -32,6 +32,7 @@ from search_spaces.errors import PruningHPOError
 from search_spaces.files import write_atomically
 from search_spaces.reasons import message_of
 from storage.identity import differences
+from storage.locks import file_lock
 
 if TYPE_CHECKING:
     from hpo.config import LaunchConfiguration
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 _ROWS = "rows.jsonl"
+_LOCK = ".lock"
 _FORMAT = "pruning-hpo/comparison/1"
 # What decides a row's figures, beside the network, the subset and the seed.
 _SETTINGS = (
@@ -346,7 +348,7 @@ def compare_criteria(
 
     Raises:
         ConfigurationError: There are too few classes, or a composite was found with other layer groups.
-        ComparisonFileError: The folder holds something else, or cannot be written.
+        ComparisonFileError: The folder holds something else, is used by another comparison, or cannot be written.
         ObjectiveError: The network or the images cannot be used.
     """
     from hpo.problem import load_network
@@ -357,24 +359,24 @@ def compare_criteria(
     classes = known_classes(configuration.data, model, classes=configuration.classes, class_map=configuration.class_map)
     every = runs.of(classes)
     settings = _settings(configuration, model, classes, runs, layer_groups, images)
-    file = _RowsFile(folder, settings)
-    wanted = [(run, contestant) for run in every for contestant in contestants]
-    n_done = sum(file.row(run, contestant) is not None for run, contestant in wanted)
-    progress.phase("Comparing", len(wanted), n_done)
-    for run in every:
-        left = [contestant for contestant in contestants if file.row(run, contestant) is None]
-        if left:
-            loaded = _load(configuration, run, model, layer_groups)
-            _check(loaded, contestants, file.of_run(run), run)
-            _compare_run(loaded, run, left, images, file, progress, n_done)
-            n_done += len(left)
-    rows = [row for run, contestant in wanted if (row := file.row(run, contestant)) is not None]
-    names = [contestant.name for contestant in contestants]
-    comparison = Comparison.of(rows, names, metric=configuration.metric, seed=runs.subset_seed)
-    _write(folder / "rows.csv", _csv(rows))
-    _write(folder / "summary.json", (json.dumps(comparison.to_json(), indent=2) + "\n").encode())
-    _write(folder / "comparison.png", comparison_png(comparison.values, comparison.curves, comparison.metric))
-    return comparison
+    with _RowsFile.opened(folder, settings) as file:
+        wanted = [(run, contestant) for run in every for contestant in contestants]
+        n_done = sum(file.row(run, contestant) is not None for run, contestant in wanted)
+        progress.phase("Comparing", len(wanted), n_done)
+        for run in every:
+            left = [contestant for contestant in contestants if file.row(run, contestant) is None]
+            if left:
+                loaded = _load(configuration, run, model, layer_groups)
+                _check(loaded, contestants, file.of_run(run), run)
+                _compare_run(loaded, run, left, images, file, progress, n_done)
+                n_done += len(left)
+        rows = [row for run, contestant in wanted if (row := file.row(run, contestant)) is not None]
+        names = [contestant.name for contestant in contestants]
+        comparison = Comparison.of(rows, names, metric=configuration.metric, seed=runs.subset_seed)
+        _write(folder / "rows.csv", _csv(rows))
+        _write(folder / "summary.json", (json.dumps(comparison.to_json(), indent=2) + "\n").encode())
+        _write(folder / "comparison.png", comparison_png(comparison.values, comparison.curves, comparison.metric))
+        return comparison
 
 
 def _load(
@@ -480,26 +482,38 @@ def _settings(
 
 
 class _RowsFile:
-    """The rows of a comparison, on disk and in memory. Not for several processes at a time.
-
-    Raises:
-        ComparisonFileError: The folder holds something else, or a comparison of other settings.
-    """
+    """The rows of a comparison, on disk and in memory; `opened` keeps other processes away."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._path = folder / _ROWS
         self._head = {"format": _FORMAT, "settings": settings}
         self._rows: dict[tuple[Run, str, str], Row] = {}
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path, settings: Mapping[str, Any]) -> Iterator["_RowsFile"]:
+        """Those of a folder, which is made where it is missing.
+
+        Raises:
+            ComparisonFileError: The folder holds something else, or a comparison of other settings; another process
+                writes to it; it cannot be written.
+        """
+        file = cls(folder, settings)
         try:
-            if self._path.exists():
-                self._read(folder)
-            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if folder.exists() and not (folder.is_dir() and (file._path.exists() or _is_new(folder))):
                 raise ComparisonFileError(f"{str(folder)!r} is there and holds no comparison; choose another folder.")
             folder.mkdir(parents=True, exist_ok=True)
         except ComparisonFileError:
             raise
         except OSError as error:
             raise _unwritable(folder, error) from error
+        with file_lock(folder / _LOCK, timeout_s=0) as is_ours:
+            if not is_ours:
+                raise ComparisonFileError(
+                    f"Another `hpo compare` is writing to {str(folder)!r}; wait for its end or choose another folder."
+                )
+            file._read()
+            yield file
 
     def row(self, run: Run, contestant: Contestant) -> Row | None:
         """What is known of a criterion in a run."""
@@ -515,7 +529,9 @@ class _RowsFile:
         lines = [self._head, *(each.to_json() for each in self._rows.values())]
         _write(self._path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
 
-    def _read(self, folder: Path) -> None:
+    def _read(self) -> None:
+        if not self._path.exists():
+            return
         try:
             head, *lines = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
             stored = head["settings"] if head["format"] == _FORMAT else None
@@ -529,10 +545,15 @@ class _RowsFile:
             more = f" ({len(different)} settings differ)" if len(different) > 1 else ""
             # A name, such as the procedure's, explains the options that differ with it.
             first = min(different, key=lambda difference: not difference.key.endswith(".name"))
+            folder = str(self._path.parent)
             raise ComparisonFileError(
-                f"{str(folder)!r} holds a comparison of other settings: {first}{more}; choose another folder."
+                f"{folder!r} holds a comparison of other settings: {first}{more}; choose another folder."
             )
         self._rows = {(row.run, row.criterion, row.key): row for row in rows}
+
+
+def _is_new(folder: Path) -> bool:
+    return all(path.name == _LOCK for path in folder.iterdir())
 
 
 def _write(path: Path, content: bytes) -> None:

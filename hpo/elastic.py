@@ -1,6 +1,6 @@
 """Elastic networks from the command line: `hpo prune --elastic`."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ class Growing:
 def make_elastic(
     problem: LoadedProblem,
     ranker: "Ranker",
-    levels: str,
+    levels: Sequence[float],
     output: Path,
     coupled: bool,
     growing: Growing,
@@ -47,7 +47,7 @@ def make_elastic(
     Args:
         problem: Its network is pruned by its procedure.
         ranker: Composite or criterion.
-        levels: As `objectives.elastic.prune.parse_levels` reads them.
+        levels: Sparsities of all but the whole network, increasing.
         output: New directory.
         coupled: Remove whole coupled groups.
         growing: Training.
@@ -55,12 +55,11 @@ def make_elastic(
         progress: Whom to tell how far it is.
 
     Raises:
-        ObjectiveError: Levels, training or output can't be as they are asked for.
+        ObjectiveError: Training or output can't be as they are asked for.
     """
-    from objectives.elastic.prune import Growth, parse_levels, prune_elastic
+    from objectives.elastic.prune import Growth, prune_elastic
     from objectives.training import TrainingOptions
 
-    sparsities = parse_levels(levels)
     growth = None
     if growing.n_epochs:
         images, n = problem.task.references, growing.images_per_class
@@ -75,7 +74,7 @@ def make_elastic(
             seed=problem.configuration.seed,
         )
         growth = Growth(images, options)
-    n_levels = len(sparsities) + 1
+    n_levels = len(levels) + 1
 
     def grown(level: int, epoch: "Epoch") -> None:
         done = (n_levels - 1 - level) * epoch.n_epochs + epoch.number
@@ -85,7 +84,7 @@ def make_elastic(
     return prune_elastic(
         problem.objective,
         ranker,
-        levels=sparsities,
+        levels=levels,
         output=output,
         coupled=coupled,
         growth=growth,

@@ -16,6 +16,7 @@ from objectives.datasets import known_classes, load_task
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
 from search_spaces.heuristics import heuristic
+from storage.locks import file_lock
 
 QUICK = ["--rates", "0,0.5", "--evaluation-images", "40", "--references-per-class", "2"]
 TWO = ["--n-subsets", "2", "--classes-per-subset", "2", "--classes", "1,3,8", *QUICK]
@@ -259,6 +260,20 @@ def test_other_settings_and_other_folders_are_refused(done, tmp_path):
     (tmp_path / "file").write_text("")
     assert "holds no comparison" in refused(*CRITERIA, *TWO, "-o", tmp_path / "file")
     assert "cannot be written: Not a directory" in refused(*CRITERIA, *TWO, "-o", tmp_path / "file" / "below")
+
+
+def test_two_comparisons_do_not_write_to_one_folder(done, tmp_path):
+    folder, _ = done
+    with file_lock(folder / ".lock", timeout_s=0) as is_held:
+        assert is_held
+        assert refused(*CRITERIA, *TWO, "-o", folder) == (
+            f"Another `hpo compare` is writing to {str(folder)!r}; wait for its end or choose another folder."
+        )
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / ".lock").write_text("")  # of a comparison that was killed before its first row
+    once = ["--n-subsets", "1", "--classes-per-subset", "2", "--classes", "1,3", *QUICK]
+    compare("--criteria", "random-0,weight", *once, "-o", new)
 
 
 def test_a_row_returns_from_json():
