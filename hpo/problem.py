@@ -5,6 +5,7 @@ import json
 import platform
 import shlex
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,6 +42,8 @@ __all__ = [
     "refuse_space",
 ]
 
+# Of trials that were killed and never asked for again.
+_CHECKPOINTS_KEPT = timedelta(days=7)
 _VERSIONED = ("numpy", "optuna", "pruning-hpo", "timm", "torch", "zennit")
 
 
@@ -243,9 +246,11 @@ def load_problem(
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
     """
-    from objectives.cache import cache_directory
+    from objectives.cache import cache_directory, clear_directories
     from objectives.objective import Objective, ObjectiveOptions
 
+    checkpoints = cache_directory() / "fine-tuning"
+    clear_directories(checkpoints, _CHECKPOINTS_KEPT)
     if model is None:
         model = load_network(configuration, given)
     task = _load_task(configuration, model, given)
@@ -263,7 +268,7 @@ def load_problem(
         attribution_memory=configuration.attribution_memory * 2**20,
         repair=configuration.repair_spec(),
         procedure=configuration.procedure_spec(),
-        checkpoints=cache_directory() / "fine-tuning",
+        checkpoints=checkpoints,
     )
     return LoadedProblem(configuration, Objective(model, task, options, document), document)
 
