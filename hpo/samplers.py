@@ -2,11 +2,12 @@
 
 import hashlib
 import inspect
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -27,6 +28,11 @@ __all__ = ["GridSampler", "ReseededSampler", "SAMPLERS", "learns", "make_sampler
 SAMPLERS: dict[str, Callable[["SearchSpace", int], BaseSampler]] = {}
 """Makers of the samplers that have a name, from a search space and a seed."""
 
+# How often TPE itself is asked for another point, which takes long in a long study, and how often each number of
+# parameters is drawn anew.
+_N_REDRAWN = 3
+_N_CHANGED = 8
+
 
 def _register(
     name: str,
@@ -44,11 +50,22 @@ class ReseededSampler(BaseSampler):
     A study that was interrupted and resumed therefore asks for the points that it would have asked for anyway, and
     several drivers' draws would not coincide. The inner sampler must keep no state but its generator, and
     what it knows of the search space.
+
+    Args:
+        build: Makes the inner sampler from a seed.
+        seed: Of the study.
+        distinct_in: A space in which points that a search trial has already are drawn again, and then changed in ever
+            more parameters: where most parameters are choices, TPE proposes its best point over and over (56 of 100
+            trials, measured). A point is repeated only where that finds no other.
     """
 
-    def __init__(self, build: Callable[[int], BaseSampler], seed: int) -> None:
+    def __init__(
+        self, build: Callable[[int], BaseSampler], seed: int, *, distinct_in: "SearchSpace | None" = None
+    ) -> None:
         self._build = build
         self._seed = seed
+        self._distinct_in = distinct_in
+        self._keys: dict[int, str] = {}  # of trials that have all of their parameters
         # What all trials have in common is found trial by trial; a new sampler would begin with the first again.
         self._for_space = build(seed)
 
@@ -60,7 +77,21 @@ class ReseededSampler(BaseSampler):
         self, study: "Study", trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See `BaseSampler`."""
-        return self._sampler(trial.number).sample_relative(study, trial, search_space)
+        for stream in ("", *map(str, range(1, _N_REDRAWN))):
+            drawn = self._sampler(trial.number, stream).sample_relative(study, trial, search_space)
+            if not drawn or self._is_new(drawn, study, trial):
+                return drawn
+        names = sorted(search_space)
+        choose = random.Random(f"{self._seed}/{trial.number}")
+        for n_changed in sorted([*range(1, len(names) + 1)] * _N_CHANGED):
+            sampler = optuna.samplers.RandomSampler(seed=choose.getrandbits(32))
+            changed = {
+                name: sampler.sample_independent(study, trial, name, search_space[name])
+                for name in choose.sample(names, n_changed)
+            }
+            if self._is_new(drawn | changed, study, trial):
+                return drawn | changed
+        return drawn
 
     def sample_independent(
         self, study: "Study", trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -69,6 +100,25 @@ class ReseededSampler(BaseSampler):
         # Each parameter has its own stream: one stream would give all parameters the same first draw.
         sampler = self._sampler(trial.number, param_name)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _is_new(self, parameters: Mapping[str, Any], study: "Study", trial: FrozenTrial) -> bool:
+        if self._distinct_in is None:
+            return True
+        others = [
+            other
+            for other in study.get_trials(deepcopy=False)
+            if other.number not in self._keys and role(other) == "search"
+        ]
+        found = {other.number: _key(self._distinct_in, other.params) for other in others}
+        self._keys |= {number: key for number, key in found.items() if key is not None}
+        # Optuna asks no sampler for what has one value only.
+        fixed = {
+            name: distribution.to_external_repr(0)
+            for name, distribution in self._distinct_in.distributions().items()
+            if isinstance(distribution, CategoricalDistribution) and distribution.single()
+        }
+        drawn = _key(self._distinct_in, {**fixed, **parameters})
+        return all(number == trial.number or key != drawn for number, key in self._keys.items())
 
     def _sampler(self, trial_number: int, stream: str = "") -> BaseSampler:
         digest = hashlib.sha256(f"{self._seed}/{trial_number}/{stream}".encode()).digest()
@@ -138,15 +188,16 @@ class GridSampler(BaseSampler):
         searched = [trial for trial in trials if role(trial) == "search"]
         if self._forgiven is None:
             self._forgiven = frozenset(trial.number for trial in searched if trial.state == TrialState.FAIL)
-        taken = {self._key(trial) for trial in searched if trial.number not in self._forgiven}
+        taken = {_key(self._space, trial.params) for trial in searched if trial.number not in self._forgiven}
         return [key for key in self._points if key not in taken]
 
-    def _key(self, trial: FrozenTrial) -> str | None:
-        """Canonical key of a trial's point; None while its parameters are incomplete."""
-        try:
-            return self._space.suggest(optuna.trial.FixedTrial(trial.params)).key
-        except (ValueError, SearchSpaceError):
-            return None
+
+def _key(space: "SearchSpace", parameters: Mapping[str, Any]) -> str | None:
+    """Canonical key of a point; None while its parameters are incomplete."""
+    try:
+        return space.suggest(optuna.trial.FixedTrial(dict(parameters))).key
+    except (ValueError, SearchSpaceError):
+        return None
 
 
 @_register("grid")
@@ -161,7 +212,7 @@ def _random(space: "SearchSpace", seed: int) -> BaseSampler:
 
 @_register("tpe")
 def _tpe(space: "SearchSpace", seed: int) -> BaseSampler:
-    return ReseededSampler(lambda drawn: optuna.samplers.TPESampler(seed=drawn), seed)
+    return ReseededSampler(lambda drawn: optuna.samplers.TPESampler(seed=drawn), seed, distinct_in=space)
 
 
 def make_sampler(spec: str, space: "SearchSpace", seed: int) -> BaseSampler:

@@ -7,6 +7,7 @@ from optuna.trial import TrialState
 from hpo.errors import SamplerError
 from hpo.samplers import SAMPLERS, GridSampler, ReseededSampler, make_sampler
 from search_spaces.errors import SpaceNotFiniteError
+from search_spaces.rules import GROUPS
 from search_spaces.spaces import DiscreteSpace, load_space
 
 
@@ -35,6 +36,33 @@ def test_reseeded_samplers_repeat_a_seed_and_vary_between_seeds(name, space):
     first, again, other = (draws(make_sampler(name, space, seed), space, 15) for seed in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) > 5
+
+
+EVERY_RULE = {group: ("Epsilon", "ZPlus", "AlphaBeta", "Gamma") for group in GROUPS}
+
+
+@pytest.mark.parametrize(
+    "space",
+    [load_space("cnn"), load_space("cnn+repair"), DiscreteSpace("one epsilon", EVERY_RULE, epsilon=(1e-6,))],
+    ids=lambda space: space.name,
+)
+def test_tpe_proposes_no_point_twice(space):
+    """Where the best point is far better than all others, it would ask for that one again and again."""
+    study = optuna.create_study(direction="maximize", sampler=make_sampler("tpe", space, 0))
+    keys = []
+    for _ in range(60):
+        trial, key = ask(study, space)
+        n_best = sum(trial.params[group] == "Epsilon" for group in GROUPS)
+        study.tell(trial, 10.0 if n_best == 4 else float(n_best > 2))
+        keys.append(key)
+    assert len(set(keys[10:])) == 50  # the first ten are random
+    assert len(set(keys)) >= 58
+
+
+def test_tpe_repeats_points_where_no_other_is_left():
+    space = DiscreteSpace("one", {group: ("ZPlus",) for group in GROUPS}, abs=(False, True), epsilon=(0.01,))
+    keys = draws(make_sampler("tpe", space, 0), space, 14)
+    assert len(set(keys)) == 2
 
 
 def test_a_draw_depends_on_the_history_and_not_on_the_process(space):
