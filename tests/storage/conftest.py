@@ -36,13 +36,16 @@ def store(url: str) -> Iterator[StudyStore]:
         yield opened
 
 
+STRICT = 'import warnings; warnings.simplefilter("error")\n'
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., ForkedPython]]:
     """Start Python on a piece of code in a process of its own, killed at the end of the test."""
     started: list[ForkedPython] = []
 
     def start_python(code: str, *arguments: str, **environment: str) -> ForkedPython:
-        started.append(ForkedPython(code, arguments, {**os.environ, **environment}))
+        started.append(ForkedPython(f"{STRICT}{code}", arguments, {**os.environ, **environment}))
         return started[-1]
 
     yield start_python

@@ -744,9 +744,9 @@ from storage.trials import TrialResult
 with StudyStore.open(sys.argv[1]) as store:
     study = store.load("digits")
     store.adopt_orphans(study)
-    print("ready", flush=True)
     while True:
         trial = study.ask()
+        print("asked", flush=True)
         record = store.write_artifact("curve.csv", b"0,1")
         curve = {step: 0.5 for step in range(0, 100, 5)}
         store.finish(trial, TrialResult(value=0.5, curve=curve, attributes={"auc": 0.5}, artifacts=(record,)))
@@ -758,7 +758,7 @@ def test_killed_driver_leaves_whole_trials_only(url: str, start: Callable[..., F
         create(store)
     for n_kills in range(4):
         process = start(FINISH_FOREVER, url)
-        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        assert process.stdout.readline() == "asked\n", process.communicate()[1]
         time.sleep(0.05 + 0.037 * n_kills)
         process.kill()
         process.wait()
