@@ -12,7 +12,7 @@ from forked_python import fork_context
 from hpo.driver import CONFIRMATION
 from storage.store import StudyStore
 
-N_TRIALS = 20
+N_TRIALS = 10
 
 
 def drive(url, sampler, killed_after_s=None):
@@ -38,7 +38,7 @@ def test_kills_leave_no_trace(tmp_path, sampler):
     drive(whole, sampler)
     generator, exit_codes = random.Random(sampler), []
     while 0 not in exit_codes:
-        moment_s = generator.uniform(0.0, 1.0) if len(exit_codes) < 12 else None
+        moment_s = generator.uniform(0.0, 0.6) if len(exit_codes) < 8 else None
         process = fork_context().Process(target=drive, args=(parts, sampler, moment_s))
         process.start()
         process.join(120)
