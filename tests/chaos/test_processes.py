@@ -150,7 +150,7 @@ def test_a_kill_before_a_commit(new_url, make_study, full, record):
 
 
 def test_a_driver_that_stands_still_keeps_its_study(url, make_study, full, record):
-    study = make_study(url, space_path=GRID_60 if full else GRID_6, settings=StubSettings(seconds=0.2))
+    study = make_study(url, space_path=GRID_60 if full else GRID_6, settings=StubSettings(seconds=0.3))
     with study.witness:
         first = study.start()
         first.wait_for("1/10  trial")

@@ -235,7 +235,7 @@ def test_interrupt_ends_it_in_order(filled: StudyStore, url: str, start: Start) 
     dashboard = _open(start, url)
     dashboard.json("/api/studies")
     dashboard.process.send_signal(signal.SIGINT)
-    output, errors = dashboard.process.communicate(timeout=5)
+    output, errors = dashboard.process.communicate(timeout=60)
     assert (output, dashboard.process.returncode) == ("ended\n", 0), errors
     assert "Traceback" not in errors
 
