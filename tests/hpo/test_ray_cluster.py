@@ -220,7 +220,6 @@ def test_more_than_any_machine_has_is_refused(connect):
 
 @pytest.mark.slow
 def test_a_wrong_token_is_named(connect, monkeypatch):
-    monkeypatch.setattr("hpo.executors.ray._CONNECT_TIMEOUT_S", 10.0)
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN[::-1])
     with pytest.raises(
         ExecutorError, match=r"^There is no usable Ray cluster at '127\.0\.0\.1:\d+': it wants another token; "
