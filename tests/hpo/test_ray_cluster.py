@@ -97,8 +97,13 @@ def cluster():
         # The path of a socket has 107 bytes at most, and pytest's own folders leave too few of them.
         with (
             tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
-            ray_process(*head, f"--temp-dir={folder}"),
+            ray_process(*head, f"--temp-dir={folder}") as process,
         ):
+            deadline = time.monotonic() + 120  # whoever connects waits for less
+            while not Path(folder, "session_latest", "sockets", "raylet").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
             yield f"127.0.0.1:{port}"
 
 
