@@ -100,7 +100,7 @@ def executor():
         environment = private_environment()
         patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.delenv("MKL_NUM_THREADS", raising=False)
-        bystander = subprocess.Popen(["sleep", "600"])
+        bystander = subprocess.Popen(["sleep", "7200"])
         before = signal.getsignal(signal.SIGTERM)
         with RayExecutor(configure(workers=N_WORKERS, trial_timeout_s=TIMEOUT_S), Stub) as executor:
             assert signal.getsignal(signal.SIGTERM) is before
