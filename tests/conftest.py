@@ -1,14 +1,19 @@
+import functools
 import os
 import signal
+import sqlite3
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from alembic.util import pyfiles
 from postgresql_cluster import Server, running_server
 from s3_server import running_s3_server
+from sqlalchemy import Engine, event
 
 # Read when huggingface_hub is imported; without it, a test of missing weights waits for a network's time-outs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +34,31 @@ def _own_cache(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_CACHE", str(request.config.cache.mkdir("pruning-hpo")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _migrations_read_once() -> Iterator[None]:
+    """Alembic executes the twenty files of Optuna's migrations anew for each store that is opened."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyfiles, "load_module_py", functools.cache(pyfiles.load_module_py))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_disks() -> Iterator[None]:
+    """SQLite syncs no file, as the tests' PostgreSQL syncs none: no test is about machines that lose power."""
+
+    def relax(connection: Any, record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            [[timeout_ms]] = connection.execute("PRAGMA busy_timeout").fetchall()
+            connection.execute("PRAGMA busy_timeout = 0")
+            with suppress(sqlite3.Error):  # of files that are held, or none of SQLite's
+                connection.execute("PRAGMA synchronous = OFF")
+            connection.execute(f"PRAGMA busy_timeout = {timeout_ms}")
+
+    event.listen(Engine, "connect", relax)
+    yield
+    event.remove(Engine, "connect", relax)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 from chaos.invariants import MARK, Tally, Witness, assert_invariants, assert_no_orphans, marked
 from chaos.launcher import KILL_AT
 from chaos.stub import StubSettings
+from forked_python import ForkedPython
 
 from search_spaces.spaces import SearchSpace, load_space
 
@@ -28,7 +29,7 @@ RAY = ("--executor", "ray", "--workers", "4", "--cpus-per-trial", "0.25", "--tri
 
 
 class Launch:
-    """A running launcher in a session of its own.
+    """A running launcher in a session of its own; forked from a process with all its imports, unless it starts Ray.
 
     Attributes:
         mark: In the environment of its process, and the directory that it runs in: both are inherited.
@@ -39,16 +40,22 @@ class Launch:
         own = directory / mark
         own.mkdir()
         self._log = own / "log"
+        environment = {**os.environ, **environment, MARK: mark}
+        self.process: ForkedPython | subprocess.Popen[bytes]
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "chaos.launcher", *arguments],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                cwd=own,
-                env={**os.environ, **environment, MARK: mark},
-                start_new_session=True,
-            )
+            if "ray" in arguments:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "chaos.launcher", *arguments],
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    cwd=own,
+                    env=environment,
+                    start_new_session=True,
+                )
+            else:
+                code = "from chaos.launcher import main; main()"
+                self.process = ForkedPython(code, arguments, environment, directory=own, log=log)
 
     @property
     def log(self) -> str:

@@ -22,8 +22,8 @@ def test_the_server_crashes(new_postgresql, make_study, full, record, executor):
     server = new_postgresql()
     study = make_study(
         server.new_database(),
-        space_path=("cnn" if executor == "ray" else GRID_60) if full else GRID_60,
-        settings=StubSettings(seconds=(1.0 if executor == "ray" else 2.0) if full else 0.15),
+        space_path=("cnn" if executor == "ray" else GRID_60) if full else GRID_6,
+        settings=StubSettings(seconds=(1.0 if executor == "ray" else 2.0) if full else 0.3),
         options=RAY if executor == "ray" else (),
     )
 
@@ -33,22 +33,23 @@ def test_the_server_crashes(new_postgresql, make_study, full, record, executor):
 
     with study.witness:
         launch = study.start()
-        launch.wait_for("2/60" if executor == "local" else "1/10")
-        with every(lambda: 40.0 if full else 2.0, crash) as crashes:
-            while crashes.n < (2 if full else 3):
+        launch.wait_for("1/10")
+        with every(lambda: 40.0 if full else 1.0, crash) as crashes:
+            while crashes.n < 2:
                 assert launch.process.poll() is None, launch.log
                 time.sleep(0.1)
-        outage(server, 60 if full else 5)
+        outage(server, 60 if full else 2)
         assert launch.end(600) == 0, launch.log
     record(4, study.check(), restarts=crashes.n, outages=1)
 
 
-def test_a_server_that_stays_away_ends_the_launch(new_postgresql, make_study, record):
+def test_a_server_that_stays_away_ends_the_launch(new_postgresql, make_study, full, record):
     server = new_postgresql()
-    study = make_study(server.new_database(), options=("--store-timeout", "3"))
+    space_path = GRID_60 if full else GRID_6
+    study = make_study(server.new_database(), space_path=space_path, options=("--store-timeout", "2"))
     with study.witness:
         launch = study.start()
-        launch.wait_for("3/60  trial")
+        launch.wait_for("3/10  trial")
         server.stop()
         assert launch.end(60) == 1, launch.log
         assert "--store-timeout" in launch.log.splitlines()[-1]
@@ -59,25 +60,30 @@ def test_a_server_that_stays_away_ends_the_launch(new_postgresql, make_study, re
 
 
 def test_commits_and_their_answers_are_lost(postgresql_server, make_study, full, record):
-    """Every half second, at random, a COMMIT or its answer, and the connection with it."""
-    choose = random.Random(0)
+    """Again and again, at random, a COMMIT or its answer, and the connection with it."""
+    choose, n_chosen = random.Random(0), 0
     url = postgresql_server.new_database()
     with CommitProxy(postgresql_server.port) as proxy:
         study = make_study(
             url.replace(f":{postgresql_server.port}/", f":{proxy.port}/"),
             witness_url=url,
+            space_path=GRID_60 if full else GRID_6,
             settings=StubSettings(seconds=0.5 if full else 0.05),
         )
 
         def lose() -> bool:
-            # Not every time: who has waited for longer than half a second would meet a loss at every try.
-            proxy.lose(choose.choice([0, 1]), delivered=choose.random() < 0.7)
+            """Counted in commits, so that who is slow comes as far between two losses."""
+            nonlocal n_chosen
+            if proxy.n_lost < n_chosen:
+                return False
+            proxy.lose(choose.randint(1, 12), delivered=choose.random() < 0.7)
+            n_chosen += 1
             return True
 
         with study.witness:
             launch = study.start()
             launch.wait_for("1/10  trial")
-            with every(lambda: 0.5, lose):
+            with every(lambda: 0.02, lose):
                 launch.wait_for("11/11  trial", timeout_s=300)
             proxy.keep()
             assert launch.end() == 0, launch.log

@@ -57,26 +57,41 @@ def test_workers_are_killed(postgresql_server, make_study, record):
 
 @pytest.mark.parametrize(("sampler", "n_trials"), [("grid", None), pytest.param("tpe", 200, marks=full_only)])
 def test_drivers_and_workers_are_killed(postgresql_server, make_study, full, record, sampler, n_trials):
+    """Reduced, one of each while the other trials are computed."""
     study = make_study(
         postgresql_server.new_database(),
-        space_path="cnn" if full else GRID_60,
+        space_path="cnn" if full else GRID_6,
         sampler=sampler,
         n_trials=n_trials,
         options=(*RAY, "--max-losses", "20"),
     )
     choose = random.Random(0)
-    lives_s = (choose.uniform(20, 40) for _ in itertools.count()) if full else iter([14.0, 300.0])
-    with study.witness, every(lambda: 3.0, lambda: kill_ray_worker(study.mark, choose)) as kills:
-        n_drivers = study.run_killed(lives_s)
+    if full:
+        lives_s = (choose.uniform(20, 40) for _ in itertools.count())
+        with study.witness, every(lambda: 3.0, lambda: kill_ray_worker(study.mark, choose)) as kills:
+            n_drivers, n_workers = study.run_killed(lives_s), kills.n
+    else:
+        n_drivers = n_workers = 1
+        with study.witness:
+            killed = study.start()
+            killed.wait_for("1/10  trial")
+            assert kill_ray_worker(killed.mark, choose)
+            killed.wait_for("1/6  trial")  # the lost one is done by then
+            killed.kill()
+            assert_no_orphans(killed.mark)
+            study.run()
     tally = study.check()
     assert n_drivers >= 1
-    assert kills.n >= 1
-    record(2, tally, workers_killed=kills.n, drivers_killed=n_drivers)
+    assert n_workers >= 1
+    record(2, tally, workers_killed=n_workers, drivers_killed=n_drivers)
 
 
 def test_a_kill_at_each_step(new_url, make_study, full, record):
-    """Reduced, one study comes by all steps; in full, each step has a study of its own."""
-    for steps in [[step] for step in STEPS] if full else [STEPS]:
+    """In full, each step has a study of its own.
+
+    Reduced, one study comes by them, where the store differs: what is there before a step was there after the last.
+    """
+    for steps in [[step] for step in STEPS] if full else [[STEPS[0], *STEPS[1::2]]]:
         study = make_study(new_url(), space_path=GRID_6, settings=QUICK)
         with study.witness:
             for step in steps:
@@ -135,12 +150,12 @@ def test_a_kill_before_a_commit(new_url, make_study, full, record):
 
 
 def test_a_driver_that_stands_still_keeps_its_study(url, make_study, full, record):
-    study = make_study(url, settings=StubSettings(seconds=0.1))
+    study = make_study(url, space_path=GRID_60 if full else GRID_6, settings=StubSettings(seconds=0.3))
     with study.witness:
         first = study.start()
-        first.wait_for("1/60  trial")
+        first.wait_for("1/10  trial")
         first.process.send_signal(signal.SIGSTOP)
-        for pause_s in (0, 60 if full else 2):
+        for pause_s in (0, 60) if full else (0,):
             time.sleep(pause_s)
             second = study.start()
             assert second.end() == 1, second.log
@@ -153,15 +168,16 @@ def test_a_driver_that_stands_still_keeps_its_study(url, make_study, full, recor
 def test_a_driver_that_wakes_without_its_lease_writes_nothing(new_postgresql, make_study, full, record):
     """Its connections are cut while it stands still, and another driver takes the study."""
     server = new_postgresql()
-    study = make_study(server.new_database(), settings=StubSettings(seconds=0.1))
+    space_path, settings = GRID_60 if full else GRID_6, StubSettings(seconds=0.3)
+    study = make_study(server.new_database(), space_path=space_path, settings=settings)
     with study.witness:
         first = study.start()
-        first.wait_for("3/60  trial")
+        first.wait_for("1/10  trial")
         first.process.send_signal(signal.SIGSTOP)
         server.restart("immediate")
         time.sleep(60 if full else 1)
         second = study.start()
-        second.wait_for("8/60  trial")
+        second.wait_for("4/10  trial")
         first.process.send_signal(signal.SIGCONT)
         assert first.end(60) == 1, first.log
         assert f"pid {second.process.pid} on host " in first.log
@@ -180,11 +196,15 @@ def test_a_driver_that_wakes_without_its_lease_writes_nothing(new_postgresql, ma
         pytest.param("local", "SIGTERM", marks=full_only),
     ],
 )
-def test_an_interrupted_driver_leaves_nothing(postgresql_server, make_study, record, how, executor):
-    study = make_study(postgresql_server.new_database(), options=RAY if executor == "ray" else ())
+def test_an_interrupted_driver_leaves_nothing(postgresql_server, make_study, full, record, how, executor):
+    study = make_study(
+        postgresql_server.new_database(),
+        space_path=GRID_60 if full else GRID_6,
+        options=RAY if executor == "ray" else (),
+    )
     with study.witness:
         launch = study.start()
-        launch.wait_for("2/60  trial")
+        launch.wait_for("2/60  trial" if full else "2/10  trial")
         if how == "SIGTERM":
             launch.process.terminate()
         else:

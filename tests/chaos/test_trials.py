@@ -16,7 +16,7 @@ def test_a_tenth_of_trials_fails(postgresql_server, make_study, record, executor
     faults = ("memory", "nan", "hang") if executor == "ray" else ("memory", "nan")
     study = make_study(
         postgresql_server.new_database(),
-        settings=StubSettings(seconds=0.5 if executor == "ray" else 0.05, faulty=0.1, faults=faults),
+        settings=StubSettings(seconds=0.05, faulty=0.1, faults=faults),
         options=(*RAY, "--trial-timeout", "3") if executor == "ray" else (),
     )
     with study.witness:

@@ -1,20 +1,18 @@
 """A driver with one worker, killed at random moments: the study is the one that nobody has interrupted."""
 
-import multiprocessing
 import os
 import random
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import stand_in
+from forked_python import fork_context
 
 from hpo.driver import CONFIRMATION
 from storage.store import StudyStore
 
-N_TRIALS = 20
-SUPPORT = str(Path(stand_in.__file__).parent)
+N_TRIALS = 10
 
 
 def drive(url, sampler, killed_after_s=None):
@@ -22,16 +20,6 @@ def drive(url, sampler, killed_after_s=None):
         threading.Timer(killed_after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
     problem = stand_in.StandInProblem(seconds=0.01)
     stand_in.drive_study(url, problem, sampler_name=sampler, n_trials=N_TRIALS)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", SUPPORT)  # the server doesn't inherit `sys.path`
-        context.set_forkserver_preload(["stand_in"])
-        yield context
 
 
 def content(url):
@@ -45,13 +33,13 @@ def content(url):
 
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
-def test_kills_leave_no_trace(processes, tmp_path, sampler):
+def test_kills_leave_no_trace(tmp_path, sampler):
     whole, parts = (f"sqlite:///{tmp_path / name}" for name in ("whole.db", "parts.db"))
     drive(whole, sampler)
     generator, exit_codes = random.Random(sampler), []
     while 0 not in exit_codes:
-        moment_s = generator.uniform(0.0, 1.0) if len(exit_codes) < 12 else None
-        process = processes.Process(target=drive, args=(parts, sampler, moment_s))
+        moment_s = generator.uniform(0.0, 0.6) if len(exit_codes) < 8 else None
+        process = fork_context().Process(target=drive, args=(parts, sampler, moment_s))
         process.start()
         process.join(120)
         exit_codes.append(process.exitcode)

@@ -49,9 +49,10 @@ class Cramped(Batches):
 
 
 def test_a_trial_says_that_batches_were_halved(drive, load):
-    problem = load_problem(resolve({"evaluation_images": 120, "batch_size": 100}), None)
+    options = {"evaluation_images": 120, "batch_size": 100, "rates": "0,0.3,0.6"}
+    problem = load_problem(resolve(options), None)
     problem.objective.batches = Cramped("evaluation", 100)
-    drive(problem, evaluation_images=120, batch_size=100, sampler_name="random", n_trials=2, pictures=False)
+    drive(problem, **options, sampler_name="random", n_trials=2)
     trials = load().get_trials()
     assert {trial.state.name for trial in trials} == {"COMPLETE"}
     remark = "Out of memory: batches in evaluation were halved from 100 to 25 images."

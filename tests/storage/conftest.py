@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked_python import ForkedPython
 from postgresql_cluster import Server
 
 from storage.store import StudyStore
@@ -37,22 +36,17 @@ def store(url: str) -> Iterator[StudyStore]:
         yield opened
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start Python on a piece of code in a process of its own, killed at the end of the test."""
-    started: list[subprocess.Popen[str]] = []
+STRICT = 'import warnings; warnings.simplefilter("error")\n'
 
-    def start_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code, *arguments],
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., ForkedPython]]:
+    """Start Python on a piece of code in a process of its own, killed at the end of the test."""
+    started: list[ForkedPython] = []
+
+    def start_python(code: str, *arguments: str, **environment: str) -> ForkedPython:
+        started.append(ForkedPython(f"{STRICT}{code}", arguments, {**os.environ, **environment}))
+        return started[-1]
 
     yield start_python
     for process in started:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
+from forked_python import ForkedPython
 from optuna.trial import TrialState
 
 from storage.engine import prepare
@@ -24,7 +24,7 @@ from storage.schema import Versions, newest_versions
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedPython]
 NEWEST = newest_versions()
 AN_HOUR = timedelta(hours=1)
 
@@ -115,8 +115,6 @@ print("created" if before is None else "there" if before == after else "upgraded
 def test_ten_processes_create_the_tables_at_once(url: str, start: Start) -> None:
     processes = [start(PREPARE, url) for _ in range(10)]
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdin is not None
         assert process.stdout.readline() == "ready\n"
     for process in processes:
         process.stdin.write("\n")
@@ -144,20 +142,19 @@ with StudyStore.open(sys.argv[1]) as store, store.lease("digits"):
 
 
 @pytest.fixture
-def driver(url: str, start: Start) -> subprocess.Popen[str]:
+def driver(url: str, start: Start) -> ForkedPython:
     """A process that drives study `digits`, with three trials RUNNING and one COMPLETE."""
     process = start(DRIVE, url)
-    assert process.stdout is not None
     assert process.stdout.readline() == "driving\n", process.communicate()[1]
     return process
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: ForkedPython) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
 
 
-def test_trials_of_a_live_driver_are_no_orphans(driver: subprocess.Popen[str], url: str) -> None:
+def test_trials_of_a_live_driver_are_no_orphans(driver: ForkedPython, url: str) -> None:
     [study] = check(url).studies
     assert study.holder is not None
     assert study.holder.pid == driver.pid
@@ -170,7 +167,7 @@ def test_trials_of_a_live_driver_are_no_orphans(driver: subprocess.Popen[str], u
         assert store.summaries()[0].n_trials[TrialState.RUNNING] == 3
 
 
-def test_trials_of_a_killed_driver_are_released(driver: subprocess.Popen[str], url: str) -> None:
+def test_trials_of_a_killed_driver_are_released(driver: ForkedPython, url: str) -> None:
     kill(driver)
     health = check(url)
     assert [(study.holder, study.n_orphans) for study in health.studies] == [(None, 3)]

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+from forked_python import ForkedPython
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.samplers import RandomSampler
 
@@ -113,7 +114,7 @@ def test_failed_write_leaves_no_file(directory: DirectoryFiles) -> None:
 
 
 def test_killed_write_leaves_no_artifact_but_a_leftover(
-    directory: DirectoryFiles, start: Callable[..., subprocess.Popen[str]]
+    directory: DirectoryFiles, start: Callable[..., ForkedPython]
 ) -> None:
     code = """
 import io, os, signal, sys

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+from forked_python import ForkedPython
 from optuna_dashboard._app import create_app
 
 from storage.dashboard import serve
@@ -24,9 +24,10 @@ from storage.roles import create_reader
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedPython]
 SERVE = """
-import sys
+import sys, warnings
+warnings.simplefilter("ignore")  # what its dependencies say of their next versions
 from storage.dashboard import serve
 ready = lambda address: print(address, flush=True)
 serve(sys.argv[1], host=sys.argv[3], port=0, allow_writes=sys.argv[2] == "True", on_ready=ready)
@@ -36,7 +37,7 @@ print("ended", flush=True)
 
 @dataclass(frozen=True)
 class Dashboard:
-    process: subprocess.Popen[str]
+    process: ForkedPython
     address: str
 
     def ask(
@@ -62,9 +63,7 @@ class Dashboard:
 
 
 def _open(start: Start, url: str, *, allow_writes: bool = False, host: str = "127.0.0.1") -> Dashboard:
-    # The dashboard's own dependencies may warn of what comes in their next versions.
-    process = start(SERVE, url, str(allow_writes), host, PYTHONWARNINGS="ignore")
-    assert process.stdout is not None
+    process = start(SERVE, url, str(allow_writes), host)
     address = process.stdout.readline().strip()
     assert address.startswith(f"http://{host}:"), process.communicate()[1]
     return Dashboard(process, address)
@@ -236,7 +235,7 @@ def test_interrupt_ends_it_in_order(filled: StudyStore, url: str, start: Start) 
     dashboard = _open(start, url)
     dashboard.json("/api/studies")
     dashboard.process.send_signal(signal.SIGINT)
-    output, errors = dashboard.process.communicate(timeout=5)
+    output, errors = dashboard.process.communicate(timeout=60)
     assert (output, dashboard.process.returncode) == ("ended\n", 0), errors
     assert "Traceback" not in errors
 

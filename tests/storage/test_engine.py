@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import re
 import sqlite3
-import subprocess
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
+from forked_python import ForkedPython
 
 from storage.errors import (
     StorageError,
@@ -27,7 +27,7 @@ from storage.failures import one_line
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedPython]
 
 
 def _refusal(url: str, **options: bool) -> StorageError:
@@ -201,7 +201,6 @@ def test_reader_sees_the_state_before_an_interrupted_write(tmp_path: Path, start
         for _ in range(50):
             store.finish(study.ask(), TrialResult(value=0.5, curve={}, attributes={"text": "x" * 2000}))
     process = start(HALF_A_WRITE, str(path))
-    assert process.stdout is not None
     assert process.stdout.readline() == "half\n", process.communicate()[1]
     process.kill()
     process.wait()
@@ -223,7 +222,6 @@ def test_locked_file_is_waited_for(tmp_path: Path, start: Start) -> None:
             "time.sleep(6)\n",
             str(path),
         )
-        assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         # SQLite's own default is 5 s.
         store.load("digits").set_user_attr("waited", True)

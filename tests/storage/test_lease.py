@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from commit_proxy import CommitProxy
+from forked_python import ForkedPython
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.study import Study
@@ -37,12 +37,11 @@ with StudyStore.open(sys.argv[1]) as store, store.lease(sys.argv[2]):
     sys.stdin.readline()
 """
 RESULT = TrialResult(value=0.5, curve={0: 0.9})
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedPython]
 
 
-def _held_by_another(start: Start, url: str, name: str) -> subprocess.Popen[str]:
+def _held_by_another(start: Start, url: str, name: str) -> ForkedPython:
     process = start(HOLD, url, name)
-    assert process.stdout is not None
     assert process.stdout.readline() == "held\n", process.communicate()[1]
     return process
 

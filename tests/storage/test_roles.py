@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +11,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+from forked_python import ForkedPython
 
 from storage.engine import prepare
 from storage.errors import RoleError, StoreNotFoundError, StoreReadOnlyError
@@ -20,7 +20,7 @@ from storage.roles import create_reader
 from storage.store import StudyStore
 from storage.trials import TrialResult
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedPython]
 PASSWORD = "d'a@sh%b/ö rd"
 
 
@@ -235,10 +235,8 @@ print(create_reader(*sys.argv[1:4]))
 """
     processes = [start(code, url, role, PASSWORD) for _ in range(10)]
     for process in processes:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     for process in processes:
-        assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
     answers = [process.communicate(timeout=120) for process in processes]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
+from forked_python import ForkedPython
 from optuna.storages import RDBStorage
 
 from storage.errors import StoreFormatError
@@ -18,13 +18,14 @@ from storage.store import StudyStore
 
 OPEN = """
 import sys
+import time
 from pathlib import Path
 from storage.engine import prepare
 from storage.store import StudyStore
 url, go, prepares, way = sys.argv[1:]
 print("ready", flush=True)
 while not Path(go).exists():
-    pass
+    time.sleep(0.001)
 if prepares == "True":
     prepare(url)
 with StudyStore.open(url) as store, store.lease(f"study {way}"):
@@ -48,12 +49,11 @@ def former_url(url: str) -> str:
 
 
 def test_ten_that_create_a_store_at_once_all_succeed(
-    url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+    url: str, tmp_path: Path, start: Callable[..., ForkedPython]
 ) -> None:
     go = tmp_path / "go"
     processes = [start(OPEN, url, str(go), str(n % 2 == 0), str(n)) for n in range(10)]
     for process in processes:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
     go.touch()
     for process in processes:

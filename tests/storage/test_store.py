@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
+from forked_python import ForkedPython
 from optuna.artifacts import ArtifactMeta, get_all_artifact_meta, upload_artifact
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
@@ -669,7 +669,7 @@ from storage.store import StudyStore
 url, go, seed = sys.argv[1:]
 print("ready", flush=True)
 while not Path(go).exists():
-    pass
+    time.sleep(0.001)
 try:
     with StudyStore.open(url) as store:
         study = store.create_or_resume("digits", identity={"seed": int(seed)}, configuration={})
@@ -679,10 +679,9 @@ except StudyIdentityError as error:
 """
 
 
-def _race(start: Callable[..., subprocess.Popen[str]], url: str, go: Path, seeds: list[int]) -> list[str]:
+def _race(start: Callable[..., ForkedPython], url: str, go: Path, seeds: list[int]) -> list[str]:
     processes = [start(RACE, url, str(go), str(seed)) for seed in seeds]
     for process in processes:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     go.touch()
     outputs = []
@@ -694,13 +693,13 @@ def _race(start: Callable[..., subprocess.Popen[str]], url: str, go: Path, seeds
 
 
 def test_processes_that_create_the_same_study_at_once_share_it(
-    url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+    url: str, tmp_path: Path, start: Callable[..., ForkedPython]
 ) -> None:
     assert set(_race(start, url, tmp_path / "go", [5, 5, 5, 5])) == {"1 5"}
 
 
 def test_of_processes_with_other_identities_one_wins(
-    url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+    url: str, tmp_path: Path, start: Callable[..., ForkedPython]
 ) -> None:
     with StudyStore.open(url):
         pass
@@ -723,7 +722,7 @@ with StudyStore.open(sys.argv[1]) as store:
 """
 
 
-def test_times_are_stored_in_utc_wherever_they_are_taken(url: str, start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_times_are_stored_in_utc_wherever_they_are_taken(url: str, start: Callable[..., ForkedPython]) -> None:
     process = start(IN_TOKYO, url, TZ="Asia/Tokyo", PGTZ="Asia/Tokyo")
     assert process.wait(timeout=120) == 0, process.communicate()[1]
     with StudyStore.open(url, read_only=True) as store:
@@ -745,22 +744,21 @@ from storage.trials import TrialResult
 with StudyStore.open(sys.argv[1]) as store:
     study = store.load("digits")
     store.adopt_orphans(study)
-    print("ready", flush=True)
     while True:
         trial = study.ask()
+        print("asked", flush=True)
         record = store.write_artifact("curve.csv", b"0,1")
         curve = {step: 0.5 for step in range(0, 100, 5)}
         store.finish(trial, TrialResult(value=0.5, curve=curve, attributes={"auc": 0.5}, artifacts=(record,)))
 """
 
 
-def test_killed_driver_leaves_whole_trials_only(url: str, start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_killed_driver_leaves_whole_trials_only(url: str, start: Callable[..., ForkedPython]) -> None:
     with StudyStore.open(url) as store:
         create(store)
     for n_kills in range(4):
         process = start(FINISH_FOREVER, url)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        assert process.stdout.readline() == "asked\n", process.communicate()[1]
         time.sleep(0.05 + 0.037 * n_kills)
         process.kill()
         process.wait()

@@ -1,7 +1,9 @@
 """Networks with random weights in float64, and nested levels of them."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -50,16 +52,21 @@ class Branches(nn.Module):
 
 
 @pytest.fixture(scope="session")
-def elastic(build: Callable[..., nn.Module], lively: Callable[..., nn.Module]) -> Callable[..., Elastic]:
+def elastic(
+    build: Callable[..., nn.Module], lively: Callable[..., nn.Module], narrow: dict[str, dict[str, Any]]
+) -> Callable[..., Elastic]:
     """The network of a name, on images of 6 pixels (`branches`) or 32, with levels at the given rates."""
 
-    def elastic(name: str, rates: tuple[float, ...] = RATES) -> Elastic:
+    @functools.cache
+    def whole(name: str) -> tuple[nn.Module, CanonicalNetwork, Tensor]:
         torch.manual_seed(0)
-        options = {"mlp_ratio": 1 / 64} if name.startswith("vgg") else {}
-        network = lively(Branches()) if name == "branches" else build(name, **options)
+        network = lively(Branches()) if name == "branches" else build(name, **narrow.get(name, {}))
         size = 6 if name == "branches" else 32
         images = torch.randn(4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        canonical = canonize(network.requires_grad_(False), (3, size, size))
+        return network, canonize(network.requires_grad_(False), (3, size, size)), images
+
+    def elastic(name: str, rates: tuple[float, ...] = RATES) -> Elastic:
+        network, canonical, images = whole(name)
         return Elastic(network, canonical, images, levels(canonical, rates))
 
     return elastic

@@ -18,9 +18,6 @@ from objectives.pruning.ranking import Masks, Ranking, rank
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 
-# A VGG's first dense layer would be 100 million weights.
-OPTIONS: dict[str, dict[str, Any]] = {"vgg11_bn": {"mlp_ratio": 1 / 64}, "vgg16_bn": {"mlp_ratio": 1 / 64}}
-
 
 @dataclass(frozen=True, eq=False)
 class Prunable:
@@ -82,13 +79,15 @@ def _calibrate(network: nn.Module, images: Tensor) -> None:
 
 
 @pytest.fixture(scope="session")
-def prunable(build: Callable[..., nn.Module], lively: Callable[..., nn.Module]) -> Callable[[str], Prunable]:
-    """Builds the network of a name, once."""
+def prunable(
+    build: Callable[..., nn.Module], lively: Callable[..., nn.Module], narrow: dict[str, dict[str, Any]]
+) -> Callable[[str], Prunable]:
+    """Builds the network of a name, once, narrow if it would have many weights."""
 
     @functools.cache
     def prunable(name: str) -> Prunable:
         torch.manual_seed(0)
-        network = lively(Inception()) if name == "inception" else build(name, **OPTIONS.get(name, {}))
+        network = lively(Inception()) if name == "inception" else build(name, **narrow.get(name, {}))
         network.requires_grad_(False)
         images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         _calibrate(network, images)
