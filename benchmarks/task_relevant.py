@@ -37,9 +37,10 @@ sys.path.insert(0, str(HERE.parent))
 
 if TYPE_CHECKING:
     from objectives.adaptation import Adaptation
-    from objectives.datasets.task_splits import SplitData, TaskSplit
+    from objectives.datasets.task_splits import SplitData
     from objectives.models import LoadedModel
     from search_spaces.criteria import Ranker
+    from search_spaces.task_splits import TaskSplit
 
 RANKERS = {"LRP": "epsilon-abs", "IMP": "weight"}
 ARMS = (("T", "LRP"), ("T", "IMP"), ("no T", "LRP"), ("no T", "IMP"))
@@ -268,8 +269,8 @@ def interval(values: list[float], *, signed: bool = False) -> str:
 def main() -> None:
     """Measures what isn't measured yet, and prints the tables."""
     given = arguments()
-    from objectives.datasets.task_splits import read_splits
     from search_spaces.errors import PruningHPOError
+    from search_spaces.task_splits import read_splits
 
     torch.set_num_threads(given.threads)
     benchmark = Benchmark(given)

@@ -27,6 +27,7 @@ from search_spaces.errors import (
     SpaceError,
     SpaceImportError,
     SpaceNotFiniteError,
+    SplitError,
     UnknownHeuristicError,
     UnknownRuleError,
     UnknownSpaceError,
@@ -66,6 +67,7 @@ from search_spaces.spaces import (
     register,
 )
 from search_spaces.suggestions import did_you_mean
+from search_spaces.task_splits import SPLIT_SETS, Scenario, SplitBy, TaskSplit, read_split, read_splits
 
 __all__ = [
     "AGGREGATES",
@@ -117,13 +119,18 @@ __all__ = [
     "RepairedSpace",
     "RuleSpec",
     "SPACES",
+    "SPLIT_SETS",
+    "Scenario",
     "SearchSpace",
     "SearchSpaceError",
     "SpaceError",
     "SpaceImportError",
     "SpaceNotFiniteError",
+    "SplitBy",
+    "SplitError",
     "TRANSFORMER_BASELINES",
     "TRANSFORMER_HEURISTICS",
+    "TaskSplit",
     "UnknownHeuristicError",
     "UnknownRuleError",
     "UnknownSpaceError",
@@ -138,6 +145,8 @@ __all__ = [
     "message_of",
     "procedure_from_json",
     "ranker_from_json",
+    "read_split",
+    "read_splits",
     "reason_of",
     "register",
     "runs_code",

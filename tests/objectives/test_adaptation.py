@@ -7,7 +7,7 @@ import torch
 
 from objectives.adaptation import Adaptation, AdaptationOptions, AdaptationRecord, pretrain
 from objectives.datasets import LabelledImages, load_task
-from objectives.datasets.task_splits import TaskSplit, split_data
+from objectives.datasets.task_splits import split_data
 from objectives.digits import DigitsCNN
 from objectives.errors import DataError, OptionError, RepairError, TrainingError
 from objectives.fingerprints import state_fingerprint
@@ -19,6 +19,7 @@ from objectives.pruning.slimming import cost, slim
 from objectives.training import TrainingOptions
 from search_spaces.heuristics import heuristic
 from search_spaces.repairs import RepairSpec
+from search_spaces.task_splits import TaskSplit
 
 NEW_CLASSES = TaskSplit("new_classes", T=("4", "5"), P=("0", "1", "2"), F=("3",))
 NEW_SUBCLASSES = TaskSplit(
