@@ -52,6 +52,7 @@ from search_spaces.procedures import (
     OneShot,
     ProcedureSpec,
     PruneAndGrow,
+    TaskRelevant,
     procedure_from_json,
 )
 from search_spaces.reasons import message_of, reason_of
@@ -130,6 +131,7 @@ __all__ = [
     "SplitError",
     "TRANSFORMER_BASELINES",
     "TRANSFORMER_HEURISTICS",
+    "TaskRelevant",
     "TaskSplit",
     "UnknownHeuristicError",
     "UnknownRuleError",

@@ -1,20 +1,41 @@
-"""Data of a task split: the images of T, P and F that networks are trained on, stopped by and measured on."""
+"""Data of a task split: the images of T, P and F that networks are trained on, stopped by and measured on.
+
+>>> split = read_split("splits.toml")
+>>> task = load_split_task("digits", model, split, references_per_class=100)
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from objectives.datasets.tasks import LabelledImages
+from objectives.datasets.labels import read_class_map
+from objectives.datasets.sources import SourcePair
+from objectives.datasets.tasks import LabelledImages, Task, load_task
 from objectives.errors import DataError
+from search_spaces.choices import ReferenceSampling
 from search_spaces.suggestions import did_you_mean
 from search_spaces.task_splits import SPLIT_SETS, TaskSplit
 
-__all__ = ["Domains", "SplitData", "SplitImages", "joined", "split_data"]
+if TYPE_CHECKING:
+    from objectives.models import LoadedModel
+
+__all__ = ["Domains", "SplitData", "SplitImages", "joined", "load_split_task", "split_data", "split_task"]
+
+# What images of each class of a set are needed for; what confirms, and what T's accuracy is measured on, may lack some.
+_NEEDED = {
+    "T": ("training", "validation"),
+    "P": ("training", "validation", "evaluation"),
+    "F": ("training", "validation", "evaluation"),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +77,7 @@ class SplitData:
         outputs: names of the networks' outputs.
         training: images that are trained on, and that relevance is computed on.
         validation: images by which training stops, held out of the training images.
-        evaluation: images that accuracy is measured on.
+        evaluation: images that accuracy is measured on; of T there may be none.
     """
 
     split: TaskSplit
@@ -140,6 +161,125 @@ def split_data(
     )
 
 
+def load_split_task(
+    source: str | SourcePair,
+    model: LoadedModel,
+    split: TaskSplit,
+    *,
+    references_per_class: int,
+    evaluation_images: int | None = None,
+    confirmation_share: float = 0.5,
+    seed: int = 0,
+    class_map: str | Path | Mapping[str, int] | None = None,
+    sample: ReferenceSampling = "random",
+    allow_imports: bool = True,
+) -> Task:
+    """As `load_task`, of the classes of a split; of T no evaluation images are taken.
+
+    Args:
+        source: See `load_task`.
+        model: Likewise; its outputs are those of the split.
+        split: By class.
+        references_per_class: Training images of each class, a tenth of which are held out for validation; those of P
+            are the references.
+        evaluation_images: See `load_task`.
+        confirmation_share: Likewise.
+        seed: Likewise; of the images that are held out, too.
+        class_map: See `load_task`; of new subclasses it maps to classes of the data, which have no outputs.
+        sample: See `load_task`.
+        allow_imports: Likewise.
+
+    Raises:
+        DataError: As `load_task`, the split is by domain or names a class that is unknown or lacks images, or the
+            network has other outputs.
+    """
+    if split.by == "domain":
+        raise DataError(
+            "No source of images tells their domains, so a split by domain can't be loaded; divide the images in "
+            "Python by `objectives.datasets.task_splits.split_data`."
+        )
+    mapping = read_class_map(class_map) if isinstance(class_map, str | Path) else class_map
+    try:
+        task = load_task(
+            source,
+            _of_subclasses(model, split, mapping or {}) if split.superclasses else model,
+            classes=[*split.T, *split.P, *split.F],
+            references_per_class=references_per_class,
+            evaluation_images=evaluation_images,
+            confirmation_share=confirmation_share,
+            seed=seed,
+            class_map=mapping,
+            sample=sample,
+            unevaluated=split.T,
+            allow_imports=allow_imports,
+        )
+    except DataError as error:
+        raise DataError(str(error).replace("--classes", "--splits")) from error
+    return split_task(task, split, n_outputs=model.num_classes, seed=seed)
+
+
+def _of_subclasses(model: LoadedModel, split: TaskSplit, class_map: Mapping[str, int]) -> LoadedModel:
+    """The model as if its outputs were the classes of the data, by which their labels are read."""
+    configuration = getattr(model.network, "pretrained_cfg", None) or {}
+    names = None if class_map else configuration.get("label_names")
+    n_classes = sum(map(len, split.superclasses.values()))
+    if class_map:
+        n_classes = max(class_map.values()) + 1
+    elif names:
+        n_classes = len(names)
+    return replace(model, num_classes=n_classes, label_names=tuple(names) if names else None, label_ids=None)
+
+
+def split_task(task: Task, split: TaskSplit, *, n_outputs: int, seed: int = 0, n_references: int | None = None) -> Task:
+    """The task of a split's networks, from a task of its classes.
+
+    Args:
+        task: whose references are all training images, labelled by class.
+        split: by class.
+        n_outputs: of the networks.
+        seed: of the images that are held out for validation, and of the draw of references.
+        n_references: training images of P that relevance is computed on, drawn; None are all of them, as in the paper.
+
+    Raises:
+        DataError: the split names a class that is unknown or lacks images, or has other outputs.
+    """
+    names, by_class = task.class_names, torch.arange(len(task.classes))
+    if not split.superclasses:
+        known = dict(zip(task.classes, task.class_names, strict=True))
+        names, by_class = tuple(known.get(each, str(each)) for each in range(n_outputs)), torch.tensor(task.classes)
+    training, search, confirmation = (
+        LabelledImages(images.images, by_class[images.labels])
+        for images in (task.references, task.search, task.confirmation)
+    )
+    data = split_data(split, training, search, names, seed=seed)
+    if len(data.outputs) != n_outputs:
+        raise DataError(
+            f"The network has {n_outputs} outputs, but the split {len(data.outputs)} ({', '.join(data.outputs)}); "
+            "build it with as many, of timm by --model-option num_classes=N."
+        )
+    confirming = confirmation
+    if len(confirmation):
+        confirming = data.adaptation(_divided(split, confirmation, confirmation.labels, names, "confirmation"))
+    content = [task.fingerprint, split.to_json(), seed, n_references]
+    return replace(
+        task,
+        references=_drawn(data.training.task, n_references, seed),
+        search=data.adaptation(data.evaluation),
+        confirmation=confirming,
+        classes=tuple(range(n_outputs)),
+        class_names=data.outputs,
+        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        split=data,
+    )
+
+
+def _drawn(images: LabelledImages, n: int | None, seed: int) -> LabelledImages:
+    if n is None or n >= len(images):
+        return images
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    return LabelledImages(images.images[rows], images.labels[rows])
+
+
 def _divided(split: TaskSplit, images: LabelledImages, groups: Tensor, names: Sequence[str], what: str) -> SplitImages:
     """The images of T, P and F.
 
@@ -167,7 +307,7 @@ def _divided(split: TaskSplit, images: LabelledImages, groups: Tensor, names: Se
             if name not in names:
                 raise DataError(f"Unknown {split.by} {name!r} in {key} of a split.{did_you_mean(name, names)}")
             index = list(names).index(name)
-            if not bool((groups == index).any()):
+            if what in _NEEDED[key] and not bool((groups == index).any()):
                 raise DataError(
                     f"The {split.by} {name!r} in {key} of a split has no {what} images; leave it out or add some."
                 )
