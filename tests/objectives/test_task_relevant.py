@@ -30,7 +30,7 @@ NEW_SUBCLASSES = TaskSplit(
     superclasses={"even": ("0", "2", "4"), "odd": ("1", "3", "5")},
 )
 EPSILON, WEIGHT = heuristic("epsilon-abs"), heuristic("weight")
-PROCEDURE = TaskRelevant(0.4, finetune_epochs=3, finetune_learning_rate=1e-2, finetune_batch_size=10)
+PROCEDURE = TaskRelevant(0.4, finetune_epochs=5, finetune_learning_rate=1e-2, finetune_batch_size=10)
 OPTIONS = ObjectiveOptions((0.0, 0.4, 0.64), PROCEDURE, ranking="layer", device="cpu")
 TRAINING = training_options(PROCEDURE)
 
@@ -148,7 +148,7 @@ def test_what_was_new_is_learnt_and_the_task_is_replayed(evaluation, split, obje
     *replayed, new = evaluation.curve.class_accuracies[0]
     if split.scenario == "new_classes":
         assert unadapted == 0  # an output that never was right
-        assert new > 0.5
+        assert new > 0.3
         assert sum(replayed) / 3 > 0.5
     else:
         assert evaluation.curve.accuracies[0] > unadapted
@@ -202,7 +202,7 @@ def test_progress_names_the_training(model, task):
     path.weights(0)
     assert own.stage.startswith("0 % pruned, adaptation, epoch ")
     path.unadapted(path.n_pruned(0.4))
-    assert own.stage.endswith(" of at most 3")
+    assert own.stage.endswith(" of at most 5")
     assert own.stage.startswith("38 % pruned, retraining, epoch ")
 
 
@@ -228,11 +228,11 @@ def test_a_step_that_removes_a_whole_layer_ends_in_one_line(model, task):
 
 def test_a_training_that_diverges_says_which_it_was(model, task):
     diverging = replace(PROCEDURE, finetune_learning_rate=1e30)
-    with pytest.raises(TrainingError, match=r"^Training on T and P: The training diverged in epoch 1 of 3"):
+    with pytest.raises(TrainingError, match=r"^Training on T and P: The training diverged in epoch 1 of 5"):
         pretrain(DigitsCNN(model.num_classes, channels=(2, 2, 2)), task.split, training_options(diverging))
     path = Objective(model, task, replace(OPTIONS, procedure=diverging)).path(WEIGHT)
     with pytest.raises(
-        TrainingError, match=r"^Adaptation, 0 % pruned: The training diverged in epoch 1 of 3 .*rate`\)"
+        TrainingError, match=r"^Adaptation, 0 % pruned: The training diverged in epoch 1 of 5 .*rate`\)"
     ):
         path.weights(0)
     with pytest.raises(TrainingError, match=r"^Retraining, 3\d % pruned: The training diverged"):
