@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from objectives.objective import Objective
     from search_spaces.task_splits import TaskSplit
 
-RANKERS = {"LRP": "epsilon-abs", "IMP": "weight"}
+RANKERS = {"LRP": "epsilon-abs", "IMP": "weight-l1"}
 ARMS = (("T", "LRP"), ("T", "IMP"), ("no T", "LRP"), ("no T", "IMP"))
 # Of the options, what doesn't change any figure.
 _NOT_SETTINGS = ("output", "device", "threads", "repetitions", "splits", "only", "table")

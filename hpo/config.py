@@ -376,8 +376,8 @@ class LaunchConfiguration:
     )
     baselines: bool = _option(
         "search",
-        "Evaluate the baselines beside the heuristics: weight, gradient, Taylor, Hessian, activation, integrated "
-        "gradients, random and LRP-alpha1-beta0 (see `hpo spaces`).",
+        "Evaluate the baselines beside the heuristics: weight (l2, l1), gradient, Taylor, Hessian, activation, "
+        "integrated gradients, random and LRP-alpha1-beta0 (see `hpo spaces`).",
         read=_flag,
         metavar="",
         default=False,

@@ -215,6 +215,10 @@ def load_split_task(
         )
     except DataError as error:
         raise DataError(str(error).replace("--classes", "--splits")) from error
+    if mapping:  # the names that the split goes by, where the network and the data have others or none
+        own = {output: name for name, output in mapping.items()}
+        named = zip(task.classes, task.class_names, strict=True)
+        task = replace(task, class_names=tuple(own.get(output, name) for output, name in named))
     return split_task(task, split, n_outputs=model.num_classes, seed=seed)
 
 

@@ -9,8 +9,10 @@
 
 With layers ranked apart, as in the paper, each has lost floor((1 - (1 - share)^i) n) of its n after i steps: the share
 of what was left but for rounding, and never its last component. Pruning goes on from the retrained weights: adaptation
-is for measuring, and for the network that is wanted. The unpruned network is adapted, too. With the criterion `weight`
-in relevance's place this is iterative magnitude pruning (IMP), the paper's baseline; its other one is T empty.
+is for measuring, and for the network that is wanted. The unpruned network is adapted, too. With the criterion
+`weight-l1` in relevance's place this is iterative magnitude pruning (IMP), the paper's baseline; its other one is T
+empty. The paper sums the relevance of all images before it takes a component's l1 norm, so that images of opposite
+relevance cancel; next to that is our abs scope `element`, which takes magnitudes of every image.
 """
 
 from __future__ import annotations
