@@ -382,7 +382,8 @@ class _Actor:
 
     def stage(self) -> tuple[int, str] | None:
         """Number of the job at work, and how far it is."""
-        number, stage = self._at_work, None if self._at_work is None else self._worker.stage
+        number = self._at_work  # another thread computes
+        stage = None if number is None else self._worker.stage
         return None if number is None or stage is None else (number, stage)
 
 

@@ -258,6 +258,15 @@ def test_procedure_and_split_go_together(model, task):
             Objective(one, other, replace(OPTIONS, procedure=procedure))
 
 
+@pytest.mark.usefixtures("_own_cache")
+def test_a_split_goes_by_the_names_of_a_class_map():
+    named = TaskSplit("new_classes", T=(), P=("zero", "one"), F=("two",))
+    given = {"references_per_class": 4, "evaluation_images": 12, "class_map": {"zero": 0, "one": 1, "two": 2}}
+    task = load_split_task("digits", load_model("digits_cnn"), named, **given)
+    assert task.class_names[:4] == ("zero", "one", "two", "3")
+    assert task.split.training.new.labels.tolist() == [2, 2, 2]
+
+
 def test_splits_that_the_images_do_not_fit_are_refused(loaded):
     model = loaded[0]
     unknown = TaskSplit("new_classes", T=(), P=("0", "1"), F=("eleven",))
