@@ -7,12 +7,12 @@ r"""Task-relevant pruning on the paper's splits of CIFAR-10: LRP against IMP, wi
 Algorithm 1 of Avé et al. 2025 in four arms: extra knowledge T or none, all-Epsilon relevance (LRP) or weight magnitude
 (IMP); 10 iterations in which each layer loses 20 % of what it has left, retraining on P, and adaptation of every size
 to F (new subclasses) or to P and F (new classes). Repetitions differ in initial weights, in the images drawn and in
-their order; the four arms of one share them. The figure is accuracy after adaptation on evaluation images, its area
-over parameters the metric; means with 95 % t intervals over repetitions, and paired differences.
+their order in pre-training; the four arms of one share them. The figure is accuracy after adaptation on evaluation
+images, its area over parameters the metric; means with 95 % t intervals over repetitions, and paired differences.
 
 Smaller than the paper: CIFAR ResNet-20 instead of ResNet-50 and, by default, 300 of the data pack's 1,000 training
-images a class and few epochs. What is measured stays in `benchmarks/results/task_relevant.json` and isn't measured
-again; a run that was killed goes on from checkpoints in the cache directory.
+images a class and few epochs. An arm that is measured stays in `benchmarks/results/task_relevant.json` and isn't
+measured again; a run that was killed goes on from checkpoints in the cache directory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import math
 import shutil
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,12 +35,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 if TYPE_CHECKING:
-    from objectives.adaptation import Adaptation
-    from objectives.datasets.task_splits import SplitData, TaskSplit
+    from objectives.datasets import Task
     from objectives.models import LoadedModel
-    from search_spaces.criteria import Ranker
+    from objectives.objective import Objective
+    from search_spaces.task_splits import TaskSplit
 
-RANKERS = {"LRP": "epsilon-abs", "IMP": "weight"}
+RANKERS = {"LRP": "epsilon-abs", "IMP": "weight-l1"}
 ARMS = (("T", "LRP"), ("T", "IMP"), ("no T", "LRP"), ("no T", "IMP"))
 # Of the options, what doesn't change any figure.
 _NOT_SETTINGS = ("output", "device", "threads", "repetitions", "splits", "only", "table")
@@ -58,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images-per-class", type=int, default=300, help="for training, validation included")
     parser.add_argument("--evaluation-images", type=int, default=4943)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--iterations", type=int, default=10, choices=range(1, 11))
     parser.add_argument("--pretraining-epochs", type=int, default=30, help="at most, on T and P")
     parser.add_argument("--epochs", type=int, default=8, help="at most, of every retraining and adaptation")
     parser.add_argument("--patience", type=int, default=3, help="epochs without a better validation accuracy")
@@ -110,10 +109,10 @@ class Benchmark:
                         / hashlib.blake2b(f"{name} {split} {repetition} {extra}".encode(), digest_size=8).hexdigest()
                     )
                     directory.mkdir(parents=True, exist_ok=True)
-                    adaptation = self.adaptation(chosen, repetition, directory)
+                    objective = self.objective(chosen, repetition, directory)
                     for ranker, run in runs.items():
                         if "figures" not in run:
-                            self.evaluate(adaptation, ranker, run, directory / ranker)
+                            self.evaluate(objective, ranker, run)
                             means = [round(row["accuracy"], 3) for row in run["rows"]]
                             print(f"{name}, repetition {repetition + 1}, {extra}, {ranker}:", *means, flush=True)
                     shutil.rmtree(directory)
@@ -124,48 +123,55 @@ class Benchmark:
         known = self.content["runs"].setdefault(name, {"split": text, "repetitions": {}})
         if known["split"] != text:
             sys.exit(f"{self.given.output} has another split of the name {name!r}; pass another --output.")
-        run: dict[str, Any] = (
-            known["repetitions"].setdefault(str(repetition), {}).setdefault(f"{extra}, {ranker}", {"rows": []})
-        )
+        run: dict[str, Any] = known["repetitions"].setdefault(str(repetition), {}).setdefault(f"{extra}, {ranker}", {})
         return run
 
-    def adaptation(self, split: TaskSplit, repetition: int, directory: Path) -> Adaptation:
-        """The network that is trained on T and P, and what it is pruned with."""
-        from objectives.adaptation import Adaptation, AdaptationOptions, pretrain
+    def objective(self, split: TaskSplit, repetition: int, directory: Path) -> Objective:
+        """The network that is trained on T and P, to be pruned."""
         from objectives.devices import resolve_device
-        from objectives.procedures.task_relevant import TaskRelevant
-        from objectives.training import TrainingOptions
+        from objectives.objective import Objective, ObjectiveOptions
+        from objectives.pretraining import pretrain
+        from objectives.procedures.task_relevant import training_options
+        from search_spaces.procedures import TaskRelevant
 
         given = self.given
-        model, data = self.start(split, repetition, directory)
-        training = TrainingOptions(
-            n_epochs=given.epochs,
-            batch_size=given.batch_size,
-            learning_rate=given.learning_rate,
-            optimizer="adamw",
+        model, task = self.start(split, repetition, directory)
+        procedure = TaskRelevant(
+            pretrain_epochs=given.pretraining_epochs,
+            finetune_epochs=given.epochs,
+            finetune_learning_rate=given.learning_rate,
+            finetune_batch_size=given.batch_size,
             patience=given.patience,
-            seed=repetition,
         )
         pretraining = replace(
-            training, n_epochs=given.pretraining_epochs, learning_rate=given.pretraining_learning_rate
+            training_options(procedure, seed=repetition),
+            n_epochs=given.pretraining_epochs,
+            learning_rate=given.pretraining_learning_rate,
         )
         model.network.to(resolve_device(given.device))
-        pretrain(model.network, data, pretraining, checkpoint=directory / "pretraining.safetensors")
+        assert task.split is not None, "it is a split's"
+        pretrain(model.network, task.split, pretraining, checkpoint=directory / "pretraining.safetensors")
         model.network.eval()
-        options = AdaptationOptions(
-            TaskRelevant(n_iterations=given.iterations, training=training), given.references, device=given.device
+        options = ObjectiveOptions(
+            procedure.rates[: given.iterations + 1],
+            procedure,
+            ranking="layer",
+            abs_scope="element",
+            output_relevance="logit",
+            device=given.device,
+            checkpoints=directory,
         )
-        return Adaptation(model, data, options)
+        return Objective(model, task, options)
 
-    def start(self, split: TaskSplit, repetition: int, directory: Path) -> tuple[LoadedModel, SplitData]:
+    def start(self, split: TaskSplit, repetition: int, directory: Path) -> tuple[LoadedModel, Task]:
         """A network with initial weights, and its images."""
         from objectives.cifar_resnets import CIFAR10_CLASSES
         from objectives.datasets import load_task
-        from objectives.datasets.task_splits import split_data
+        from objectives.datasets.task_splits import split_task
 
         given = self.given
         source = given.data or cifar10(data_pack())
-        task = load_task(
+        images = load_task(
             source,
             self.untrained(len(CIFAR10_CLASSES), repetition, directory),
             references_per_class=given.images_per_class,
@@ -173,8 +179,15 @@ class Benchmark:
             confirmation_share=0,
             seed=repetition,
         )
-        data = split_data(split, task.references, task.search, CIFAR10_CLASSES, seed=repetition)
-        return self.untrained(len(data.outputs), repetition, directory), data
+        model = self.untrained(len(split.outputs(CIFAR10_CLASSES)), repetition, directory)
+        task = split_task(
+            replace(images, class_names=CIFAR10_CLASSES),
+            split,
+            n_outputs=model.num_classes,
+            seed=repetition,
+            n_references=given.references,
+        )
+        return model, task
 
     def untrained(self, n_outputs: int, repetition: int, directory: Path) -> LoadedModel:
         """A network with initial weights of a repetition's own."""
@@ -192,21 +205,16 @@ class Benchmark:
         write_atomically(path, safetensors.torch.save(network.state_dict()))
         return load_model(self.given.network, checkpoint=path, options=options, size=self.given.size, crop=1.0)
 
-    def evaluate(self, adaptation: Adaptation, ranker: str, run: dict[str, Any], checkpoints: Path) -> None:
-        """One arm: a row for each size, saved as soon as it is there, then the figures."""
-        from objectives.adaptation import AdaptationRecord
+    def evaluate(self, objective: Objective, ranker: str, run: dict[str, Any]) -> None:
+        """One arm: figures, and a row for each size."""
         from search_spaces.heuristics import heuristic
 
-        composite: Ranker = heuristic(RANKERS[ranker])
-        checkpoints.mkdir(exist_ok=True)
-        start = time.perf_counter()
-        for index, step in enumerate(adaptation.steps(composite, checkpoints)):
-            if index >= len(run["rows"]):
-                run["rows"].append(adaptation.record(step).to_json())
-                self.save()
-        curve = adaptation.curve([AdaptationRecord.from_json(row) for row in run["rows"]])
-        run["figures"] = curve.figures()
-        run["seconds"] = time.perf_counter() - start  # since it was last begun
+        evaluation = objective.evaluate(heuristic(RANKERS[ranker]))
+        run["rows"] = [
+            {name: value for name, value in step.to_json().items() if name != "left"} for step in evaluation.steps
+        ]
+        run["figures"] = evaluation.figures
+        run["seconds"] = evaluation.seconds  # since it was last begun
         self.save()
 
     def save(self) -> None:
@@ -236,7 +244,7 @@ def print_table(name: str, arms: list[str], repetitions: list[dict[str, Any]]) -
         parameters = statistics.mean(run[index]["parameters"] for arm in arms for run in rows[arm])
         cells = [
             f"{interval([run[index]['accuracy'] for run in rows[arm]])} "
-            f"({statistics.mean(run[index]['accuracy_pruned'] for run in rows[arm]):.3f})"
+            f"({statistics.mean(run[index]['accuracy_task'] for run in rows[arm]):.3f})"
             for arm in arms
         ]
         print("|", " | ".join([f"{parameters / 1e6:.3f} M", *cells]), "|")
@@ -268,8 +276,8 @@ def interval(values: list[float], *, signed: bool = False) -> str:
 def main() -> None:
     """Measures what isn't measured yet, and prints the tables."""
     given = arguments()
-    from objectives.datasets.task_splits import read_splits
     from search_spaces.errors import PruningHPOError
+    from search_spaces.task_splits import read_splits
 
     torch.set_num_threads(given.threads)
     benchmark = Benchmark(given)

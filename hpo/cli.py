@@ -76,6 +76,7 @@ def cli() -> None:
     hpo launch --procedure iterative --finetune-epochs 5
     hpo launch --procedure dynamic --metric auc_lowest_class
     hpo launch --procedure prune_and_grow --core-share 0.5 --finetune-epochs 10
+    hpo launch --procedure task_relevant --splits splits.toml
     hpo launch --baselines
     hpo launch --config study.toml --device cuda:0
     hpo launch --sampler grid --executor ray --workers 4

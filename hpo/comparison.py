@@ -347,13 +347,19 @@ def compare_criteria(
         images: To measure accuracy on.
 
     Raises:
-        ConfigurationError: There are too few classes, or a composite was found with other layer groups.
+        ConfigurationError: There are too few classes, a split says what they are for, or a composite was found with
+            other layer groups.
         ComparisonFileError: The folder holds something else, is used by another comparison, or cannot be written.
         ObjectiveError: The network or the images cannot be used.
     """
     from hpo.problem import load_network
     from objectives.datasets import known_classes
 
+    if configuration.splits is not None:
+        raise ConfigurationError(
+            "`hpo compare` draws subsets of the classes, but `--splits` says what each class is for; take "
+            "`hpo launch --baselines`, which ranks by the same criteria."
+        )
     progress.phase("Loading network and images")
     model = load_network(configuration)
     classes = known_classes(configuration.data, model, classes=configuration.classes, class_map=configuration.class_map)

@@ -36,10 +36,12 @@ from search_spaces.procedures import (
     Dynamic,
     ProcedureSpec,
     PruneAndGrow,
+    TaskRelevant,
     procedure_from_json,
 )
 from search_spaces.repairs import REPAIRS, RepairSpec
 from search_spaces.suggestions import did_you_mean
+from search_spaces.task_splits import TaskSplit, read_split
 
 __all__ = [
     "DEFAULT_CPUS_PER_TRIAL",
@@ -79,6 +81,18 @@ _PROCEDURE_OPTIONS = {
 }
 _DYNAMIC = Dynamic()
 _PRUNE_AND_GROW = PruneAndGrow()
+_TASK_RELEVANT = TaskRelevant()
+# By name of the procedure: the paper's choices, where they aren't our usual ones.
+_DEFAULTS_OF: Mapping[str, Mapping[str, Any]] = {
+    TaskRelevant.name: {
+        "metric": "auc_parameters",
+        "ranking": "layer",
+        "abs_scope": "element",
+        "output_relevance": "logit",
+        "references_per_class": 100,
+    }
+}
+_ALWAYS_TRAIN = tuple(name for name, procedure in PROCEDURES.items() if procedure().fine_tunes)
 _OF_PROCEDURES = frozenset(itertools.chain(*_PROCEDURE_OPTIONS.values()))
 _OF_FINE_TUNING = ("finetune_learning_rate", "finetune_batch_size")
 _ATTRIBUTIONS = get_args(AttributionEngine)
@@ -266,6 +280,12 @@ def parse_seconds(value: Any) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def _split(value: Any) -> TaskSplit:
+    if isinstance(value, TaskSplit):
+        return value
+    return TaskSplit.from_toml(value) if isinstance(value, Mapping) else read_split(_text(value))
+
+
 def _device(value: Any) -> str:
     if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
         raise ValueError("must be auto, cpu, cuda or cuda:N")
@@ -347,12 +367,17 @@ class LaunchConfiguration:
         name="timeout",
     )
     metric: str = _option(
-        "search", "Figure to maximise (see `hpo spaces`).", read=_text, metavar="FIGURE", default="auc"
+        "search",
+        "Figure to maximise (see `hpo spaces`).",
+        read=_text,
+        metavar="FIGURE",
+        default="auc",
+        shown="auc; auc_parameters for task_relevant",
     )
     baselines: bool = _option(
         "search",
-        "Evaluate the baselines beside the heuristics: weight, gradient, Taylor, Hessian, activation, integrated "
-        "gradients, random and LRP-alpha1-beta0 (see `hpo spaces`).",
+        "Evaluate the baselines beside the heuristics: weight (l2, l1), gradient, Taylor, Hessian, activation, "
+        "integrated gradients, random and LRP-alpha1-beta0 (see `hpo spaces`).",
         read=_flag,
         metavar="",
         default=False,
@@ -500,15 +525,23 @@ class LaunchConfiguration:
         metavar="A,B,...",
         shown="all",
     )
+    splits: TaskSplit | None = _option(
+        "data",
+        "Of --procedure task_relevant: which classes are extra knowledge (T), the task (P) and new (F), a table of a "
+        "TOML file.",
+        read=_split,
+        metavar="FILE.toml[:NAME]",
+    )
     class_map: str | None = _option(
         "data", "JSON file: folder name -> output index of the network.", read=_text, metavar="FILE"
     )
     references_per_class: int = _option(
         "data",
-        "Training images per class that relevance is computed from.",
+        "Training images per class that relevance is computed from; all that networks are trained on.",
         read=_whole(1),
         metavar="N",
         default=10,
+        shown="10; 100 for task_relevant",
     )
     sample: ReferenceSampling = _option(
         "data",
@@ -541,7 +574,7 @@ class LaunchConfiguration:
         read=_rates,
         metavar="RATES",
         default=(),
-        shown=DEFAULT_RATES,
+        shown=f"{DEFAULT_RATES}; ten steps of --step-share for task_relevant",
     )
     components: Components | None = _option(
         "objective",
@@ -554,17 +587,19 @@ class LaunchConfiguration:
         "objective",
         "How pruning proceeds: one_shot ranks the unpruned network once; iterative ranks what is left anew after every "
         "step; dynamic does so in smaller steps and another order where class accuracies on the references suffer; "
-        "prune_and_grow trains a core, and rebuilds what is larger around it.",
+        "prune_and_grow trains a core, and rebuilds what is larger around it; task_relevant prunes what a "
+        "network knows to what a task needs, and adapts each size to new data (see --splits).",
         read=_choice(tuple(PROCEDURES)),
         metavar="|".join(PROCEDURES),
         default="one_shot",
     )
     step_share: float | None = _option(
         "objective",
-        "Of all procedures but one_shot: share of the original components that a step prunes.",
+        "Of all procedures but one_shot: share of the original components that a step prunes; of task_relevant, of "
+        "those left.",
         read=_between(LEAST_SHARE, math.nextafter(1, 2), f"must be a share of at least {LEAST_SHARE} and at most 1"),
         metavar="SHARE",
-        shown=f"{_DYNAMIC.step_share}; {_PRUNE_AND_GROW.step_share} for prune_and_grow",
+        shown=f"{_DYNAMIC.step_share}; {_PRUNE_AND_GROW.step_share} for prune_and_grow and task_relevant",
     )
     core_share: float | None = _option(
         "objective",
@@ -576,18 +611,20 @@ class LaunchConfiguration:
     finetune_epochs: int | None = _option(
         "objective",
         "Of --procedure iterative and prune_and_grow: train what each step leaves for so many passes over the "
-        "reference images; the next step ranks the trained network.",
+        "reference images; the next step ranks the trained network. Of task_relevant: most passes of every training of "
+        "a pruned network.",
         read=_whole(0),
         metavar="N",
-        shown=f"0; {_PRUNE_AND_GROW.finetune_epochs} for prune_and_grow",
+        shown=f"0; {_PRUNE_AND_GROW.finetune_epochs} for prune_and_grow, {_TASK_RELEVANT.finetune_epochs} for "
+        "task_relevant",
     )
     finetune_learning_rate: float | None = _option(
         "objective",
-        "With --finetune-epochs: learning rate (SGD, momentum 0.9; of prune_and_grow the largest of a cosine); batch "
-        "norm is folded, so large ones diverge.",
+        "With --finetune-epochs: learning rate (SGD, momentum 0.9; of prune_and_grow the largest of a cosine; of "
+        "task_relevant Adam's); batch norm is folded, so large ones diverge.",
         read=_between(math.ulp(0.0), math.inf, "must be a number above 0"),
         metavar="X",
-        shown=str(LEARNING_RATE),
+        shown=f"{LEARNING_RATE}; {_TASK_RELEVANT.finetune_learning_rate} for task_relevant",
     )
     finetune_batch_size: int | None = _option(
         "objective",
@@ -595,6 +632,21 @@ class LaunchConfiguration:
         read=_whole(1),
         metavar="N",
         shown=str(BATCH_SIZE),
+    )
+    pretrain_epochs: int | None = _option(
+        "objective",
+        "Of --procedure task_relevant: most passes over T and P by which the network is trained before it is pruned, "
+        "from the --checkpoint or else from random weights; 0 where it has been trained on them.",
+        read=_whole(0),
+        metavar="N",
+        shown=str(_TASK_RELEVANT.pretrain_epochs),
+    )
+    patience: int | None = _option(
+        "objective",
+        "Of --procedure task_relevant: epochs without a higher validation accuracy after which a training ends.",
+        read=_whole(1),
+        metavar="N",
+        shown=str(_TASK_RELEVANT.patience),
     )
     tolerance: float | None = _option(
         "objective",
@@ -645,6 +697,7 @@ class LaunchConfiguration:
         read=_choice(_RANKINGS),
         metavar="|".join(_RANKINGS),
         default="kind",
+        shown="kind; layer for task_relevant",
     )
     abs_scope: AbsScope = _option(
         "objective",
@@ -652,6 +705,7 @@ class LaunchConfiguration:
         read=_choice(_ABS_SCOPES),
         metavar="|".join(_ABS_SCOPES),
         default="sum",
+        shown="sum; element for task_relevant",
     )
     output_relevance: OutputRelevance = _option(
         "objective",
@@ -659,6 +713,7 @@ class LaunchConfiguration:
         read=_choice(_OUTPUT_RELEVANCES),
         metavar="|".join(_OUTPUT_RELEVANCES),
         default="one",
+        shown="one; logit for task_relevant",
     )
     dtype: Dtype = _option(
         "objective",
@@ -733,6 +788,8 @@ class LaunchConfiguration:
             value = getattr(self, option.field)
             if option.field == "model_options":
                 value = dict(value)
+            elif isinstance(value, TaskSplit):
+                value = value.to_json()
             values[name] = list(value) if isinstance(value, tuple) else value
         values["storage"] = without_user_information(self.storage)
         return values
@@ -766,8 +823,8 @@ def resolve(
         command_line: Values by field name; None and () mean that an option was not given.
         file: TOML file whose keys are the names of the options; relative paths in it start at the working directory.
         fallback: Values by field name that hold over the defaults, such as those of an export document; they are read
-            as if given. Its repair's strength is that repair's own, and so are a procedure's options, and how it
-            fine-tunes: where another is given, they don't hold.
+            as if given. Its repair's strength is that repair's own, and so are a procedure's options and split, and how
+            it fine-tunes: where another is given, they don't hold.
 
     Raises:
         ConfigurationError: For a value that cannot be used, a key that is unknown, or a file that cannot be read.
@@ -781,7 +838,7 @@ def resolve(
     if "repair" in given:
         read.pop("repair_strength", None)
     if given.get("procedure", read.get("procedure")) != read.get("procedure"):
-        for name in _OF_PROCEDURES:
+        for name in (*_OF_PROCEDURES, "splits"):
             read.pop(name, None)
     if given.get("finetune_epochs") == 0:
         for name in _OF_FINE_TUNING:
@@ -858,6 +915,11 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
         values["n_trials"] = _DEFAULT_N_TRIALS_DIGITS if data == _DEFAULT_DATA else _DEFAULT_N_TRIALS
     if values.get("sampler") in ("grid", "random"):
         values.setdefault("trials_per_batch", _DEFAULT_TRIALS_PER_BATCH)
+    procedure = values.get("procedure", "")
+    for field, default in _DEFAULTS_OF.get(procedure, {}).items():
+        values.setdefault(field, default)
+    if procedure == TaskRelevant.name and "rates" not in values:
+        values["rates"] = TaskRelevant(values.get("step_share", _TASK_RELEVANT.step_share)).rates
     values.setdefault("rates", OPTIONS["rates"].read(DEFAULT_RATES))
     values.setdefault("study", _study_name(model, data))
     values.setdefault("storage", default_storage_url())
@@ -898,13 +960,14 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
                 f"`--{option.name}` is for `--procedure {' or '.join(owners)}`, but the procedure is "
                 f"{configuration.procedure}; leave one out."
             )
-    trains = configuration.finetune_epochs or configuration.procedure == PruneAndGrow.name
+    _check_splits(configuration)
+    trains = configuration.finetune_epochs or configuration.procedure in _ALWAYS_TRAIN
     for name in _OF_FINE_TUNING:
         if getattr(configuration, name) is not None and not trains:
             raise ConfigurationError(f"`--{name.replace('_', '-')}` says how to fine-tune; add `--finetune-epochs N`.")
     if trains and configuration.repair not in (None, "none"):
         epochs, procedure = configuration.finetune_epochs, configuration.procedure
-        by = f"--procedure {procedure}" if procedure == PruneAndGrow.name else f"--finetune-epochs {epochs}"
+        by = f"--procedure {procedure}" if procedure in _ALWAYS_TRAIN else f"--finetune-epochs {epochs}"
         raise ConfigurationError(
             f"Fine-tuned networks aren't repaired: leave `{by}` or `--repair {configuration.repair}` out."
         )
@@ -927,3 +990,19 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
     if gpus is not None and ((device == "cpu" and gpus > 0) or (device == "cuda" and gpus == 0)):
         raise ConfigurationError(f"`--gpus-per-trial {gpus:g}` contradicts `--device {device}`; leave one out.")
     return configuration
+
+
+def _check_splits(configuration: LaunchConfiguration) -> None:
+    """Refuse a split without its procedure, or the other way round."""
+    procedure, is_split = configuration.procedure, configuration.splits is not None
+    if procedure == TaskRelevant.name and not is_split:
+        raise ConfigurationError(
+            f"`--procedure {procedure}` needs to know which classes are extra knowledge (T), the task (P) and new (F); "
+            "pass `--splits FILE.toml`."
+        )
+    if is_split and procedure != TaskRelevant.name:
+        raise ConfigurationError(
+            f"`--splits` is for `--procedure {TaskRelevant.name}`, but the procedure is {procedure}; leave one out."
+        )
+    if is_split and configuration.classes is not None:
+        raise ConfigurationError("`--splits` says which classes there are; leave `--classes` out.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpo.errors import ConfigurationError
 from hpo.problem import LoadedProblem, load_training_images
 from hpo.progress import Progress
 from search_spaces.procedures import BATCH_SIZE, LEARNING_RATE
@@ -55,8 +56,14 @@ def make_elastic(
         progress: Whom to tell how far it is.
 
     Raises:
+        ConfigurationError: The procedure adapts each size on its own.
         ObjectiveError: Training or output can't be as they are asked for.
     """
+    if problem.task.split is not None:
+        raise ConfigurationError(
+            "`--elastic` makes sizes that share their weights, but procedure task_relevant adapts each of its own; "
+            "pass `--rate`, or another procedure."
+        )
     from objectives.elastic.prune import Growth, prune_elastic
     from objectives.training import TrainingOptions
 

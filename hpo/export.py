@@ -111,6 +111,7 @@ def document_options(document: CompositeDocument) -> dict[str, Any]:
         "seed": references["seed"],
         "batch_size": references.get("batch_size"),
         "rates": document.rates,
+        "splits": data.get("split"),
         "procedure": document.procedure,
         **document.procedure_options,
         "components": document.components,

@@ -73,10 +73,12 @@ def steps_csv(steps: "Sequence[StepRecord]") -> bytes:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     layers = list(steps[0].left)
-    table.writerow(["pruned", "accuracy", "loss", "parameters", "flops", *(f"left {name}" for name in layers)])
+    columns = ["n_pruned", "accuracy", "loss", "parameters", "flops"]
+    if steps[0].accuracy_task is not None:
+        columns.insert(2, "accuracy_task")
+    table.writerow(["pruned", *columns[1:], *(f"left {name}" for name in layers)])
     table.writerows(
-        [step.n_pruned, step.accuracy, step.loss, step.parameters, step.flops, *(step.left[name] for name in layers)]
-        for step in steps
+        [*(getattr(step, column) for column in columns), *(step.left[name] for name in layers)] for step in steps
     )
     return text.getvalue().encode()
 

@@ -15,7 +15,8 @@ from hpo.errors import ConfigurationError, ImportRefusedError
 from hpo.executors import Worker
 from hpo.measurements import known_by_origin
 from search_spaces.choices import ImageSet
-from search_spaces.imports import Named, runs_code
+from search_spaces.imports import Named, is_import_path, runs_code
+from search_spaces.procedures import TaskRelevant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -157,6 +158,7 @@ class LoadedProblem:
                 "source": configuration.data,
                 "fingerprint": task.fingerprint,
                 "classes": list(task.classes),
+                **({} if configuration.splits is None else {"split": configuration.splits.to_json()}),
                 "evaluation_images": configuration.evaluation_images,
                 "confirmation_share": configuration.confirmation_share,
                 "n_search_images": len(task.search),
@@ -251,9 +253,7 @@ def load_problem(
 
     checkpoints = cache_directory() / "fine-tuning"
     clear_directories(checkpoints, _CHECKPOINTS_KEPT)
-    if model is None:
-        model = load_network(configuration, given)
-    task = _load_task(configuration, model, given)
+    model, task = load_model_and_task(configuration, given, model)
     options = ObjectiveOptions(
         rates=configuration.rates,
         components=configuration.components,
@@ -287,29 +287,51 @@ def _device_here(configuration: LaunchConfiguration) -> str:
 
 
 def load_model_and_task(
-    configuration: LaunchConfiguration, given: "Container[str]" = ("model", "data")
+    configuration: LaunchConfiguration,
+    given: "Container[str]" = ("model", "data"),
+    model: "LoadedModel | None" = None,
 ) -> "tuple[LoadedModel, Task]":
-    """The network and the images that the configuration names.
+    """The network, trained on the task's split where it has one, and the images that the configuration names.
 
     Args:
         configuration: A resolved configuration.
         given: Fields that the command line gives; what others name must not run code.
+        model: The configuration's network, where it is loaded already.
 
     Raises:
         ObjectiveError: They cannot be used.
     """
-    model = load_network(configuration, given)
-    return model, _load_task(configuration, model, given)
+    if model is None:
+        model = load_network(configuration, given)
+    task, procedure = _load_task(configuration, model, given), configuration.procedure_spec()
+    if isinstance(procedure, TaskRelevant) and procedure.pretrain_epochs:
+        from objectives.cache import cache_directory
+        from objectives.pretraining import pretrained
+        from objectives.procedures.task_relevant import training_options
+
+        assert task.split is not None, "checked with the configuration"
+        options = replace(training_options(procedure, seed=configuration.seed), n_epochs=procedure.pretrain_epochs)
+        directory = cache_directory() / "pretraining"
+        model = pretrained(model, task.split, options, directory, _device_here(configuration))
+    return model, task
 
 
 def load_network(configuration: LaunchConfiguration, given: "Container[str]" = ("model", "data")) -> "LoadedModel":
-    """The network that the configuration names; see `load_model_and_task`."""
+    """The network that the configuration names, with random weights where it is to be trained on a split.
+
+    See `load_model_and_task`.
+    """
     from objectives.models import load_model
 
+    options, procedure, split = dict(configuration.model_options), configuration.procedure_spec(), configuration.splits
+    is_new = isinstance(procedure, TaskRelevant) and procedure.pretrain_epochs > 0 and configuration.checkpoint is None
+    if is_new and split is not None and split.superclasses and not is_import_path(configuration.model):
+        options.setdefault("num_classes", len(split.superclasses))
     return load_model(
         configuration.model,
         checkpoint=configuration.checkpoint,
-        options=dict(configuration.model_options),
+        options=options,
+        initial_seed=configuration.seed if is_new else None,
         size=configuration.size,
         mean=configuration.mean,
         std=configuration.std,
@@ -345,6 +367,21 @@ def load_training_images(
 def _load_task(configuration: LaunchConfiguration, model: "LoadedModel", given: "Container[str]") -> "Task":
     from objectives.datasets import load_task
 
+    if configuration.splits is not None:
+        from objectives.datasets.task_splits import load_split_task
+
+        return load_split_task(
+            configuration.data,
+            model,
+            configuration.splits,
+            references_per_class=configuration.references_per_class,
+            evaluation_images=configuration.evaluation_images,
+            confirmation_share=configuration.confirmation_share,
+            seed=configuration.seed,
+            class_map=configuration.class_map,
+            sample=configuration.sample,
+            allow_imports="data" in given,
+        )
     return load_task(
         configuration.data,
         model,

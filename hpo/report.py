@@ -539,12 +539,15 @@ def _steps_tables(steps: "Sequence[StepRecord]") -> "list[Table]":
     """A table of a procedure's steps; none where there are none."""
     if not steps:
         return []
-    table = plain_table("step", numbers=("pruned", "accuracy", "loss (references)", "parameters", "FLOPs"))
+    adapts = steps[0].accuracy_task is not None
+    before = ("on P, unadapted",) if adapts else ()
+    table = plain_table("step", numbers=("pruned", "accuracy", *before, "loss (references)", "parameters", "FLOPs"))
     for number, step in enumerate(steps):
         table.add_row(
             str(number) if number else "before",
             f"{step.n_pruned:,} of {step.n_components:,}",
             f"{step.accuracy:.4f}",
+            *([_number(step.accuracy_task)] if adapts else []),
             f"{step.loss:.4f}",
             f"{step.parameters:,}",
             f"{step.flops:,}",

@@ -68,6 +68,7 @@ def load_model(
     std: float | Sequence[float] | None = None,
     crop: float | None = None,
     interpolation: str | None = None,
+    initial_seed: int | None = None,
     device: str | torch.device = "cpu",
     allow_imports: bool = True,
 ) -> LoadedModel:
@@ -87,6 +88,8 @@ def load_model(
         std: Overrides the preprocessing's standard deviation, likewise.
         crop: Overrides the share that the preprocessing's crop keeps.
         interpolation: Overrides how the preprocessing resizes.
+        initial_seed: Without a checkpoint, begins with random weights drawn from this seed, to be trained: a timm
+            network instead of its pretrained ones.
         device: Where to put the network.
         allow_imports: False refuses import paths; pass it for names that come from a document or a store.
 
@@ -98,11 +101,14 @@ def load_model(
         raise ModelError(f"The model {name!r} is not imported from here; pass it as `--model` on the command line.")
     given = dict(options or {})
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    if is_import_path(name):
-        network, configuration = _from_factory(name, given), None
-    else:
-        network = _from_timm(name, given, state)
-        configuration = network.pretrained_cfg
+    with torch.random.fork_rng(devices=[], enabled=initial_seed is not None):
+        if initial_seed is not None:
+            torch.manual_seed(initial_seed)
+        if is_import_path(name):
+            network, configuration = _from_factory(name, given), None
+        else:
+            network = _from_timm(name, given, state, state is None and initial_seed is None)
+            configuration = network.pretrained_cfg
     if state is not None:
         load_weights(network, state, str(checkpoint))
     network = network.eval().to(device)
@@ -152,9 +158,10 @@ def _from_factory(spec: str, options: Mapping[str, OptionValue]) -> nn.Module:
     return network
 
 
-def _from_timm(name: str, options: Mapping[str, OptionValue], state: Mapping[str, Tensor] | None) -> Any:
+def _from_timm(
+    name: str, options: Mapping[str, OptionValue], state: Mapping[str, Tensor] | None, pretrained: bool
+) -> Any:
     arguments: dict[str, Any] = dict(options)
-    pretrained = state is None
     if not name.startswith(_TIMM_SOURCES):
         configuration = _registered_configuration(name)
         if pretrained and not _has_weights(name):

@@ -65,7 +65,7 @@ from search_spaces.choices import (
 )
 from search_spaces.criteria import CriterionSpec, Ranker
 from search_spaces.documents import CompositeDocument
-from search_spaces.procedures import Dynamic, OneShot, ProcedureSpec
+from search_spaces.procedures import Dynamic, OneShot, ProcedureSpec, TaskRelevant
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
 
@@ -201,6 +201,21 @@ class _Stopwatch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Lesson:
+    """What a pruned network is trained on.
+
+    Attributes:
+        name: of the training, in the user's words.
+        images: that it is trained on.
+        validation: by which it stops early; None trains all epochs.
+    """
+
+    name: Literal["fine-tuning", "growth", "retraining", "adaptation"]
+    images: LabelledImages
+    validation: LabelledImages | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Pruning:
     """See `objectives.procedures.steps.Pruning`.
 
@@ -230,12 +245,24 @@ class _Pruning:
     def fine_tuned(
         self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions
     ) -> TrainedWeights | None:
-        trained = self._trained(masks, weights, options, f"{n_pruned_by(masks)}.safetensors")
+        split = self.objective.task.split
+        lesson = (
+            _Lesson("fine-tuning", self.objective.references)
+            if split is None
+            else _Lesson("retraining", split.training.task, split.validation.task)
+        )
+        trained = self._trained(masks, weights, options, lesson)
+        return weights if trained is None else trained
+
+    def adapted(self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions) -> TrainedWeights | None:
+        split = self.objective.task.split
+        assert split is not None, "the objective checks it"
+        images, validation = split.adaptation(split.training), split.adaptation(split.validation)
+        trained = self._trained(masks, weights, options, _Lesson("adaptation", images, validation))
         return weights if trained is None else trained
 
     def grown(self, masks: Masks, core: TrainedWeights, options: TrainingOptions) -> TrainedWeights:
-        name = f"grown-{n_pruned_by(masks)}.safetensors"
-        grown = self._trained(masks, core, options, name, frozen=core)
+        grown = self._trained(masks, core, options, _Lesson("growth", self.objective.references), frozen=core)
         return core if grown is None else grown
 
     def _trained(
@@ -243,13 +270,15 @@ class _Pruning:
         masks: Masks,
         weights: TrainedWeights | None,
         options: TrainingOptions,
-        checkpoint: str,
+        lesson: _Lesson,
         frozen: TrainedWeights | None = None,
     ) -> TrainedWeights | None:
-        objective, stage = self.objective, self._stage(masks)
+        objective, pruned = self.objective, self._stage(masks)
+        stage = f"{pruned}, {lesson.name}"
+        most = "" if options.patience is None else "at most "
 
         def report(epoch: Epoch) -> None:
-            objective.stage = f"{stage}, epoch {epoch.number} of {epoch.n_epochs}"
+            objective.stage = f"{stage}, epoch {epoch.number} of {most}{epoch.n_epochs}"
 
         objective.stage = stage
         try:
@@ -257,15 +286,18 @@ class _Pruning:
                 return fine_tuned(
                     objective.network if weights is None else weights.on(objective.network),
                     masks,
-                    objective.references,
+                    lesson.images,
                     options,
                     frozen=frozen,
-                    checkpoint=self._checkpoint(checkpoint),
+                    validation=lesson.validation,
+                    checkpoint=self._checkpoint(f"{lesson.name}-{n_pruned_by(masks)}.safetensors"),
                     on_epoch=report,
                 )
         except TrainingError as error:
             reason = str(error).removesuffix(".")
-            raise TrainingError(f"Fine-tuning, {stage}: {reason} (`--finetune-learning-rate`).") from error
+            raise TrainingError(
+                f"{lesson.name.capitalize()}, {pruned}: {reason} (`--finetune-learning-rate`)."
+            ) from error
 
     def _checkpoint(self, name: str) -> Path | None:
         """File of a training."""
@@ -299,13 +331,18 @@ class Objective:
 
     Raises:
         UnsupportedNetworkError: the network can't be attributed correctly, or isn't of the document's shape.
-        OptionError: the options' components aren't the document's.
+        OptionError: the options' components aren't the document's, or only one of procedure and task needs a split.
         DeviceError: the device doesn't exist.
     """
 
     def __init__(
         self, model: LoadedModel, task: Task, options: ObjectiveOptions, document: CompositeDocument | None = None
     ) -> None:
+        if (options.procedure.name == TaskRelevant.name) != (task.split is not None):
+            raise OptionError(
+                "Procedure task_relevant and a split of the data go together: pass `--procedure task_relevant --splits "
+                "FILE.toml`, or neither."
+            )
         if document is not None and options.components not in (None, document.components):
             raise OptionError(
                 f"The document was made for `--components {document.components}`, but got {options.components}; leave "
@@ -386,6 +423,7 @@ class Objective:
             },
             "data": {"source": self.task.source, "fingerprint": self.task.fingerprint},
             "classes": list(self.task.classes),
+            **({} if self.task.split is None else {"split": self.task.split.split.to_json()}),
             "preprocessing": self.task.preprocessing.to_json(),
             "layer_groups": dict(self.layer_groups),
             "components": dict(self.network.components),
@@ -563,8 +601,9 @@ class Objective:
         labels: Tensor = getattr(self.task, images).labels
         steps = self._records(path, repair, evaluator)
         evaluation = self._summary(correct, measurements, labels, stopwatch.seconds())
-        if images == "search":
-            self._check_start(evaluation.curve)
+        unadapted = steps[0].accuracy_task if steps else None
+        if unadapted is not None or images == "search":
+            self._check_start(evaluation.curve.accuracies[0] if unadapted is None else unadapted)
         news = evaluator.news()
         return replace(
             evaluation,
@@ -582,6 +621,11 @@ class Objective:
         for n_pruned in [0, *ends] if ends else []:
             masks, weights = path.masks(n_pruned), path.weights(n_pruned)
             measurement = evaluator.measure(masks, repair=repair, weights=weights)
+            accuracy_task = None
+            if self.task.split is not None:
+                before = self.evaluator("task").measure(masks, weights=path.unadapted(n_pruned))
+                self.evaluator("task").news()  # of nobody's interest
+                accuracy_task = float(before.correct.double().mean())
             record = StepRecord(
                 n_pruned=n_pruned,
                 accuracy=float(measurement.correct.double().mean()),
@@ -589,6 +633,7 @@ class Objective:
                 parameters=measurement.cost.parameters,
                 flops=measurement.cost.flops,
                 left={name: int(mask.sum()) for name, mask in masks.items()},
+                accuracy_task=accuracy_task,
             )
             records.append(record)
         return tuple(records)
@@ -604,10 +649,10 @@ class Objective:
         for evaluator in self._evaluators.values():
             self._teach(evaluator)
 
-    def evaluator(self, images: ImageSet | Literal["references"]) -> Evaluator:
-        """Measures masks on one set of images; made at first use and kept."""
+    def evaluator(self, images: ImageSet | Literal["references", "task"]) -> Evaluator:
+        """Measures masks on one set of images, `task` being P's of a split; made at first use and kept."""
         if images not in self._evaluators:
-            labelled: LabelledImages = getattr(self.task, images)
+            labelled: LabelledImages = self._known if images == "task" else getattr(self.task, images)
             if len(labelled) == 0:  # only confirmation may have none
                 raise DataError(f"There are no {images} images; change `--confirmation-share`.")
             dtype = _DTYPES[self.options.dtype] if images == "search" else torch.float32
@@ -676,18 +721,23 @@ class Objective:
                 "network computes something that its graph doesn't show."
             )
 
+    @property
+    def _known(self) -> LabelledImages:
+        """Search images of what the unpruned network has learnt: of a split P's."""
+        return self.task.search if self.task.split is None else self.task.split.evaluation.task
+
     def _unpruned(self, original: nn.Module) -> float:
-        """Accuracy of the user's own network on the search images; warns where it looks broken.
+        """Accuracy of the user's own network on search images; warns where it looks broken.
 
         That is below twice chance over the classes that have images; with two classes, where that is 100 %, not above
         the larger class's share.
         """
-        images = self.task.search.to(self.device)
+        images = self._known.to(self.device)
         restricted = Columns(original, self.task.classes).to(self.device)
         accuracy = float(correct_predictions(restricted, images, self.batches).double().mean())
-        counts = torch.bincount(self.task.search.labels)
+        counts = torch.bincount(images.labels)
         n_classes = int((counts > 0).sum())
-        chance = 1 / n_classes if n_classes > 2 else float(counts.max()) / len(self.task.search)
+        chance = 1 / n_classes if n_classes > 2 else float(counts.max()) / len(images)
         looks_broken = accuracy < 2 * chance if n_classes > 2 else accuracy <= chance < 1
         if looks_broken:
             _log.warning(
@@ -698,13 +748,13 @@ class Objective:
             )
         return accuracy
 
-    def _check_start(self, curve: Curve) -> None:
+    def _check_start(self, accuracy: float) -> None:
         """The curve begins at the user's network's accuracy, but for images on the border of two classes."""
-        n_images = len(self.task.search)
+        n_images = len(self._known)
         tolerance = max(1.0, _BORDER_SHARE[self.options.dtype] * n_images)
-        if abs(curve.accuracies[0] - self.unpruned_accuracy) * n_images > tolerance:
+        if abs(accuracy - self.unpruned_accuracy) * n_images > tolerance:
             raise UnsupportedNetworkError(
-                f"The curve starts at accuracy {curve.accuracies[0]:.4f}, but the unpruned network has "
+                f"The curve starts at accuracy {accuracy:.4f}, but the unpruned network has "
                 f"{self.unpruned_accuracy:.4f}; try `--dtype fp32`."
             )
 

@@ -27,6 +27,7 @@ from search_spaces.errors import (
     SpaceError,
     SpaceImportError,
     SpaceNotFiniteError,
+    SplitError,
     UnknownHeuristicError,
     UnknownRuleError,
     UnknownSpaceError,
@@ -51,6 +52,7 @@ from search_spaces.procedures import (
     OneShot,
     ProcedureSpec,
     PruneAndGrow,
+    TaskRelevant,
     procedure_from_json,
 )
 from search_spaces.reasons import message_of, reason_of
@@ -66,6 +68,7 @@ from search_spaces.spaces import (
     register,
 )
 from search_spaces.suggestions import did_you_mean
+from search_spaces.task_splits import SPLIT_SETS, Scenario, SplitBy, TaskSplit, read_split, read_splits
 
 __all__ = [
     "AGGREGATES",
@@ -117,13 +120,19 @@ __all__ = [
     "RepairedSpace",
     "RuleSpec",
     "SPACES",
+    "SPLIT_SETS",
+    "Scenario",
     "SearchSpace",
     "SearchSpaceError",
     "SpaceError",
     "SpaceImportError",
     "SpaceNotFiniteError",
+    "SplitBy",
+    "SplitError",
     "TRANSFORMER_BASELINES",
     "TRANSFORMER_HEURISTICS",
+    "TaskRelevant",
+    "TaskSplit",
     "UnknownHeuristicError",
     "UnknownRuleError",
     "UnknownSpaceError",
@@ -138,6 +147,8 @@ __all__ = [
     "message_of",
     "procedure_from_json",
     "ranker_from_json",
+    "read_split",
+    "read_splits",
     "reason_of",
     "register",
     "runs_code",

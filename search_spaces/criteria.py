@@ -10,7 +10,9 @@ from search_spaces.suggestions import did_you_mean
 
 __all__ = ["CRITERIA", "Criterion", "CriterionSpec", "Ranker", "ranker_from_json"]
 
-Criterion = Literal["weight", "gradient", "taylor", "hessian", "activation", "integrated-gradients", "random"]
+Criterion = Literal[
+    "weight", "weight-l1", "gradient", "taylor", "hessian", "activation", "integrated-gradients", "random"
+]
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 """All criteria; `objectives.attribution.criteria` defines them."""

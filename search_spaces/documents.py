@@ -21,11 +21,13 @@ from search_spaces.errors import (
     DocumentVersionError,
     DocumentWriteError,
     ProcedureError,
+    SplitError,
 )
 from search_spaces.files import write_atomically
-from search_spaces.procedures import OneShot, ProcedureSpec, procedure_from_json
+from search_spaces.procedures import OneShot, ProcedureSpec, TaskRelevant, procedure_from_json
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 from search_spaces.suggestions import did_you_mean
+from search_spaces.task_splits import TaskSplit
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -251,6 +253,14 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         procedure_from_json(value["procedure"], value.get("procedure_options"))
     except ProcedureError as error:
         yield "$.procedure_options", f"cannot be used: {str(error).removesuffix('.')}"
+    split = value["data"].get("split")
+    if (value["procedure"] == TaskRelevant.name) != (split is not None):
+        yield "$.data", f"{'lacks a' if split is None else 'has a'} split, which procedure task_relevant alone needs"
+    if split is not None:
+        try:
+            TaskSplit.from_toml(split)
+        except SplitError as error:
+            yield "$.data.split", f"cannot be used: {str(error).removesuffix('.')}"
     confirmation = value.get("confirmation")
     if confirmation is not None and len(confirmation["accuracies"]) != len(rates):
         yield "$.confirmation.accuracies", f"has {len(confirmation['accuracies'])} values for {len(rates)} rates"

@@ -9,6 +9,7 @@ Every message is one line that names the offending value and the remedy; the com
         │   └── RepairSpecError                      values that make no repair
         ├── CriterionError           (ValueError)    values that make no criterion
         ├── ProcedureError           (ValueError)    values that make no procedure
+        ├── SplitError               (ValueError)    values that make no split of classes or domains
         ├── UnknownHeuristicError    (KeyError)      a heuristic that has no such name
         ├── SpaceError               (ValueError)    a search space that cannot be read or used
         │   ├── UnknownSpaceError                    a space that has no such name
@@ -34,6 +35,7 @@ __all__ = [
     "SpaceError",
     "SpaceImportError",
     "SpaceNotFiniteError",
+    "SplitError",
     "UnknownHeuristicError",
     "UnknownRuleError",
     "UnknownSpaceError",
@@ -70,6 +72,10 @@ class CriterionError(SearchSpaceError, ValueError):
 
 class ProcedureError(SearchSpaceError, ValueError):
     """Values that make no procedure."""
+
+
+class SplitError(SearchSpaceError, ValueError):
+    """Values that make no split of classes or domains, or a file of splits that cannot be read."""
 
 
 class UnknownHeuristicError(SearchSpaceError, KeyError):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from decimal import Decimal
 from typing import Any, ClassVar, TypeAlias
 
 from search_spaces.errors import ProcedureError
@@ -18,6 +19,7 @@ __all__ = [
     "PROCEDURES",
     "ProcedureSpec",
     "PruneAndGrow",
+    "TaskRelevant",
     "procedure_from_json",
 ]
 
@@ -29,6 +31,8 @@ LEARNING_RATE = 0.001
 
 BATCH_SIZE = 32
 """Of fine-tuning, by default."""
+
+_LARGEST_USUAL_RATE = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +189,59 @@ class PruneAndGrow(_Named):
         return True
 
 
-ProcedureSpec: TypeAlias = OneShot | Iterative | Dynamic | PruneAndGrow
+@dataclass(frozen=True, slots=True)
+class TaskRelevant(_Named):
+    """Prunes to what one task needs, and adapts each size to new data (Avé et al. 2025, Algorithm 1).
+
+    Of a split into extra knowledge T, the task P and new data F, see `search_spaces.task_splits`. The defaults are the
+    paper's; it gives no bound on epochs, ours is 50.
+
+    Attributes:
+        step_share: Of what is left, pruned in each step; at least `LEAST_SHARE` and below 1.
+        pretrain_epochs: Passes over T and P, at most, by which the unpruned network is trained; 0 where it has been.
+        finetune_epochs: Passes, at most, of every retraining on P and of every adaptation; at least 1.
+        finetune_learning_rate: Of all trainings (Adam); above 0.
+        finetune_batch_size: Images that a step of them takes at most.
+        patience: Epochs without a higher validation accuracy after which a training ends.
+
+    Raises:
+        ProcedureError: A value is out of range.
+    """
+
+    name: ClassVar[str] = "task_relevant"
+    step_share: float = 0.2
+    pretrain_epochs: int = 50
+    finetune_epochs: int = 50
+    finetune_learning_rate: float = 5e-4
+    finetune_batch_size: int = BATCH_SIZE
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        _check_share("step_share", self.step_share)
+        if self.step_share == 1:
+            raise ProcedureError("`step_share` of task_relevant must be below 1: a step that takes all leaves nothing.")
+        _check_whole("pretrain_epochs", self.pretrain_epochs, 0)
+        _check_whole("finetune_epochs", self.finetune_epochs, 1)
+        _check_training(self.finetune_learning_rate, self.finetune_batch_size)
+        _check_whole("patience", self.patience, 1)
+
+    @property
+    def fine_tunes(self) -> bool:
+        """See `_Named.fine_tunes`."""
+        return True
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Shares of the original components that are gone before and after each of ten steps, as far as 99 %."""
+        kept = 1 - Decimal(str(self.step_share))
+        shares = [float(1 - kept**step) for step in range(11)]
+        return (*shares[:2], *(share for share in shares[2:] if share <= _LARGEST_USUAL_RATE))
+
+
+ProcedureSpec: TypeAlias = OneShot | Iterative | Dynamic | PruneAndGrow | TaskRelevant
 
 PROCEDURES: Mapping[str, type[ProcedureSpec]] = {
-    each.name: each for each in (OneShot, Iterative, Dynamic, PruneAndGrow)
+    each.name: each for each in (OneShot, Iterative, Dynamic, PruneAndGrow, TaskRelevant)
 }
 """Every procedure by name; `objectives.procedures` carries them out."""
 

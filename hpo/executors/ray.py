@@ -38,6 +38,9 @@ _MOST_FAILED_STARTS = 3
 _LONGEST_RESTART_DELAY_S = 60.0
 _PATIENCE_S = 30.0
 _TICK_S = 0.2
+_WATCH_S = 1.0
+# Of an actor's calls: those that it answers while it computes.
+_WATCH = "watch"
 
 _INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
 # What a worker could reach a database or a bucket with; workers know neither.
@@ -86,6 +89,8 @@ class RayExecutor:
         self._starts: list[float] = []
         self._n_failed_starts = 0
         self._waiting_since: float | None = None
+        # Replaced as a whole, for the driver's thread to read:
+        self._stages: Mapping[int, str] = {}
 
     @property
     def n_workers(self) -> int:
@@ -93,8 +98,8 @@ class RayExecutor:
         return self._n_workers
 
     def stages(self) -> Mapping[int, str]:
-        """See `Executor.stages`; a worker that computes answers no questions."""
-        return {}
+        """See `Executor.stages`; as of a second ago."""
+        return self._stages
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """See `Executor.submit`."""
@@ -116,7 +121,9 @@ class RayExecutor:
             room = Room.of(ray.nodes(), self._configuration)
             self._n_workers = room.n_workers(self._configuration)
             resources = {"num_cpus": room.cpus, "num_gpus": room.gpus}
-            self._actor_class = ray.remote(**resources, max_restarts=0, max_task_retries=0)(_Actor)
+            self._actor_class = ray.remote(
+                **resources, max_restarts=0, max_task_retries=0, concurrency_groups={_WATCH: 1}
+            )(_Actor)
             # In a list, so that the actor's process prepares itself before it reads what may import torch.
             self._arguments = ([_put(ray, self._factory)], max(1, int(room.cpus)), room.gpus > 0)
             self._starts = [0.0] * self._n_workers
@@ -162,6 +169,11 @@ class RayExecutor:
                 member.deadline += pause_s
             if member.jobs and now > member.deadline:
                 self._end(member)
+            elif member.jobs and member.watched_again <= now:
+                member.watched_again = math.inf
+                told = member.actor.stage.options(concurrency_group=_WATCH).remote()
+                self._then(told, partial(self._told, member))
+        self._stages = dict(member.stage for member in self._crew if member.stage is not None)
         while self._starts and self._starts[0] <= now:
             del self._starts[0]
             self._start()
@@ -247,6 +259,14 @@ class RayExecutor:
         else:
             self._lose(member, error)
 
+    def _told(self, member: "_Member", answer: "Future[tuple[int, str] | None]") -> None:
+        """Note how far a worker is; of one that has died the computation tells."""
+        member.watched_again = time.monotonic() + _WATCH_S
+        if answer.exception() is None:
+            stage = answer.result()
+            is_current = stage is not None and any(job.number == stage[0] for job in member.jobs)
+            member.stage = stage if is_current else None
+
     def _computed(self, member: "_Member", batch: list[Job], job: Job, answer: "Future[Outcome]") -> None:
         if not self._is_busy(member, batch):
             return
@@ -258,7 +278,7 @@ class RayExecutor:
         else:
             self._lose(member, error)
             return
-        member.begun = True
+        member.begun, member.stage = True, None
         batch.remove(job)
         member.deadline = time.monotonic() + self._limit_s(batch[0]) if batch else math.inf
         self._outcomes.put(outcome)
@@ -311,6 +331,8 @@ class _Member:
         begun: Whether it has answered since it was given `jobs`.
         jobs: Those of its batch that have not ended, in the order in which it computes them.
         deadline: When its present job has taken too long.
+        stage: Number of the job at work, and how far it is, where it has said so.
+        watched_again: When it is asked for that; infinite while it has been.
     """
 
     actor: Any
@@ -318,12 +340,15 @@ class _Member:
     begun: bool = False
     jobs: list[Job] = field(default_factory=list)
     deadline: float = math.inf
+    stage: tuple[int, str] | None = None
+    watched_again: float = 0.0
 
 
 class _Actor:
-    """A worker in its own process."""
+    """A worker in its own process; all calls but those of the group `_WATCH` are computed one after the other."""
 
     _worker: Worker
+    _at_work: int | None = None
 
     def start(self, shipped: Sequence[Any], n_threads: int, has_gpu: bool) -> str | None:
         """Make the worker; None, or why it cannot be made."""
@@ -349,7 +374,17 @@ class _Actor:
         prepare(self._worker, jobs)
 
     def compute(self, job: Job) -> Outcome:
-        return compute(self._worker, job)
+        self._at_work = job.number
+        try:
+            return compute(self._worker, job)
+        finally:
+            self._at_work = None
+
+    def stage(self) -> tuple[int, str] | None:
+        """Number of the job at work, and how far it is."""
+        number = self._at_work  # another thread computes
+        stage = None if number is None else self._worker.stage
+        return None if number is None or stage is None else (number, stage)
 
 
 @dataclass(frozen=True, slots=True)

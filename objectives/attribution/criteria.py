@@ -137,11 +137,21 @@ def criterion_scores(spec: CriterionSpec, samples: ReferenceSamples, masks: Mask
 def _weight(spec: CriterionSpec, samples: ReferenceSamples) -> dict[str, Tensor]:
     """The score is |w_c|_2 of the weights without bias that make the component: a layer's row, a head's rows of v.
 
-    Yeom et al. 2021, criterion W (Li et al. 2017 take the l1 norm). Needs no reference samples.
+    Yeom et al. 2021, criterion W. Needs no reference samples.
     """
-    network, weights = samples.network, _weights(samples.network)
+    return _weight_norms(samples.network, 2)
+
+
+@_register("weight-l1")
+def _weight_l1(spec: CriterionSpec, samples: ReferenceSamples) -> dict[str, Tensor]:
+    """The score is |w_c|_1 of the same weights: Li et al. 2017, and the magnitude pruning (IMP) of Avé et al. 2025."""
+    return _weight_norms(samples.network, 1)
+
+
+def _weight_norms(network: CanonicalNetwork, order: int) -> dict[str, Tensor]:
+    weights = _weights(network)
     return {
-        name: weights[name].detach().reshape(n_components, -1).double().norm(dim=1).cpu()
+        name: weights[name].detach().reshape(n_components, -1).double().norm(p=order, dim=1).cpu()
         for name, n_components in network.components.items()
     }
 

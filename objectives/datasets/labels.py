@@ -143,6 +143,14 @@ class LabelSet:
             raise DataError(f"--classes needs at least two classes to tell apart, but has {len(selected)}; add more.")
         return tuple(sorted(selected))
 
+    def output_of(self, asked: str | int, own_names: Mapping[int, str]) -> int:
+        """The output that one class of `select` stands for.
+
+        Raises:
+            DataError: The class is unknown or out of range.
+        """
+        return self._select_one(asked, {_folded(name): output for output, name in own_names.items()})
+
     def name_of(self, output: int, own_names: Mapping[int, str]) -> str:
         """What tables call an output."""
         if self.names is not None:

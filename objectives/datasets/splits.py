@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,7 @@ def split_images(
     confirmation_share: float,
     seed: int,
     sample: ReferenceSampling = "random",
+    unevaluated: Collection[int] = (),
 ) -> Split:
     """Selects images by their labels and a seed.
 
@@ -60,19 +61,21 @@ def split_images(
         confirmation_share: In [0, 1).
         seed: In 0 to 2**32 - 1.
         sample: "first" takes the first references of each class instead of a draw.
+        unevaluated: Those of `classes` of which only references are taken.
 
     Raises:
         DataError: A number is out of range, or a class has too few images.
     """
     _check_numbers(references_per_class, evaluation_images, confirmation_share, seed)
+    evaluated = [output for output in classes if output not in unevaluated]
     if every_class:
-        _refuse_missing(np.setdiff1d(list(classes), evaluation_labels), "evaluation", classes)
+        _refuse_missing(np.setdiff1d(evaluated, evaluation_labels), "evaluation", classes)
         referenced = list(classes)
     else:
         _refuse_missing(np.setdiff1d(evaluation_labels, train_labels), "training", classes)
         referenced = np.unique(train_labels).tolist()
     references = _draw(train_labels, referenced, references_per_class, seed, sample, classes)
-    candidates = np.flatnonzero(np.isin(evaluation_labels, list(classes)))
+    candidates = np.flatnonzero(np.isin(evaluation_labels, evaluated))
     order = candidates[_stratified_order(evaluation_labels[candidates], seed)]
     n_confirmation = math.floor(confirmation_share * len(order))
     n_left = len(order) - n_confirmation

@@ -1,204 +1,41 @@
-"""Splits of a data set into extra knowledge T, the task P and new data F, by class or by domain (Avé et al. 2025).
+"""Data of a task split: the images of T, P and F that networks are trained on, stopped by and measured on.
 
-A network is trained on T and P, pruned to what P needs, and adapted to F. A split stands in a TOML table:
-
-    scenario = "new_subclasses"
-    T = ["automobile", "dog", "horse"]
-    P = ["airplane", "bird", "frog", "ship"]
-    F = ["cat", "deer", "truck"]
-    [superclasses]
-    vehicle = ["airplane", "automobile", "ship", "truck"]
-    animal = ["bird", "cat", "deer", "dog", "frog", "horse"]
+>>> split = read_split("splits.toml")
+>>> task = load_split_task("digits", model, split, references_per_class=100)
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from objectives.datasets.tasks import LabelledImages
+from objectives.datasets.labels import read_class_map
+from objectives.datasets.sources import SourcePair
+from objectives.datasets.tasks import LabelledImages, Task, load_task
 from objectives.errors import DataError
+from search_spaces.choices import ReferenceSampling
 from search_spaces.suggestions import did_you_mean
+from search_spaces.task_splits import SPLIT_SETS, TaskSplit
 
-__all__ = ["Domains", "Scenario", "SplitData", "SplitImages", "TaskSplit", "joined", "read_splits", "split_data"]
+if TYPE_CHECKING:
+    from objectives.models import LoadedModel
 
-Scenario = Literal["new_classes", "new_subclasses"]
-"""What comes after pruning: classes that the network doesn't know, learnt beside those that it does; or other
-subclasses (or another domain) of the classes that it knows."""
+__all__ = ["Domains", "SplitData", "SplitImages", "joined", "load_split_task", "split_data", "split_task"]
 
-SplitBy = Literal["class", "domain"]
-"""What T, P and F name: classes, or domains of which each has images of all classes."""
-
-_SETS = ("T", "P", "F")
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSplit:
-    """Which classes or domains are extra knowledge, the task, and new.
-
-    Attributes:
-        scenario: what F is to the network.
-        T: that the network is trained on before it is pruned, besides P; may be empty.
-        P: that relevance is computed on and pruned networks are retrained on.
-        F: that pruned networks are adapted to.
-        superclasses: superclass -> its classes, for new subclasses by class: the network's outputs, in this order.
-        by: what the three name.
-
-    Raises:
-        DataError: a set is empty or shares a name with another, or the superclasses don't fit.
-    """
-
-    scenario: Scenario
-    T: tuple[str, ...]
-    P: tuple[str, ...]
-    F: tuple[str, ...]
-    superclasses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    by: SplitBy = "class"
-
-    def __post_init__(self) -> None:
-        for name, known in (("scenario", get_args(Scenario)), ("by", get_args(SplitBy))):
-            value = getattr(self, name)
-            if value not in known:
-                raise DataError(f"Unknown {name} of a split {value!r}.{did_you_mean(str(value), known)}")
-        set_of: dict[str, str] = {}
-        for key in _SETS:
-            for name in getattr(self, key):
-                if name in set_of:
-                    where = f"twice in {key}" if set_of[name] == key else f"in both {set_of[name]} and {key}"
-                    raise DataError(f"The {self.by} {name!r} is {where} of a split; leave it in one place.")
-                set_of[name] = key
-        for key in ("P", "F"):
-            if not getattr(self, key):
-                raise DataError(f"{key} of a split is empty; name at least one {self.by}.")
-        self._check_superclasses()
-
-    def _check_superclasses(self) -> None:
-        if self.by == "domain" and self.scenario == "new_classes":
-            raise DataError("A split by domain has no new classes; its scenario is 'new_subclasses'.")
-        if self.by == "domain" or self.scenario == "new_classes":
-            if self.superclasses:
-                raise DataError(
-                    f"A split by {self.by} of scenario {self.scenario!r} takes no `superclasses`; leave them out."
-                )
-            return
-        superclass_of: dict[str, str] = {}
-        for superclass, classes in self.superclasses.items():
-            for name in classes:
-                if name in superclass_of:
-                    raise DataError(
-                        f"The class {name!r} of a split is in the superclasses {superclass_of[name]!r} and "
-                        f"{superclass!r}; leave it in one."
-                    )
-                superclass_of[name] = superclass
-        for name in (*self.T, *self.P, *self.F):
-            if name not in superclass_of:
-                raise DataError(f"The class {name!r} of a split has no superclass; put it into one of `superclasses`.")
-        known = {superclass_of[name] for name in self.P}
-        for name in self.F:
-            if superclass_of[name] not in known:
-                raise DataError(
-                    f"The class {name!r} in F of a split is of superclass {superclass_of[name]!r}, of which P has no "
-                    "class; put one into P, or choose the scenario 'new_classes'."
-                )
-
-    @classmethod
-    def from_toml(cls, table: Mapping[str, Any]) -> TaskSplit:
-        """The split that a TOML table states.
-
-        Raises:
-            DataError: it has other keys or values than a split, or the split can't be.
-        """
-        known = [each.name for each in fields(cls)]
-        for key in table:
-            if key not in known:
-                raise DataError(f"A split takes no {key!r}.{did_you_mean(key, known)}")
-        for key in ("scenario", "P", "F"):
-            if key not in table:
-                raise DataError(f"A split needs {key!r}; add it.")
-        superclasses = table.get("superclasses", {})
-        if not isinstance(superclasses, Mapping):
-            raise DataError(f"`superclasses` of a split are a table of lists of classes, but got {superclasses!r}.")
-        return cls(
-            scenario=table["scenario"],
-            T=_names("T", table.get("T", [])),
-            P=_names("P", table["P"]),
-            F=_names("F", table["F"]),
-            superclasses={key: _names(f"Superclass {key!r}", value) for key, value in superclasses.items()},
-            by=table.get("by", "class"),
-        )
-
-    def without_extra(self) -> TaskSplit:
-        """The baseline whose T is empty."""
-        return replace(self, T=())
-
-    def outputs(self, class_names: Sequence[str]) -> tuple[str, ...]:
-        """Names of the outputs of the split's networks: the superclasses, or all classes where there are none."""
-        return tuple(self.superclasses) or tuple(class_names)
-
-    def divide(self, images: LabelledImages, groups: Tensor, names: Sequence[str], what: str) -> SplitImages:
-        """The images of T, P and F.
-
-        Args:
-            images: labelled by class.
-            groups: (N,) on the CPU, position in `names` of each image's class or domain.
-            names: of all classes, or of all domains.
-            what: the images are for, in the user's words.
-
-        Returns:
-            Their labels are positions in `outputs`.
-
-        Raises:
-            DataError: a class or domain is unknown or has no images.
-        """
-        labels = images.labels
-        if self.superclasses:
-            place = {name: index for index, classes in enumerate(self.superclasses.values()) for name in classes}
-            labels = torch.tensor([place.get(name, -1) for name in names])[groups].to(labels.device)
-        parts = []
-        for key in _SETS:
-            wanted = torch.zeros(len(names), dtype=torch.bool)
-            for name in getattr(self, key):
-                if name not in names:
-                    raise DataError(f"Unknown {self.by} {name!r} in {key} of a split.{did_you_mean(name, names)}")
-                index = list(names).index(name)
-                if not bool((groups == index).any()):
-                    raise DataError(
-                        f"The {self.by} {name!r} in {key} of a split has no {what} images; leave it out or add some."
-                    )
-                wanted[index] = True
-            rows = wanted[groups].nonzero().flatten()
-            parts.append(LabelledImages(images.images[rows], labels[rows]))
-        return SplitImages(*parts)
-
-
-def read_splits(path: str | Path) -> dict[str, TaskSplit]:
-    """The splits of a TOML file, one table each, by name.
-
-    Raises:
-        DataError: the file can't be read, or a table is no split.
-    """
-    try:
-        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"The splits {str(path)!r} can't be read ({error.strerror}); give an existing file.") from error
-    except ValueError as error:  # tomllib.TOMLDecodeError, UnicodeDecodeError
-        raise DataError(f"The splits {str(path)!r} aren't TOML ({error}).") from error
-    splits = {}
-    for name, table in document.items():
-        if not isinstance(table, Mapping):
-            raise DataError(f"{name!r} in {str(path)!r} is no table; a file of splits has one for each: [NAME].")
-        try:
-            splits[name] = TaskSplit.from_toml(table)
-        except DataError as error:
-            raise DataError(f"Split {name!r} of {str(path)!r}: {error}") from error
-    return splits
+# What images of each class of a set are needed for; what confirms, and what T's accuracy is measured on, may lack some.
+_NEEDED = {
+    "T": ("training", "validation"),
+    "P": ("training", "validation", "evaluation"),
+    "F": ("training", "validation", "evaluation"),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -240,7 +77,7 @@ class SplitData:
         outputs: names of the networks' outputs.
         training: images that are trained on, and that relevance is computed on.
         validation: images by which training stops, held out of the training images.
-        evaluation: images that accuracy is measured on.
+        evaluation: images that accuracy is measured on; of T there may be none.
     """
 
     split: TaskSplit
@@ -301,9 +138,9 @@ def split_data(
         (training.labels, evaluation.labels) if domains is None else (domains.training, domains.evaluation)
     )
     # Unknown names first: of a class that doesn't exist, images aren't what is missing.
-    split.divide(training, groups, names, "training")
+    _divided(split, training, groups, names, "training")
     held_out = _held_out(training.labels, groups, validation_share, seed)
-    for key in _SETS:
+    for key in SPLIT_SETS:
         for name in getattr(split, key):
             of_name = groups == list(names).index(name)
             if not bool((of_name & ~held_out).any()):
@@ -312,7 +149,7 @@ def split_data(
                     "train on and to hold out for validation; add some."
                 )
     trained, validated = (
-        split.divide(LabelledImages(training.images[rows], training.labels[rows]), groups[rows], names, what)
+        _divided(split, LabelledImages(training.images[rows], training.labels[rows]), groups[rows], names, what)
         for rows, what in ((~held_out, "training"), (held_out, "validation"))
     )
     return SplitData(
@@ -320,8 +157,168 @@ def split_data(
         split.outputs(class_names),
         trained,
         validated,
-        split.divide(evaluation, evaluated, names, "evaluation"),
+        _divided(split, evaluation, evaluated, names, "evaluation"),
     )
+
+
+def load_split_task(
+    source: str | SourcePair,
+    model: LoadedModel,
+    split: TaskSplit,
+    *,
+    references_per_class: int,
+    evaluation_images: int | None = None,
+    confirmation_share: float = 0.5,
+    seed: int = 0,
+    class_map: str | Path | Mapping[str, int] | None = None,
+    sample: ReferenceSampling = "random",
+    allow_imports: bool = True,
+) -> Task:
+    """As `load_task`, of the classes of a split; of T no evaluation images are taken.
+
+    Args:
+        source: See `load_task`.
+        model: Likewise; its outputs are those of the split.
+        split: By class.
+        references_per_class: Training images of each class, a tenth of which are held out for validation; those of P
+            are the references.
+        evaluation_images: See `load_task`.
+        confirmation_share: Likewise.
+        seed: Likewise; of the images that are held out, too.
+        class_map: See `load_task`; of new subclasses it maps to classes of the data, which have no outputs.
+        sample: See `load_task`.
+        allow_imports: Likewise.
+
+    Raises:
+        DataError: As `load_task`, the split is by domain or names a class that is unknown or lacks images, or the
+            network has other outputs.
+    """
+    if split.by == "domain":
+        raise DataError(
+            "No source of images tells their domains, so a split by domain can't be loaded; divide the images in "
+            "Python by `objectives.datasets.task_splits.split_data`."
+        )
+    mapping = read_class_map(class_map) if isinstance(class_map, str | Path) else class_map
+    try:
+        task = load_task(
+            source,
+            _of_subclasses(model, split, mapping or {}) if split.superclasses else model,
+            classes=[*split.T, *split.P, *split.F],
+            references_per_class=references_per_class,
+            evaluation_images=evaluation_images,
+            confirmation_share=confirmation_share,
+            seed=seed,
+            class_map=mapping,
+            sample=sample,
+            unevaluated=split.T,
+            allow_imports=allow_imports,
+        )
+    except DataError as error:
+        raise DataError(str(error).replace("--classes", "--splits")) from error
+    if mapping:  # the names that the split goes by, where the network and the data have others or none
+        own = {output: name for name, output in mapping.items()}
+        named = zip(task.classes, task.class_names, strict=True)
+        task = replace(task, class_names=tuple(own.get(output, name) for output, name in named))
+    return split_task(task, split, n_outputs=model.num_classes, seed=seed)
+
+
+def _of_subclasses(model: LoadedModel, split: TaskSplit, class_map: Mapping[str, int]) -> LoadedModel:
+    """The model as if its outputs were the classes of the data, by which their labels are read."""
+    configuration = getattr(model.network, "pretrained_cfg", None) or {}
+    names = None if class_map else configuration.get("label_names")
+    n_classes = sum(map(len, split.superclasses.values()))
+    if class_map:
+        n_classes = max(class_map.values()) + 1
+    elif names:
+        n_classes = len(names)
+    return replace(model, num_classes=n_classes, label_names=tuple(names) if names else None, label_ids=None)
+
+
+def split_task(task: Task, split: TaskSplit, *, n_outputs: int, seed: int = 0, n_references: int | None = None) -> Task:
+    """The task of a split's networks, from a task of its classes.
+
+    Args:
+        task: whose references are all training images, labelled by class.
+        split: by class.
+        n_outputs: of the networks.
+        seed: of the images that are held out for validation, and of the draw of references.
+        n_references: training images of P that relevance is computed on, drawn; None are all of them, as in the paper.
+
+    Raises:
+        DataError: the split names a class that is unknown or lacks images, or has other outputs.
+    """
+    names, by_class = task.class_names, torch.arange(len(task.classes))
+    if not split.superclasses:
+        known = dict(zip(task.classes, task.class_names, strict=True))
+        names, by_class = tuple(known.get(each, str(each)) for each in range(n_outputs)), torch.tensor(task.classes)
+    training, search, confirmation = (
+        LabelledImages(images.images, by_class[images.labels])
+        for images in (task.references, task.search, task.confirmation)
+    )
+    data = split_data(split, training, search, names, seed=seed)
+    if len(data.outputs) != n_outputs:
+        raise DataError(
+            f"The network has {n_outputs} outputs, but the split {len(data.outputs)} ({', '.join(data.outputs)}); "
+            "build it with as many, of timm by --model-option num_classes=N."
+        )
+    confirming = confirmation
+    if len(confirmation):
+        confirming = data.adaptation(_divided(split, confirmation, confirmation.labels, names, "confirmation"))
+    content = [task.fingerprint, split.to_json(), seed, n_references]
+    return replace(
+        task,
+        references=_drawn(data.training.task, n_references, seed),
+        search=data.adaptation(data.evaluation),
+        confirmation=confirming,
+        classes=tuple(range(n_outputs)),
+        class_names=data.outputs,
+        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        split=data,
+    )
+
+
+def _drawn(images: LabelledImages, n: int | None, seed: int) -> LabelledImages:
+    if n is None or n >= len(images):
+        return images
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    return LabelledImages(images.images[rows], images.labels[rows])
+
+
+def _divided(split: TaskSplit, images: LabelledImages, groups: Tensor, names: Sequence[str], what: str) -> SplitImages:
+    """The images of T, P and F.
+
+    Args:
+        split: by class or domain.
+        images: labelled by class.
+        groups: (N,) on the CPU, position in `names` of each image's class or domain.
+        names: of all classes, or of all domains.
+        what: the images are for, in the user's words.
+
+    Returns:
+        Their labels are positions in the outputs of the split's networks.
+
+    Raises:
+        DataError: a class or domain is unknown or has no images.
+    """
+    labels = images.labels
+    if split.superclasses:
+        place = {name: index for index, classes in enumerate(split.superclasses.values()) for name in classes}
+        labels = torch.tensor([place.get(name, -1) for name in names])[groups].to(labels.device)
+    parts = []
+    for key in SPLIT_SETS:
+        wanted = torch.zeros(len(names), dtype=torch.bool)
+        for name in getattr(split, key):
+            if name not in names:
+                raise DataError(f"Unknown {split.by} {name!r} in {key} of a split.{did_you_mean(name, names)}")
+            index = list(names).index(name)
+            if what in _NEEDED[key] and not bool((groups == index).any()):
+                raise DataError(
+                    f"The {split.by} {name!r} in {key} of a split has no {what} images; leave it out or add some."
+                )
+            wanted[index] = True
+        rows = wanted[groups].nonzero().flatten()
+        parts.append(LabelledImages(images.images[rows], labels[rows]))
+    return SplitImages(*parts)
 
 
 def _held_out(labels: Tensor, groups: Tensor, share: float, seed: int) -> Tensor:
@@ -334,9 +331,3 @@ def _held_out(labels: Tensor, groups: Tensor, share: float, seed: int) -> Tensor
         drawn = torch.randperm(len(rows), generator=generator)[: math.ceil(share * len(rows))]
         held_out[rows[drawn]] = True
     return held_out
-
-
-def _names(key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        raise DataError(f"{key} of a split is a list of names, but got {value!r}.")
-    return tuple(value)

@@ -29,6 +29,7 @@ from search_spaces.reasons import reason_of
 from search_spaces.suggestions import did_you_mean
 
 if TYPE_CHECKING:
+    from objectives.datasets.task_splits import SplitData
     from objectives.models import LoadedModel
 
 __all__ = ["LabelledImages", "Task", "known_classes", "load_task"]
@@ -74,6 +75,8 @@ class Task:
         fingerprint: SHA-256 of the selected images' pixels, labels and positions in the source.
         preprocessing: Of every image.
         reference_indices: Positions of the references in the training source.
+        split: What networks are trained on, where they are adapted to new data: the evaluation images are then of what
+            they are adapted to, and the references are of the task P.
     """
 
     references: LabelledImages
@@ -85,6 +88,7 @@ class Task:
     fingerprint: str
     preprocessing: Preprocessing
     reference_indices: tuple[int, ...]
+    split: SplitData | None = None
 
 
 def load_task(
@@ -98,6 +102,7 @@ def load_task(
     seed: int = 0,
     class_map: str | Path | Mapping[str, int] | None = None,
     sample: ReferenceSampling = "random",
+    unevaluated: Sequence[str | int] = (),
     allow_imports: bool = True,
 ) -> Task:
     """Opens the data, selects the study's images and prepares them; only selected images are decoded.
@@ -115,6 +120,7 @@ def load_task(
         seed: Of the draw of references and of the split.
         class_map: JSON file or mapping from class name to output index.
         sample: "first" takes the first references of each class in the source's order instead of a draw.
+        unevaluated: Classes of which only references are taken.
         allow_imports: False refuses what runs code of the source's choice; pass it for sources that come from a
             document or a store.
 
@@ -137,6 +143,7 @@ def load_task(
         confirmation_share=confirmation_share,
         seed=seed,
         sample=sample,
+        unevaluated=[label_set.output_of(name, pair.class_names) for name in unevaluated],
     )
     _check_memory(len(split.references) + len(split.search) + len(split.confirmation), model.preprocessing)
     references, search, confirmation = (

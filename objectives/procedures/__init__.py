@@ -2,8 +2,7 @@
 
 A procedure is given a way to rank what masks leave, and yields the steps in which it prunes, up to the last component;
 the objective measures as much of their path as it needs. Its options and its name, the value of `--procedure`, are in
-`search_spaces.procedures`. `task_relevant` is none of these, as it needs images and a network of its own for each
-split: see `objectives.adaptation`.
+`search_spaces.procedures`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from objectives.procedures.iterative import iterative
 from objectives.procedures.one_shot import one_shot
 from objectives.procedures.prune_and_grow import prune_and_grow
 from objectives.procedures.steps import Pruning, Step
+from objectives.procedures.task_relevant import task_relevant
 
 __all__ = ["PROCEDURES", "Procedure"]
 
@@ -27,5 +27,6 @@ PROCEDURES: Mapping[str, Procedure] = {
     "iterative": iterative,
     "one_shot": one_shot,
     "prune_and_grow": prune_and_grow,
+    "task_relevant": task_relevant,
 }
 """By name."""

@@ -50,19 +50,30 @@ class PruningPath:
         return self._reaching(n_pruned).ranking.masks(n_pruned)
 
     def weights(self, n_pruned: int) -> TrainedWeights | None:
-        """Weights of the network under `masks(n_pruned)`; None are the unpruned network's.
+        """Weights of the network under `masks(n_pruned)`; None are the model's own.
 
         Raises:
             RelevanceError: as `masks`.
             TrainingError: likewise.
             OutOfMemoryError: likewise.
         """
-        return None if n_pruned == 0 else self._reaching(n_pruned).weights(n_pruned)
+        step = self._reaching(n_pruned)
+        return None if n_pruned == 0 < step.n_pruned else step.weights(n_pruned)
+
+    def unadapted(self, n_pruned: int) -> TrainedWeights | None:
+        """As `weights`, before the network is adapted to new data; of procedures that adapt networks.
+
+        Raises:
+            RelevanceError: as `masks`.
+            TrainingError: likewise.
+            OutOfMemoryError: likewise.
+        """
+        return self._reaching(n_pruned).unadapted(n_pruned)
 
     def ends(self, n_pruned: int) -> list[int]:
-        """Components pruned where steps end, among the first `n_pruned`."""
+        """Components pruned where steps that prune any end, among the first `n_pruned`."""
         self._reaching(n_pruned)
-        return [step.n_pruned for step in self.steps if step.n_pruned <= n_pruned]
+        return [step.n_pruned for step in self.steps if 0 < step.n_pruned <= n_pruned]
 
     def _reaching(self, n_pruned: int) -> Step:
         """The step in which this number is reached."""

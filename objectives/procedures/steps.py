@@ -42,7 +42,7 @@ class Pruning(Protocol):
     def fine_tuned(
         self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions
     ) -> TrainedWeights | None:
-        """Weights of a pruned network after training on the reference images.
+        """Weights of a pruned network after training on the reference images, or of a split on all of P.
 
         Args:
             masks: of the pruned network.
@@ -54,6 +54,10 @@ class Pruning(Protocol):
             TrainingError: the training diverged.
             OutOfMemoryError: the device has no room for a batch.
         """
+        ...
+
+    def adapted(self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions) -> TrainedWeights | None:
+        """As `fine_tuned`, on the images that the networks of a split are adapted to; the task must have one."""
         ...
 
     def grown(self, masks: Masks, core: TrainedWeights, options: TrainingOptions) -> TrainedWeights:
@@ -81,15 +85,18 @@ class Step:
 
     Attributes:
         ranking: of all components; those that earlier steps have pruned come first.
-        n_pruned: how many of that order are pruned when the step ends, more than at its beginning.
+        n_pruned: how many of that order are pruned when the step ends, more than at its beginning; 0 only of a first
+            step that is the unpruned network with weights of its own.
         weights: number of components that are pruned in this step or before -> weights of the network without them;
             None are the unpruned network's, as they are where a procedure trains nothing. May take as long as a
             training does when it is first asked for a number.
+        unadapted: likewise of the network before it is adapted to new data, where the procedure adapts networks.
     """
 
     ranking: Ranking
     n_pruned: int
     weights: Callable[[int], TrainedWeights | None] = _unchanged
+    unadapted: Callable[[int], TrainedWeights | None] = _unchanged
 
 
 def when_asked(

@@ -20,6 +20,8 @@ class StepRecord:
         parameters: of the exact slim network.
         flops: its multiply-adds for one image.
         left: components left, layer -> number, in forward order.
+        accuracy_task: on the evaluation images of the task P, before the network was adapted to new data; None where
+            the procedure adapts none.
     """
 
     n_pruned: int
@@ -28,6 +30,7 @@ class StepRecord:
     parameters: int
     flops: int
     left: Mapping[str, int]
+    accuracy_task: float | None = None
 
     @property
     def n_components(self) -> int:
@@ -36,7 +39,7 @@ class StepRecord:
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> StepRecord:

@@ -412,11 +412,11 @@ def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
     [
         (
             ["--finetune-epochs", "2"],
-            "`--finetune-epochs` is for `--procedure iterative or prune_and_grow`, but the procedure is one_shot;",
+            "`--finetune-epochs` is for `--procedure iterative or prune_and_grow or task_relevant`, but the procedure",
         ),
         (
             ["--procedure", "dynamic", "--finetune-learning-rate", "0.1"],
-            "`--finetune-learning-rate` is for `--procedure iterative or prune_and_grow`, but the procedure is",
+            "`--finetune-learning-rate` is for `--procedure iterative or prune_and_grow or task_relevant`, but the",
         ),
         (
             ["--procedure", "iterative", "--finetune-batch-size", "8"],

@@ -6,8 +6,9 @@ import pytest
 from hpo.config import OPTIONS, LaunchConfiguration, resolve
 from hpo.errors import ConfigurationError
 from objectives.pruning.rates import PruningRatesError
-from search_spaces.procedures import Iterative, OneShot, PruneAndGrow
+from search_spaces.procedures import Iterative, OneShot, PruneAndGrow, TaskRelevant
 from search_spaces.repairs import RepairSpec
+from search_spaces.task_splits import TaskSplit
 
 
 @pytest.fixture(autouse=True)
@@ -132,11 +133,25 @@ def test_every_option_can_stand_in_a_file(tmp_path):
         finetune-batch-size = 8
         """,
     )
+    third = write(
+        tmp_path / "of-a-split.toml",
+        """
+        procedure = "task_relevant"
+        pretrain-epochs = 0
+        patience = 2
+        [splits]
+        scenario = "new_classes"
+        P = ["cat"]
+        F = ["dog"]
+        """,
+    )
     configuration = resolve({}, file)
-    written = file.read_text() + other.read_text()
-    given = {name for name in OPTIONS if f"{name} =" in written} | {"model-option"}
+    written = file.read_text() + other.read_text() + third.read_text()
+    given = {name for name in OPTIONS if f"{name} =" in written} | {"model-option", "splits"}
     assert given == set(OPTIONS)
     assert resolve({}, other).procedure_spec() == PruneAndGrow(0.5, 0.2, 3, 0.01, 8)
+    assert resolve({}, third).procedure_spec() == TaskRelevant(pretrain_epochs=0, patience=2)
+    assert resolve({}, third).splits == TaskSplit("new_classes", T=(), P=("cat",), F=("dog",))
     assert (configuration.timeout_s, configuration.trial_timeout_s, configuration.store_timeout_s) == (120, 600, 60)
     assert (configuration.workers, configuration.gpus_per_trial, configuration.cpus_per_trial) == (2, 0.5, 2)
     assert (configuration.trials_per_batch, configuration.max_losses) == (4, 1)
@@ -304,8 +319,8 @@ def test_a_procedure_has_its_own_options(tmp_path):
     with pytest.raises(ConfigurationError) as caught:
         resolve({"step_share": 0.1})
     assert str(caught.value) == (
-        "`--step-share` is for `--procedure iterative or dynamic or prune_and_grow`, but the procedure is one_shot; "
-        "leave one out."
+        "`--step-share` is for `--procedure iterative or dynamic or prune_and_grow or task_relevant`, but the "
+        "procedure is one_shot; leave one out."
     )
     with pytest.raises(ConfigurationError, match=r"^`--fixed-rate` is for `--procedure dynamic`, but"):
         resolve({"procedure": "iterative", "fixed_rate": True})
@@ -324,6 +339,26 @@ def test_prune_and_grow_trains_unless_told_otherwise():
         resolve({"procedure": "prune_and_grow", "repair": "bn"})
     with pytest.raises(ConfigurationError, match=r"^`--core-share` must be a share of at least 0\.0001 and below 1"):
         resolve({"procedure": "prune_and_grow", "core_share": "1"})
+
+
+def test_task_relevant_pruning_has_the_papers_defaults():
+    split = {"scenario": "new_classes", "T": ["bird"], "P": ["cat"], "F": ["dog"]}
+    configuration = resolve({"procedure": "task_relevant", "splits": split})
+    assert configuration.procedure_spec() == TaskRelevant()
+    usual = (configuration.ranking, configuration.abs_scope, configuration.output_relevance, configuration.metric)
+    assert usual == ("layer", "element", "logit", "auc_parameters")
+    assert configuration.references_per_class == 100
+    assert len(configuration.rates) == 11
+    assert configuration.rates[:3] == (0, 0.2, 0.36)
+    own = {"metric": "auc", "ranking": "global", "rates": "0,0.5", "step_share": "0.5"}
+    chosen = resolve({"procedure": "task_relevant", "splits": split, **own})
+    assert (chosen.metric, chosen.ranking, chosen.rates) == ("auc", "global", (0, 0.5))
+    saved = configuration.to_json()
+    assert saved["splits"] == split
+    assert LaunchConfiguration.from_json(saved) == configuration
+    # Another procedure takes neither the split nor the options of a document's.
+    fallback = {"procedure": "task_relevant", "splits": split, **TaskRelevant().options}
+    assert resolve({"procedure": "one_shot"}, fallback=fallback).splits is None
 
 
 def test_a_documents_options_are_of_its_own_procedure():

@@ -77,7 +77,7 @@ def test_a_baseline_that_waits_is_evaluated_by_a_launch_without_them(drive, load
     with pytest.raises(Interrupted):
         drive(Stopping(), n_trials=2, baselines=True, stop=stop)
     begun = [trial.user_attrs["heuristic"] for trial in load().get_trials()]
-    assert begun[:13] == [*HEURISTICS, "weight", "gradient", "taylor"]
+    assert begun[:14] == [*HEURISTICS, "weight", "weight-l1", "gradient", "taylor"]
     assert drive(make_problem(), n_trials=2)
     trials = load().get_trials()
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}

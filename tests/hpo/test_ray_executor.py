@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,6 +37,15 @@ class Stub:
 
     def __init__(self):
         self.prepared = 0
+        self.confirming = False
+        self.asked = threading.Event()
+
+    @property
+    def stage(self):
+        if not self.confirming:
+            return None
+        self.asked.set()
+        return "35 % pruned"
 
     def prepare(self, composites):
         self.prepared = len(composites)
@@ -55,7 +65,10 @@ class Stub:
         start = time.time()
         conduct()
         if images == "confirmation":
+            self.confirming = True
+            self.asked.wait()
             time.sleep(TIMEOUT_S + 1)
+            self.confirming = False
         return {"pid": os.getpid(), "start": start, "prepared": self.prepared, "environment": dict(os.environ)}
 
 
@@ -193,9 +206,17 @@ def test_a_worker_that_may_be_broken_gets_no_more_jobs(executor):
     assert ended[0].evaluation["pid"] not in pids
 
 
-def test_a_confirmation_may_take_longer_than_a_trial(executor):
-    executor.submit([Job(0, QUICK, "confirmation")])
-    assert outcomes(executor, 1)[0].failure is None
+def test_a_confirmation_may_take_longer_than_a_trial_and_says_how_far_it_is(executor):
+    executor.submit([Job(0, QUICK, "confirmation"), Job(1, QUICK)])
+    ended, stages = {}, []
+    while len(ended) < 2:
+        if (outcome := executor.wait(0.1)) is not None:
+            ended[outcome.job.number] = outcome
+        elif executor.stages() not in stages:
+            stages.append(dict(executor.stages()))
+    assert [ended[number].failure for number in (0, 1)] == [None, None]
+    assert {0: "35 % pruned"} in stages
+    assert all(each in ({}, {0: "35 % pruned"}) for each in stages)
 
 
 def test_a_dead_worker_loses_its_job_alone(executor):

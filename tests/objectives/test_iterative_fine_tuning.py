@@ -108,17 +108,18 @@ def test_an_evaluation_that_was_killed_goes_on_from_its_last_epoch(objective, tm
         own.evaluate(EPSILON)
     (folder,) = (tmp_path / "here").iterdir()
     left = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert left.keys() == {"84.safetensors", "168.safetensors"}
+    assert left.keys() == {"fine-tuning-84.safetensors", "fine-tuning-168.safetensors"}
     # Half of a file, as no kill leaves it, is noticed, and the step trained anew.
-    (folder / "168.safetensors").write_bytes((folder / "168.safetensors").read_bytes()[:-100])
+    file = folder / "fine-tuning-168.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
     again = objective(checkpoints=tmp_path / "here")
     ranking, seen = again.ranking, []
     again.ranking = lambda *arguments: (
         seen.append({file.name: file.stat().st_mtime_ns for file in folder.iterdir()}) or ranking(*arguments)
     )
     assert again.evaluate(EPSILON).curve == expected
-    assert seen[2]["84.safetensors"] == left["84.safetensors"]  # read, not written
-    assert seen[2]["168.safetensors"] != left["168.safetensors"]
+    assert seen[2]["fine-tuning-84.safetensors"] == left["fine-tuning-84.safetensors"]  # read, not written
+    assert seen[2]["fine-tuning-168.safetensors"] != left["fine-tuning-168.safetensors"]
     assert not folder.exists()
 
 
@@ -148,7 +149,7 @@ def test_progress_shows_the_epoch(objective):
     own.evaluate(EPSILON)
     assert stages == [None, "25 % pruned", "50 % pruned"]
     own.path(EPSILON).weights(84)
-    assert own.stage == "25 % pruned, epoch 2 of 2"
+    assert own.stage == "25 % pruned, fine-tuning, epoch 2 of 2"
 
 
 def test_a_diverging_training_ends_in_one_line(objective, tmp_path):

@@ -484,4 +484,4 @@ def test_baselines_follow_the_scope_of_abs(model, task, objective):
         if elements.ranking(heuristic(name)).order.tolist() != objective.ranking(heuristic(name)).order.tolist()
     }
     assert differ >= {"gradient", "taylor"}
-    assert differ.isdisjoint({"weight", *(f"random-{seed}" for seed in range(5))})
+    assert differ.isdisjoint({"weight", "weight-l1", *(f"random-{seed}" for seed in range(5))})

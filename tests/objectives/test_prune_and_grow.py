@@ -70,7 +70,9 @@ def test_a_trial_is_the_same_again_and_goes_on_where_it_was_killed(objective, tm
     own = objective(checkpoints=tmp_path)
     assert own.path(EPSILON).weights(84) is not None  # then killed
     (folder,) = tmp_path.iterdir()
-    assert {file.name for file in folder.iterdir()} == {f"{n}.safetensors" for n in (84, 168, "grown-84")}
+    assert {file.name for file in folder.iterdir()} == {
+        f"{name}.safetensors" for name in ("fine-tuning-84", "fine-tuning-168", "growth-84")
+    }
     assert own.evaluate(EPSILON).curve == evaluation.curve
     assert "another training" not in caplog.text
     assert not list(tmp_path.iterdir())

@@ -30,6 +30,7 @@ from search_spaces import (
     OneShot,
     RuleSpec,
     SearchSpaceError,
+    TaskRelevant,
     document_schema,
     load_document,
     load_space,
@@ -121,6 +122,33 @@ def test_a_procedure_has_its_options() -> None:
 def test_repairs_that_cannot_be_used_are_refused(repair: dict[str, Any], message: str) -> None:
     with pytest.raises(DocumentError, match=f"^{re.escape(message)}"):
         CompositeDocument.from_json(changed(("repair",), repair))
+
+
+SPLIT = {"scenario": "new_classes", "T": ["2"], "P": ["0"], "F": ["1"]}
+
+
+def test_task_relevant_pruning_has_a_split() -> None:
+    value = changed(("procedure",), "task_relevant")
+    value["data"]["split"] = SPLIT
+    document = CompositeDocument.from_json(value)
+    assert document.procedure_spec == TaskRelevant()
+    assert document.to_json()["data"]["split"] == SPLIT
+
+
+@pytest.mark.parametrize(
+    ("procedure", "split", "message"),
+    [
+        ("task_relevant", None, "$.data lacks a split, which procedure task_relevant alone needs."),
+        ("one_shot", SPLIT, "$.data has a split, which procedure task_relevant alone needs."),
+        ("task_relevant", {**SPLIT, "F": ["0"]}, "$.data.split cannot be used: The class '0' is in both P and F of a"),
+        ("task_relevant", {**SPLIT, "F": "1"}, "$.data.split.F is '1', but must be of type array."),
+    ],
+)
+def test_splits_that_cannot_be_used_are_refused(procedure: str, split: object, message: str) -> None:
+    value = changed(("procedure",), procedure)
+    value["data"] |= {} if split is None else {"split": split}
+    with pytest.raises(DocumentError, match=f"^{re.escape(message)}"):
+        CompositeDocument.from_json(value)
 
 
 def test_schema_is_valid_and_names_what_the_code_knows() -> None:

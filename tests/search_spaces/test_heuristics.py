@@ -67,6 +67,7 @@ def test_each_space_has_the_heuristics_of_its_networks() -> None:
 
 CRITERIA = {
     "weight": CriterionSpec("weight"),
+    "weight-l1": CriterionSpec("weight-l1"),
     "gradient": CriterionSpec("gradient"),
     "taylor": CriterionSpec("taylor"),
     "hessian": CriterionSpec("hessian"),

@@ -1,6 +1,6 @@
 import pytest
 
-from search_spaces import PROCEDURES, Iterative, OneShot, ProcedureError, procedure_from_json
+from search_spaces import PROCEDURES, Iterative, OneShot, ProcedureError, TaskRelevant, procedure_from_json
 
 
 @pytest.mark.parametrize("name", PROCEDURES)
@@ -70,7 +70,7 @@ def test_how_to_fine_tune_has_defaults_and_is_left_out_where_nothing_is() -> Non
     assert procedure_from_json("iterative", tuned.options) == tuned
     assert tuned.fine_tunes
     assert Iterative().options == Iterative(finetune_epochs=0).options == {"step_share": 0.05}
-    assert [name for name in PROCEDURES if procedure_from_json(name).fine_tunes] == ["prune_and_grow"]
+    assert [name for name in PROCEDURES if procedure_from_json(name).fine_tunes] == ["prune_and_grow", "task_relevant"]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,30 @@ def test_how_to_fine_tune_has_defaults_and_is_left_out_where_nothing_is() -> Non
 def test_values_that_prune_and_grow_does_not_take(option: str, value: object) -> None:
     with pytest.raises(ProcedureError, match=f"^`{option}` of a procedure must be"):
         procedure_from_json("prune_and_grow", {option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("step_share", 0),
+        ("step_share", 1),
+        ("pretrain_epochs", -1),
+        ("finetune_epochs", 0),
+        ("finetune_learning_rate", float("inf")),
+        ("finetune_batch_size", 0),
+        ("patience", 0),
+    ],
+)
+def test_values_that_task_relevant_does_not_take(option: str, value: object) -> None:
+    with pytest.raises(ProcedureError, match=f"^`{option}` of "):
+        procedure_from_json("task_relevant", {option: value})
+
+
+def test_the_rates_of_task_relevant_are_its_steps_ends() -> None:
+    assert TaskRelevant().rates[-1] == 0.8926258176  # ten iterations of 20 %
+    assert TaskRelevant().rates[:4] == (0, 0.2, 0.36, 0.488)
+    assert TaskRelevant(0.9).rates == (0, 0.9, 0.99)
+    assert TaskRelevant(0.995).rates == (0, 0.995)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ def test_weight_is_the_norm_of_the_folded_rows(network, samples):
     for name in ("3", "7"):
         rows = network[int(name)].weight.detach()
         assert scores[name].tolist() == pytest.approx([float(row.square().sum()) ** 0.5 for row in rows])
+        sums = raw("weight-l1", samples)[name]
+        assert sums.tolist() == pytest.approx([float(row.abs().sum()) for row in rows])
 
 
 def test_weight_of_a_head_is_that_of_its_values(build_transformer, images):

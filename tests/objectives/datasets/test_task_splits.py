@@ -1,16 +1,13 @@
-"""Splits into T, P and F: what a TOML table may say, and which images of which labels come of it."""
-
-from pathlib import Path
+"""Data of splits into T, P and F: which images of which labels they have."""
 
 import pytest
 import torch
 
-from objectives.cifar_resnets import CIFAR10_CLASSES
 from objectives.datasets import LabelledImages
-from objectives.datasets.task_splits import Domains, TaskSplit, read_splits, split_data
+from objectives.datasets.task_splits import Domains, split_data
 from objectives.errors import DataError
+from search_spaces.task_splits import TaskSplit
 
-SPLITS = Path(__file__).parents[3] / "benchmarks" / "task_relevant.toml"
 NAMES = ("cat", "dog", "ship", "truck")
 SUPERCLASSES = {"animal": ["cat", "dog"], "vehicle": ["ship", "truck"]}
 
@@ -27,21 +24,6 @@ def pixels(images):
 def toml(**changes):
     table = {"scenario": "new_classes", "T": ["cat"], "P": ["dog", "ship"], "F": ["truck"], **changes}
     return {key: value for key, value in table.items() if value is not None}
-
-
-def test_the_papers_splits():
-    splits = read_splits(SPLITS)
-    assert {name: (len(each.T) + len(each.P), len(each.P)) for name, each in splits.items()} == {
-        "CIFAR-9/3": (9, 3),
-        "CIFAR-7/4": (7, 4),
-    }
-    for split in splits.values():
-        assert sorted((*split.T, *split.P, *split.F)) == sorted(CIFAR10_CLASSES)
-    assert splits["CIFAR-9/3"].outputs(CIFAR10_CLASSES) == CIFAR10_CLASSES
-    assert splits["CIFAR-7/4"].outputs(CIFAR10_CLASSES) == ("vehicle", "animal")
-    baseline = splits["CIFAR-7/4"].without_extra()
-    assert baseline.T == ()
-    assert baseline.P == splits["CIFAR-7/4"].P
 
 
 def test_new_classes_keep_their_labels():
@@ -94,39 +76,6 @@ def test_domains_keep_the_classes():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scenario": "new_clases"}, "Unknown scenario of a split 'new_clases'. Did you mean 'new_classes'?"),
-        ({"by": "style"}, "Unknown by of a split 'style'."),
-        ({"F": ["truck", "cat"]}, "The class 'cat' is in both T and F of a split; leave it in one place."),
-        ({"P": ["dog", "dog"]}, "The class 'dog' is twice in P of a split; leave it in one place."),
-        ({"P": []}, "P of a split is empty; name at least one class."),
-        ({"F": []}, "F of a split is empty; name at least one class."),
-        ({"F": None}, "A split needs 'F'; add it."),
-        ({"F": "truck"}, "F of a split is a list of names, but got 'truck'."),
-        ({"R": ["cat"]}, "A split takes no 'R'."),
-        ({"superclasses": SUPERCLASSES}, "A split by class of scenario 'new_classes' takes no `superclasses`"),
-        ({"superclasses": ["cat"]}, "`superclasses` of a split are a table of lists of classes, but got ['cat']."),
-        ({"by": "domain"}, "A split by domain has no new classes"),
-        ({"scenario": "new_subclasses"}, "The class 'cat' of a split has no superclass; put it into one of"),
-        (
-            {"scenario": "new_subclasses", "superclasses": {**SUPERCLASSES, "all": ["cat"]}},
-            "The class 'cat' of a split is in the superclasses 'animal' and 'all'; leave it in one.",
-        ),
-        (
-            {"scenario": "new_subclasses", "P": ["dog"], "T": [], "superclasses": SUPERCLASSES},
-            "The class 'truck' in F of a split is of superclass 'vehicle', of which P has no class; put one into P",
-        ),
-    ],
-)
-def test_a_split_that_cannot_be_is_refused_in_one_line(changes, message):
-    with pytest.raises(DataError) as error:
-        TaskSplit.from_toml(toml(**changes))
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("changes", "labels", "message"),
     [
         ({"F": ["trcuk"]}, (0, 1, 2, 3), "Unknown class 'trcuk' in F of a split. Did you mean 'truck'?"),
@@ -144,18 +93,3 @@ def test_a_split_that_the_images_do_not_fit_is_refused_in_one_line(changes, labe
 def test_a_share_held_out_of_all_or_nothing_is_refused():
     with pytest.raises(DataError, match=r"must lie in \(0, 1\), but got 1"):
         split_data(TaskSplit.from_toml(toml()), images_of(0, 1), images_of(0, 1), NAMES, validation_share=1)
-
-
-def test_a_file_of_splits_names_the_split(tmp_path):
-    path = tmp_path / "splits.toml"
-    path.write_text('[mine]\nscenario = "new_classes"\nP = []\nF = ["cat"]\n')
-    with pytest.raises(DataError, match=r"Split 'mine' of .*: P of a split is empty"):
-        read_splits(path)
-    path.write_text("P = 1\n")
-    with pytest.raises(DataError, match=r"'P' in .* is no table"):
-        read_splits(path)
-    path.write_text("P = \n")
-    with pytest.raises(DataError, match="aren't TOML"):
-        read_splits(path)
-    with pytest.raises(DataError, match="can't be read"):
-        read_splits(tmp_path / "none.toml")
