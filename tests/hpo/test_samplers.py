@@ -38,7 +38,7 @@ def test_reseeded_samplers_repeat_a_seed_and_vary_between_seeds(name, space):
     assert len(set(first)) > 5
 
 
-EVERY_RULE = {group: ("Epsilon", "ZPlus", "AlphaBeta", "Gamma") for group in GROUPS}
+EVERY_RULE = dict.fromkeys(GROUPS, ("Epsilon", "ZPlus", "AlphaBeta", "Gamma"))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_tpe_proposes_no_point_twice(space):
 
 
 def test_tpe_repeats_points_where_no_other_is_left():
-    space = DiscreteSpace("one", {group: ("ZPlus",) for group in GROUPS}, abs=(False, True), epsilon=(0.01,))
+    space = DiscreteSpace("one", dict.fromkeys(GROUPS, ("ZPlus",)), abs=(False, True), epsilon=(0.01,))
     keys = draws(make_sampler("tpe", space, 0), space, 14)
     assert len(set(keys)) == 2
 
