@@ -16,7 +16,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,19 +100,26 @@ class Case:
 
 
 def cases(networks: Sequence[str], references: Sequence[int]) -> list[Case]:
-    """Every heuristic with 10 references a class; the usual one and the baselines with other numbers, too."""
+    """Every heuristic with 10 references a class; the usual one and the baselines with other numbers, too.
+
+    Those that tell most come first: of every network the usual ranking, then the baselines, the usual one with other
+    numbers of references, the other heuristics, and what is left.
+    """
     from search_spaces import HEURISTICS, TRANSFORMER_HEURISTICS
 
-    chosen = []
+    stages: list[list[Case]] = [[], [], [], [], []]
     for n, name in itertools.product(references, networks):
         is_transformer = NETWORKS[name].is_transformer
-        usual = "epsilon-cp-abs" if is_transformer else "epsilon-abs"
-        criteria = [usual, *BASELINES]
-        if n == 10:
-            criteria += [] if name != "cifar_resnet20" else SEARCHED
-            criteria += TRANSFORMER_HEURISTICS if is_transformer else HEURISTICS
-        chosen += [Case(name, criterion, n) for criterion in dict.fromkeys(criteria)]
-    return chosen
+        usual = ("epsilon-cp-abs" if is_transformer else "epsilon-abs",)
+        if n != 10:
+            planned: dict[int, Iterable[str]] = {2: usual, 4: BASELINES}
+        else:
+            searched = SEARCHED if name == "cifar_resnet20" else ()
+            heuristics = TRANSFORMER_HEURISTICS if is_transformer else HEURISTICS
+            planned = {0: (*usual, *searched), 1: BASELINES, 3: heuristics}
+        for stage, criteria in planned.items():
+            stages[stage] += [Case(name, criterion, n) for criterion in criteria]
+    return list(dict.fromkeys(itertools.chain(*stages)))
 
 
 def make_objective(case: Case) -> Any:
