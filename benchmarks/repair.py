@@ -7,7 +7,8 @@
 It can be stopped and started again as one likes: every case is written to `benchmarks/results/repair.json` when it is
 done, and none is measured twice. It needs the data pack (`HPO_DATA_PACK`, by default `../shared/data` beside the
 repository). Intervals are of the difference to the same ranking without repair, by a paired bootstrap over images. The
-seconds of a curve are those of this machine; a repair's include the choice of its strength.
+seconds of a curve are the processor's, so that other programs hardly change them; a repair's include the choice of its
+strength.
 """
 
 from __future__ import annotations
@@ -182,16 +183,16 @@ def measure(case: Case) -> dict[str, Any]:
         repair = RepairSpec(method)
         objective.repairer = Repairer(objective.network, objective.task.references.images, objective.repairer.batches)
         evaluator.repairer = objective.repairer
-        start = time.perf_counter()
+        start = time.process_time()
         strength = objective.repairer.strength(repair)
-        repairing, evaluating, correct = time.perf_counter() - start, 0.0, []
+        repairing, evaluating, correct = time.process_time() - start, 0.0, []
         for rate in rates:
             masks = ranking.masks(n_pruned(rate, len(ranking)))
-            start = time.perf_counter()
+            start = time.process_time()
             objective.repairer.layers(masks, repair)
-            middle = time.perf_counter()
+            middle = time.process_time()
             correct.append(evaluator.measure(masks, n_images, repair).correct.numpy())
-            repairing, evaluating = repairing + middle - start, evaluating + time.perf_counter() - middle
+            repairing, evaluating = repairing + middle - start, evaluating + time.process_time() - middle
         by_image[method] = np.array(weights("auc", rates)) @ np.array(correct, float)
         gain = paired_bootstrap((by_image[method] - by_image["none"])[:, None], seed=0)[0]
         result[method] = {
@@ -199,8 +200,8 @@ def measure(case: Case) -> dict[str, Any]:
             "gain": [gain.difference, gain.low, gain.high],
             "accuracies": np.mean(correct, axis=1).tolist(),
             "strength": strength,
-            "repair_s": repairing,
-            "evaluation_s": evaluating,
+            "repair_cpu_s": repairing,
+            "evaluation_cpu_s": evaluating,
         }
     return result
 
@@ -208,12 +209,13 @@ def measure(case: Case) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
     columns = ("network", "ranking", "references a class", "images", *REPAIRS, "refit - none, 95 %")
-    lines = [f"| {' | '.join((*columns, 'repair / evaluation, s'))} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| {' | '.join((*columns, 'repair / evaluation, CPU s'))} |", "|---" * (len(columns) + 1) + "|"]
     for key, result in results.items():
         network, criterion, references = key.split()
         aucs = " | ".join(f"{result[method]['auc']:.3f}" for method in REPAIRS)
         gain, low, high = result["refit"]["gain"]
-        seconds = f"{result['refit']['repair_s']:.0f} / {result['refit']['evaluation_s']:.0f}"
+        refit = result["refit"]
+        seconds = " / ".join(f"{refit[part]:.0f}" for part in ("repair_cpu_s", "evaluation_cpu_s") if part in refit)
         lines.append(
             f"| {network} | {criterion} | {references} | {result['n_images']} | {aucs} | "
             f"{gain:+.3f} [{low:+.3f}, {high:+.3f}] | {seconds} |"
