@@ -2,7 +2,7 @@
 
     python benchmarks/repair_study.py tpe|grid
 
-`tpe` has 120 trials in a space of 1,024 composites, `grid` tries all 48 of a small one. Resumable studies through the
+`tpe` has 120 trials in a space of 1,024 composites, `grid` tries all 24 of a small one. Resumable studies through the
 command line: stop one and start it again as you like. Trials race; every heuristic is measured wholly with refit, and
 confirmed with it beside the best composite. It needs the data pack (`HPO_DATA_PACK`, by default `../shared/data` beside
 the repository) and an hour of one core; the search evaluates in bfloat16, confirmation in float32. Writes
