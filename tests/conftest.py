@@ -28,6 +28,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are processors: a third of the time goes into waiting for processes that start and end."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(request):
     """Keeps the trained digits network between runs of the tests, apart from the user's."""

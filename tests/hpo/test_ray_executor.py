@@ -60,7 +60,7 @@ class Stub:
             EXITING.key: lambda: sys.exit(3),
             DYING.key: die,
             HANGING.key: lambda: "".join(map(str, range(10**9))),  # never asks for signals
-            STOPPED.key: lambda: os.kill(os.getpid(), signal.SIGSTOP),
+            STOPPED.key: stop,
         }.get(composite.key, lambda: None)
         start = time.time()
         conduct()
@@ -79,6 +79,11 @@ def raise_(error):
 def die():
     time.sleep(0.2)  # the answer to the job before is on its way
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1)  # another thread may have taken the signal
 
 
 def configure(**options):
