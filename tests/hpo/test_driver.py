@@ -244,7 +244,7 @@ def test_more_trials_go_on(drive, load, make_problem):
 
 
 def test_a_timeout_leaves_the_rest_for_later(drive, load, make_problem):
-    drive(make_problem(seconds=0.05), n_trials=500, timeout_s="3")
+    drive(make_problem(seconds=0.1), n_trials=500, timeout_s="5")
     n_searched = len(search_trials(load()))
     assert 1 <= n_searched < 100
     assert CONFIRMATION in load().user_attrs
