@@ -2,8 +2,9 @@
 
 import hashlib
 import inspect
+import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -77,21 +78,46 @@ class ReseededSampler(BaseSampler):
         self, study: "Study", trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See `BaseSampler`."""
-        for stream in ("", *map(str, range(1, _N_REDRAWN))):
-            drawn = self._sampler(trial.number, stream).sample_relative(study, trial, search_space)
-            if not drawn or self._is_new(drawn, study, trial):
+        drawn = self._sampler(trial.number).sample_relative(study, trial, search_space)
+        if not drawn or self._distinct_in is None:
+            return drawn
+        space, taken = self._distinct_in, self._taken(study, trial)
+        # Optuna asks no sampler for what has one value only.
+        fixed = {
+            name: distribution.to_external_repr(0)
+            for name, distribution in space.distributions().items()
+            if isinstance(distribution, CategoricalDistribution) and distribution.single()
+        }
+        for again in range(1, _N_REDRAWN):
+            if _key(space, fixed | drawn) not in taken:
                 return drawn
-        names = sorted(search_space)
+            drawn = self._sampler(trial.number, str(again)).sample_relative(study, trial, search_space)
+        proposals = itertools.chain([drawn], self._changed(drawn, study, trial, search_space))
+        return next((each for each in proposals if _key(space, fixed | each) not in taken), drawn)
+
+    def _changed(
+        self, drawn: dict[str, Any], study: "Study", trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
+    ) -> Iterator[dict[str, Any]]:
+        """The point with ever more parameters drawn anew."""
         choose = random.Random(f"{self._seed}/{trial.number}")
-        for n_changed in sorted([*range(1, len(names) + 1)] * _N_CHANGED):
-            sampler = optuna.samplers.RandomSampler(seed=choose.getrandbits(32))
-            changed = {
-                name: sampler.sample_independent(study, trial, name, search_space[name])
-                for name in choose.sample(names, n_changed)
-            }
-            if self._is_new(drawn | changed, study, trial):
-                return drawn | changed
-        return drawn
+        names = sorted(search_space)
+        for n_changed in range(1, len(names) + 1):
+            for _ in range(_N_CHANGED):
+                sampler = optuna.samplers.RandomSampler(seed=choose.getrandbits(32))
+                yield drawn | {
+                    name: sampler.sample_independent(study, trial, name, search_space[name])
+                    for name in choose.sample(names, n_changed)
+                }
+
+    def _taken(self, study: "Study", trial: FrozenTrial) -> set[str]:
+        """Keys of the points that other search trials have."""
+        assert self._distinct_in is not None, "only then is it asked for"
+        for other in study.get_trials(deepcopy=False):
+            if other.number in self._keys or role(other) != "search":
+                continue
+            if (key := _key(self._distinct_in, other.params)) is not None:
+                self._keys[other.number] = key
+        return {key for number, key in self._keys.items() if number != trial.number}
 
     def sample_independent(
         self, study: "Study", trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -100,25 +126,6 @@ class ReseededSampler(BaseSampler):
         # Each parameter has its own stream: one stream would give all parameters the same first draw.
         sampler = self._sampler(trial.number, param_name)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
-
-    def _is_new(self, parameters: Mapping[str, Any], study: "Study", trial: FrozenTrial) -> bool:
-        if self._distinct_in is None:
-            return True
-        others = [
-            other
-            for other in study.get_trials(deepcopy=False)
-            if other.number not in self._keys and role(other) == "search"
-        ]
-        found = {other.number: _key(self._distinct_in, other.params) for other in others}
-        self._keys |= {number: key for number, key in found.items() if key is not None}
-        # Optuna asks no sampler for what has one value only.
-        fixed = {
-            name: distribution.to_external_repr(0)
-            for name, distribution in self._distinct_in.distributions().items()
-            if isinstance(distribution, CategoricalDistribution) and distribution.single()
-        }
-        drawn = _key(self._distinct_in, {**fixed, **parameters})
-        return all(number == trial.number or key != drawn for number, key in self._keys.items())
 
     def _sampler(self, trial_number: int, stream: str = "") -> BaseSampler:
         digest = hashlib.sha256(f"{self._seed}/{trial_number}/{stream}".encode()).digest()
