@@ -366,26 +366,13 @@ def load_training_images(
 
 def _load_task(configuration: LaunchConfiguration, model: "LoadedModel", given: "Container[str]") -> "Task":
     from objectives.datasets import load_task
+    from objectives.datasets.task_splits import load_split_task
 
-    if configuration.splits is not None:
-        from objectives.datasets.task_splits import load_split_task
-
-        return load_split_task(
-            configuration.data,
-            model,
-            configuration.splits,
-            references_per_class=configuration.references_per_class,
-            evaluation_images=configuration.evaluation_images,
-            confirmation_share=configuration.confirmation_share,
-            seed=configuration.seed,
-            class_map=configuration.class_map,
-            sample=configuration.sample,
-            allow_imports="data" in given,
-        )
-    return load_task(
+    split, classes = configuration.splits, configuration.classes
+    load = partial(load_task, classes=classes) if split is None else partial(load_split_task, split=split)
+    return load(
         configuration.data,
         model,
-        classes=configuration.classes,
         references_per_class=configuration.references_per_class,
         evaluation_images=configuration.evaluation_images,
         confirmation_share=configuration.confirmation_share,
