@@ -107,6 +107,13 @@ def _lively(network: nn.Module, seed: int) -> nn.Module:
     return network.double().eval()
 
 
+def _captured(
+    name: str, network: nn.Module, images: Tensor, labels: Tensor, snapshot: Callable[[nn.Module], list[Any]]
+) -> Classifier:
+    before = snapshot(network)
+    return Classifier(name, network, before, canonize(network, tuple(images.shape[1:])), images, labels)
+
+
 @pytest.fixture(scope="session")
 def lively() -> Callable[..., nn.Module]:
     """Puts a network of random weights into float64 and gives its batch norms and biases lively values."""
@@ -144,9 +151,7 @@ def _classifier(
         size, options = _ZOO[name]
         network = build(name, **options)
         images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        before = snapshot(network)
-        canonical = canonize(network, (3, size, size))
-        return Classifier(name, network, before, canonical, images, torch.tensor([3, 7]))
+        return _captured(name, network, images, torch.tensor([3, 7]), snapshot)
 
     return make
 
@@ -185,9 +190,7 @@ def transformer_of(
     def make(variant: str) -> Classifier:
         network = build_transformer(variant)
         images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        before = snapshot(network)
-        canonical = canonize(network, (3, 16, 16))
-        return Classifier(variant, network, before, canonical, images, torch.tensor([3, 7, 1]))
+        return _captured(variant, network, images, torch.tensor([3, 7, 1]), snapshot)
 
     return make
 

@@ -415,13 +415,11 @@ def test_the_reference_curve_is_reproduced(cifar):
 
 @pytest.mark.slow
 def test_a_refit_brings_the_accuracy_of_the_reference_case_back(cifar):
-    """All-Epsilon abs: 0.464 without, 0.696 with, at every other rate."""
-    unrepaired, every_other = cifar.evaluate(EPSILON).curve, slice(None, None, 2)
-    fewer = Objective(cifar.model, cifar.task, replace(cifar.options, rates=cifar.options.rates[every_other]))
-    refitted = fewer.evaluate(replace(EPSILON, repair=RepairSpec("refit")))
-    assert refitted.curve.accuracies[0] == unrepaired.accuracies[0]
-    assert refitted.figures["auc"] >= 0.67
-    assert refitted.curve.flops == unrepaired.flops[every_other]
+    """All-Epsilon abs: 0.445 without, 0.69 with."""
+    refitted = cifar.evaluate(replace(EPSILON, repair=RepairSpec("refit")))
+    assert refitted.curve.accuracies[0] == cifar.evaluate(EPSILON).curve.accuracies[0]
+    assert refitted.figures["auc"] >= 0.66
+    assert refitted.curve.flops == cifar.evaluate(EPSILON).curve.flops
 
 
 def test_the_reference_curve_holds_on_the_densely_masked_network(cifar):
