@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
-    from hpo.progress import TrialReport
+    from hpo.progress import Progress, TrialReport
 
 _START = time.monotonic()
 
@@ -44,6 +44,9 @@ class Stopwatch:
         """See `Progress.trial`."""
         if self.first_trial_s is None:
             self.first_trial_s = time.monotonic() - _START
+
+    def stages(self, stages: Mapping[int, str]) -> None:
+        """See `Progress.stages`."""
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +105,8 @@ def main() -> None:
     from storage.store import StudyStore
 
     stopwatch, computing, asking = Stopwatch(), Thread(), Thread()
-    hpo.progress.make_progress = lambda *arguments: stopwatch
+    progress: Progress = stopwatch
+    hpo.progress.make_progress = lambda *arguments: progress
     hpo.executors.local.compute = computing.timed(hpo.executors.local.compute)
     hpo.executors.local.prepare = computing.timed(hpo.executors.local.prepare)
     StudyStore.ask = asking.timed(StudyStore.ask)  # type: ignore[method-assign]
