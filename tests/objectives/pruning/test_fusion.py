@@ -41,7 +41,7 @@ def check_fused(canonical, masks, images):
     exact = exact.float().to(memory_format=torch.channels_last)
     narrow = images.float().contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        rounding = 1e-5 * scale + 5 * float((exact(narrow) - expected).abs().max())
+        rounding = 1e-5 * scale + 20 * float((exact(narrow) - expected).abs().max())
         single = fused(draft(canonical, masks).float().to(memory_format=torch.channels_last))
         logits = single(narrow)
         torch.testing.assert_close(logits.double(), expected, rtol=0, atol=rounding)
