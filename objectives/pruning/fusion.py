@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from objectives.network import shape_of
 from objectives.pruning.slimming import Convolution, Draft
+from objectives.pruning.tokens import leave_out_tokens
 
 __all__ = ["Program", "fused", "images_cached", "largest_step"]
 
@@ -134,6 +135,7 @@ def fused(network: Draft) -> Program:
     Args:
         network: made by `slimming.draft`, on its device and in its dtype; it is used up.
     """
+    leave_out_tokens(network)
     _move_rows(network)
     _widen_kernels(network)
     if _has_onednn(network):
