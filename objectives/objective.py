@@ -236,9 +236,9 @@ class _Pruning:
             self.objective.stage = self._stage(masks)
         return self.objective.ranking(self.composite, masks, weights)
 
-    def class_accuracies(self, masks: Masks) -> tuple[float, ...]:
+    def class_accuracies(self, masks: Masks, ahead: Iterable[Masks] = ()) -> tuple[float, ...]:
         evaluator = self.objective.evaluator("references")
-        correct = evaluator.measure(masks).correct
+        correct = evaluator.measure(masks, ahead=ahead).correct
         evaluator.news()  # of nobody's interest
         return _by_class(correct[None], evaluator.images.labels)[0]
 
@@ -565,7 +565,8 @@ class Objective:
 
             def measure(index: int, n_images: int) -> NDArray[np.bool_]:
                 n = numbers[index]
-                measurement = evaluator.measure(path.masks(n), n_images, repair, path.weights(n))
+                ahead = self._ahead(path, reversed(numbers[1:index]))
+                measurement = evaluator.measure(path.masks(n), n_images, repair, path.weights(n), ahead=ahead)
                 correct: NDArray[np.bool_] = measurement.correct.cpu().numpy()
                 return correct
 
@@ -583,6 +584,10 @@ class Objective:
         stopwatch.attributed()
         return numbers
 
+    def _ahead(self, path: PruningPath, numbers: Iterable[int]) -> Iterator[Masks]:
+        """Masks that will be measured next, with these numbers of components pruned; none of trained networks."""
+        return iter(()) if self.options.procedure.fine_tunes else map(path.masks, numbers)
+
     def _count(
         self,
         path: PruningPath,
@@ -593,7 +598,12 @@ class Objective:
     ) -> Evaluation:
         """On all images."""
         evaluator = self.evaluator(images)
-        measurements = [evaluator.measure(path.masks(n), repair=repair, weights=path.weights(n)) for n in numbers]
+        measurements = [
+            evaluator.measure(
+                path.masks(n), repair=repair, weights=path.weights(n), ahead=self._ahead(path, numbers[index + 1 :])
+            )
+            for index, n in enumerate(numbers)
+        ]
         nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
         collapsed = evaluator.measure(nothing, repair=repair)
         # The one time that the device is waited for.

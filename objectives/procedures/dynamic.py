@@ -30,7 +30,7 @@ from torch import Tensor
 
 from objectives.procedures.steps import Pruning, Step
 from objectives.pruning.curve import harmonic_mean
-from objectives.pruning.ranking import Ranking
+from objectives.pruning.ranking import Masks, Ranking
 from search_spaces.procedures import Dynamic
 
 __all__ = ["dynamic"]
@@ -112,7 +112,7 @@ class _Course:
     def _search(self, start: int, end: int) -> int:
         """Puts those of the components at these places first that hurt least; how many there are."""
         pool = self.left[start:end]
-        accuracies = [self._accuracy([each]) for each in pool]
+        accuracies = [self._accuracy([each], pool[place + 1 :]) for place, each in enumerate(pool)]
         # Stable: of those that hurt alike the least relevant goes first.
         order = sorted(range(len(pool)), key=lambda place: -accuracies[place])
         self.left[start:end] = [pool[place] for place in order]
@@ -122,11 +122,20 @@ class _Course:
     def _is_harmless(self, accuracy: float) -> bool:
         return accuracy >= self.level - self.options.tolerance
 
-    def _accuracy(self, pruned: Sequence[int]) -> float:
-        """A of what is left without these components."""
+    def _accuracy(self, pruned: Sequence[int], ahead: Sequence[int] = ()) -> float:
+        """A of what is left without these components.
+
+        Args:
+            pruned: positions.
+            ahead: components without any one of which it is likely to be asked for next.
+        """
+        candidates = (self._masks([each]) for each in ahead)
+        return harmonic_mean(self.pruning.class_accuracies(self._masks(pruned), candidates))
+
+    def _masks(self, pruned: Sequence[int]) -> Masks:
         kept: Tensor = self.kept.clone()
         kept[list(pruned)] = False
-        return harmonic_mean(self.pruning.class_accuracies(self.ranking.split(kept)))
+        return self.ranking.split(kept)
 
     def _prune(self, n: int, accuracy: float) -> None:
         """The next `n` components, after which A is `accuracy`."""

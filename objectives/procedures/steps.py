@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -31,8 +31,12 @@ class Pruning(Protocol):
         """
         ...
 
-    def class_accuracies(self, masks: Masks) -> tuple[float, ...]:
+    def class_accuracies(self, masks: Masks, ahead: Iterable[Masks] = ()) -> tuple[float, ...]:
         """Accuracy under masks on the reference images, of each class that has any; each mask is measured once.
+
+        Args:
+            masks: of the pruned network.
+            ahead: masks that are likely to be asked for next, and may be measured with these.
 
         Raises:
             OutOfMemoryError: the device has no room for a single image.

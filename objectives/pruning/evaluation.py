@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from objectives.network import CanonicalNetwork
 from objectives.pruning.fusion import Program, fused, images_cached
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, Draft, cost, depends_on_images, draft
+from objectives.pruning.stacking import StackedNetwork
 from objectives.pruning.trained import TrainedWeights
 from objectives.repair.repairer import Repairer
 from search_spaces.repairs import NO_REPAIR, RepairSpec
@@ -28,6 +29,12 @@ __all__ = ["Evaluator", "KnownMeasurement", "Measurement", "News", "correct_pred
 _BYTES_KEPT = 128 * 2**20
 # Of a measurement, beyond its images: Python's objects.
 _BYTES_BESIDE = 1024
+# Multiply-adds of a mask on all its images up to which a GPU runs the unpruned network under several masks at once:
+# what it does while its host makes a slim network, reckoned from 20 ms and 10 trillion a second.
+_STACKED_FLOPS = 2 * 10**11
+# Images times masks of such a pass, at most, and what its largest step may take.
+_STACKED_IMAGES = 4096
+_STACKED_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,11 +43,16 @@ class Measurement:
 
     Attributes:
         correct: (N,) of bool, on the evaluator's device: whether each image it was measured on is classified correctly.
-        cost: size of the exact slim network.
+        count: counts `cost`.
     """
 
     correct: Tensor
-    cost: Cost
+    count: Callable[[], Cost]
+
+    @property
+    def cost(self) -> Cost:
+        """Size of the exact slim network."""
+        return self.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,7 @@ class KnownMeasurement:
     def measurement(self, device: torch.device) -> Measurement:
         """The measurement itself."""
         bits = np.unpackbits(np.frombuffer(self.correct, np.uint8), count=self.n_images)
-        return Measurement(torch.from_numpy(bits.astype(bool)).to(device), self.cost)
+        return Measurement(torch.from_numpy(bits.astype(bool)).to(device), lambda: self.cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +146,9 @@ class Evaluator:
     of the unpruned network and of the one without components; the least recently used masks are forgotten where there
     are many. A network whose logits no image reaches is run on a single image. Nothing here waits for the device.
 
+    Where a device computes the unpruned network sooner than a slim one is made, as GPUs do small ones on few images, it
+    runs that one under several masks at once.
+
     Not thread-safe.
 
     Args:
@@ -143,6 +158,7 @@ class Evaluator:
         batches: images a forward pass, at most; on a CPU fewer where its caches hold fewer.
         dtype: of weights and images.
         repairer: of this network; needed to measure repaired networks only.
+        stacks: whether small networks are measured under several masks at once; by default on GPUs.
     """
 
     def __init__(
@@ -152,12 +168,15 @@ class Evaluator:
         batches: Batches,
         dtype: torch.dtype = torch.float32,
         repairer: Repairer | None = None,
+        *,
+        stacks: bool | None = None,
     ) -> None:
         self.network = network
         self.images = images
         self.batches = batches
         self.dtype = dtype
         self.repairer = repairer
+        self._stacks = images.labels.is_cuda if stacks is None else stacks
         self._measured: OrderedDict[str, Measurement] = OrderedDict()
         self._learnt: dict[str, KnownMeasurement] = {}
         self._new: list[str] = []
@@ -191,6 +210,8 @@ class Evaluator:
         n_images: int | None = None,
         repair: RepairSpec = NO_REPAIR,
         weights: TrainedWeights | None = None,
+        *,
+        ahead: Iterable[Masks] = (),
     ) -> Measurement:
         """Accuracy and size under masks.
 
@@ -199,6 +220,8 @@ class Evaluator:
             n_images: how many images to measure on, the first ones; all by default.
             repair: of the pruned network, before it is measured.
             weights: of the pruned network, which isn't repaired then; by default the unpruned one's.
+            ahead: masks of which the same is likely to be asked next, and which may be measured with these; neither
+                repaired nor of other weights.
 
         Raises:
             RepairError: the pruned network can't be repaired.
@@ -206,23 +229,17 @@ class Evaluator:
         """
         wanted = len(self.images) if n_images is None else n_images
         mask = self._key(masks, repair, weights)
-        known = self._measured.get(mask)
-        if known is None and (learnt := self._learnt.get(mask)) is not None:
-            known = learnt.measurement(self.images.labels.device)
-            self._keep(mask, known)
-        n_known = 0 if known is None else len(known.correct)
+        n_known = self._n_known(mask)
         self._asked.setdefault(mask, n_known >= wanted)
-        if known is None or n_known < wanted:
-            new = self._measure(self._draft(masks, repair, weights), slice(n_known, wanted))
-            known = new if known is None else Measurement(torch.cat([known.correct, new.correct]), new.cost)
-            self._keep(mask, known)
-            # Other batches round in another way, and elsewhere it would be measured at once.
-            batches = [self.batches, *([self._repairer.batches] if repair else [])]
-            as_asked = all(each.size == each.asked for each in batches)
-            if n_known == 0 and wanted == len(self.images) and as_asked:
-                self._new.append(mask)
+        if n_known < wanted:
+            part = slice(n_known, wanted)
+            if repair or weights is not None or not self._stacks_on(part):
+                self._add(mask, self._measure(self._draft(masks, repair, weights), part), repair)
+            else:
+                self._measure_stacked({mask: masks}, ahead, part)
         self._measured.move_to_end(mask)
-        return known if len(known.correct) == wanted else Measurement(known.correct[:wanted], known.cost)
+        measured = self._measured[mask]
+        return measured if len(measured.correct) == wanted else Measurement(measured.correct[:wanted], measured.count)
 
     def loss(self, masks: Masks, repair: RepairSpec = NO_REPAIR, weights: TrainedWeights | None = None) -> float:
         """Mean cross entropy of the true class under masks, on all images; computed anew each time.
@@ -272,6 +289,22 @@ class Evaluator:
             raise ValueError("An evaluator without a `repairer` measures no repaired networks.")
         return self.repairer
 
+    def _n_known(self, mask: str) -> int:
+        """Images that a mask has been measured on."""
+        if mask not in self._measured and (learnt := self._learnt.get(mask)) is not None:
+            self._keep(mask, learnt.measurement(self.images.labels.device))
+        return len(self._measured[mask].correct) if mask in self._measured else 0
+
+    def _add(self, mask: str, new: Measurement, repair: RepairSpec = NO_REPAIR) -> None:
+        """A measurement on further images."""
+        known = self._measured.get(mask)
+        self._keep(mask, new if known is None else Measurement(torch.cat([known.correct, new.correct]), new.count))
+        # Other batches round in another way, and elsewhere it would be measured at once.
+        batches = [self.batches, *([self._repairer.batches] if repair else [])]
+        as_asked = all(each.size == each.asked for each in batches)
+        if known is None and len(new.correct) == len(self.images) and as_asked:
+            self._new.append(mask)
+
     def _keep(self, mask: str, measurement: Measurement) -> None:
         self._measured[mask] = measurement
         if len(self._measured) * (len(self.images) + _BYTES_BESIDE) > _BYTES_KEPT:
@@ -295,9 +328,55 @@ class Evaluator:
         if not is_alive:
             one = images.images[:1].to(labels.device)
             with torch.inference_mode():
-                return Measurement(program(one).argmax(dim=1) == labels, size)
+                return Measurement(program(one).argmax(dim=1) == labels, lambda: size)
         at_most = images_cached(program.graph, self.dtype, labels.device)
-        return Measurement(correct_predictions(program, images, self.batches, at_most), size)
+        return Measurement(correct_predictions(program, images, self.batches, at_most), lambda: size)
+
+    # Several masks at once.
+
+    @cached_property
+    def _stacked(self) -> StackedNetwork:
+        return StackedNetwork(self.network, self.dtype)
+
+    @cached_property
+    def _unpruned_flops(self) -> int:
+        return cost(self.network.module).flops
+
+    def _stacks_on(self, part: slice) -> bool:
+        """Whether masks are measured together on this part of the images."""
+        return self._stacks and self._unpruned_flops * (part.stop - part.start) <= _STACKED_FLOPS
+
+    def _measure_stacked(self, chosen: dict[str, Masks], ahead: Iterable[Masks], part: slice) -> None:
+        """Measures masks on a part of the images, and as many of those ahead that lack the same as a pass has room for.
+
+        Args:
+            chosen: by their keys.
+            ahead: others.
+            part: of the images.
+        """
+        images = LabelledImages(self.images.images[part], self.images.labels[part])
+        per_image = self._stacked.largest_step * self.dtype.itemsize
+        rows = min(_STACKED_IMAGES, _STACKED_BYTES // per_image)
+        n_masks = max(1, rows // min(self.batches.asked, len(images)))
+        for masks in ahead:
+            if len(chosen) >= n_masks:
+                break
+            key = self._key(masks, NO_REPAIR, None)
+            if key not in chosen and self._n_known(key) == part.start:
+                chosen[key] = masks
+        stack = list(chosen.values())
+
+        def judged(batch_size: int) -> Tensor:
+            parts = []
+            for batch, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
+                parts.append(self._stacked(batch.to(labels.device), stack).argmax(dim=2) == labels)
+            return torch.cat(parts, dim=1)
+
+        with torch.inference_mode():
+            correct = self.batches.run(judged)
+        for (key, masks), row in zip(chosen.items(), correct, strict=True):
+            self._asked.setdefault(key, False)
+            self._add(key, Measurement(row, cache(lambda masks=masks: cost(draft(self.network, masks)))))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -70,11 +70,12 @@ class Program:
         self.graph = network.graph
         places = {node: place for place, node in enumerate(self.graph.nodes)}
         self._values: list[Any] = [None] * len(places)
+        self._inputs: list[int] = []
         self._steps: list[_Step] = []
         last_reads: dict[fx.Node, _Step] = {}
         for node, place in places.items():
             if node.op == "placeholder":
-                self._images = place
+                self._inputs.append(place)
             elif node.op == "get_attr":
                 self._values[place] = operator.attrgetter(str(node.target))(network)
             elif node.op == "output":
@@ -88,10 +89,11 @@ class Program:
             if node.op != "get_attr" and places[node] != self._logits:
                 step.read_last.append(places[node])
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> logits (N, classes)."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Images (N, C, H, W), and whatever else the graph is given -> logits (N, classes)."""
         values = self._values.copy()
-        values[self._images] = images
+        for place, value in zip(self._inputs, inputs, strict=True):
+            values[place] = value
         for step in self._steps:
             values[step.place] = step(values)
             for place in step.read_last:  # its memory is free for what comes

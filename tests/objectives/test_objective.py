@@ -13,11 +13,14 @@ from objectives.errors import DataError, DeviceError, OptionError, PruningRatesE
 from objectives.models import load_model
 from objectives.objective import Columns, Objective, ObjectiveOptions
 from objectives.pruning.curve import weights
+from objectives.pruning.evaluation import Evaluator
 from objectives.pruning.masking import masked
 from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
+from objectives.pruning.stacking import StackedNetwork
 from objectives.racing import Correctness, GivenUp, Race
 from search_spaces.heuristics import BASELINES, HEURISTICS, heuristic
+from search_spaces.procedures import Dynamic, Iterative, OneShot
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 RATES = (0.0, 0.1, 0.3, 0.6, 0.9)
@@ -384,6 +387,45 @@ def test_a_race_that_is_lost_measures_what_its_verdict_says(model, task):
     # A measurement that was begun is not taken for a whole one.
     exact = Objective(model, task, ObjectiveOptions(RATES)).evaluate(worse)
     assert racing.evaluate(worse).correct == exact.correct
+
+
+@pytest.fixture
+def stacks(monkeypatch):
+    """Evaluators measure several masks at once, as they do on GPUs; the numbers of masks of all passes."""
+    monkeypatch.setitem(Evaluator.__init__.__kwdefaults__, "stacks", True)
+    seen = []
+    call = StackedNetwork.__call__
+    monkeypatch.setattr(
+        StackedNetwork, "__call__", lambda *arguments: seen.append(len(arguments[2])) or call(*arguments)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("procedure", [OneShot(), Iterative(0.25), Dynamic(0.25)])
+def test_several_masks_at_once_give_the_same_curve(model, task, procedure, stacks, monkeypatch):
+    options = replace(OPTIONS, procedure=procedure)
+    evaluation = Objective(model, task, options).evaluate(EPSILON)
+    n_passes = len(stacks)
+    assert max(stacks) > 1
+    monkeypatch.setitem(Evaluator.__init__.__kwdefaults__, "stacks", False)
+    alone = Objective(model, task, options).evaluate(EPSILON)
+    assert len(stacks) == n_passes
+    assert replace(evaluation, seconds={}) == replace(alone, seconds={})
+    if procedure == OneShot():  # the rates, and the network without components
+        assert stacks == [len(RATES)] * 2 + [1] * 2
+
+
+def test_a_race_measures_all_rates_of_a_rung_at_once(model, task, stacks):
+    best, other = EPSILON, HEURISTICS["zplus"]
+    racing = Objective(model, task, OPTIONS)
+    race = _race(racing, racing.evaluate(best), shift=20)
+    del stacks[:]
+    given_up = racing.race(other, race)
+    assert isinstance(given_up, GivenUp)
+    assert stacks[0] == len(RATES) - 1
+    alone = Objective(model, task, OPTIONS)
+    alone.evaluator("search")._stacks = False
+    assert replace(alone.race(other, race), seconds={}) == replace(given_up, seconds={})
 
 
 @pytest.fixture(scope="module")
