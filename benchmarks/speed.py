@@ -7,6 +7,7 @@
     python benchmarks/speed.py --part tpe           # trials until TPE and random search are near the grid's best
     python benchmarks/speed.py --part overhead      # what a trial costs beside its computation
     python benchmarks/speed.py --part growth        # seconds against composites, images and depth
+    python benchmarks/speed.py --part limits        # images a second against the machine's arithmetic and memory
     python benchmarks/speed.py --table              # what has been measured, in Markdown
 
 `plain` is a straightforward, decent loop, written here: zennit per composite with references batched by 50, evaluation
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from objectives.network import CanonicalNetwork
     from objectives.objective import Objective
     from objectives.pruning.ranking import Masks
+    from objectives.pruning.slimming import Draft
     from search_spaces.composites import CompositeSpec
     from search_spaces.spaces import DiscreteSpace
 
@@ -667,6 +670,118 @@ def curve_s(name: str, n_images: int, device: torch.device) -> float:
         for rate in range(20):
             evaluator.measure(ranking.masks(ranking.n_pruned(rate / 20)))
     return clock.seconds
+
+
+# Part 7: the machine's limits.
+
+N_LIMITED = 200  # images
+
+
+@part
+def limits(device: torch.device) -> Rows:
+    """Images a second in each kind of work, and what the machine's arithmetic and its memory would allow.
+
+    Both limits are measured: the multiply-adds of a large product of matrices in the same dtype, and the bytes of a
+    large copy. An image costs the network's multiply-adds, and every step reads its inputs and writes its outputs once.
+    The making of slim networks counts; attribution is of 64 composites, an image of each of which counts as one.
+    """
+    from objectives.datasets import LabelledImages
+    from objectives.pruning.slimming import cost, draft
+
+    bytes_a_second = 2 * 2**28 / seconds_of(copying(device), device)
+    arithmetic = {dtype: 2 * 2048**3 / seconds_of(product(dtype, device), device) for dtype in DTYPES}
+    for name, size in (NETWORKS if device.type == "cpu" else NETWORKS_ON_GPU).items():
+        network, images = random_network(name, size, N_LIMITED, device)
+        whole = {layer: torch.ones(width, dtype=torch.bool) for layer, width in network.components.items()}
+        half = [{layer: torch.rand(len(mask)) >= 0.5 for layer, mask in whole.items()} for _ in range(8)]
+        for dtype, of_dtype in DTYPES.items():
+            here = LabelledImages(images.images.to(of_dtype, memory_format=torch.channels_last), images.labels)
+            for work, masks, stacks in (
+                ("unpruned", [whole], False),
+                ("slim networks of half the filters", half, False),
+                ("half the filters, masks together", half, True),
+            ):
+                count = partial(counted_images, network, here, masks, stacks=stacks)
+                drafts = [draft(network, {} if stacks else mask) for mask in masks]
+                yield {
+                    "network": f"{name}, {size} px",
+                    "work": f"{work}, {dtype}",
+                    **against_limits(
+                        len(masks) * N_LIMITED / seconds_of(count, device),
+                        arithmetic[dtype] / (2 * statistics.mean(cost(each).flops for each in drafts)),
+                        bytes_a_second / (of_dtype.itemsize * statistics.mean(values_moved(each) for each in drafts)),
+                    ),
+                }
+        few = LabelledImages(images.images[:N_REFERENCES], images.labels[:N_REFERENCES])
+        composites = grid()[:64]
+        attribute = partial(attribute_all, network, few, composites)
+        n_images = len(composites) * len(few)
+        yield {
+            "network": f"{name}, {size} px",
+            "work": "attribution of 64 composites, fp32",
+            **against_limits(
+                n_images / seconds_of(attribute, device), arithmetic["fp32"] * n_images / flops(attribute), None
+            ),
+        }
+
+
+def counted_images(network: CanonicalNetwork, images: LabelledImages, masks: Sequence[Masks], *, stacks: bool) -> None:
+    """Measures masks that nothing is known of, one slim network after the other or together."""
+    from objectives.memory import Batches
+    from objectives.pruning.evaluation import Evaluator
+
+    evaluator = Evaluator(network, images, Batches("evaluation", 100), images.images.dtype, stacks=stacks)
+    for index, mask in enumerate(masks):
+        evaluator.measure(mask, ahead=masks[index + 1 :])
+
+
+def attribute_all(network: CanonicalNetwork, references: LabelledImages, composites: Sequence[CompositeSpec]) -> None:
+    """Attributes composites together."""
+    from objectives.attribution.shared import SharedAttribution
+    from objectives.layer_groups import group_layers
+
+    SharedAttribution(network, group_layers(network), references, PLAIN_BATCH["attribution"]).prepare(composites)
+
+
+def against_limits(achieved: float, by_arithmetic: float, by_memory: float | None) -> dict[str, Any]:
+    """Columns of a row: images a second, and the limits of arithmetic and memory, if that one is known."""
+    limit = by_arithmetic if by_memory is None else min(by_arithmetic, by_memory)
+    return {
+        "images_a_second": achieved,
+        "limit_of_arithmetic": by_arithmetic,
+        "limit_of_memory": "" if by_memory is None else by_memory,
+        "bound_by": "arithmetic" if limit == by_arithmetic else "memory",
+        "share_of_the_limit": achieved / limit,
+    }
+
+
+def values_moved(network: Draft) -> int:
+    """Values that all steps of a network read and write for one image, weights aside."""
+    sizes = {node: math.prod(node.meta["shape"]) for node in network.graph.nodes if "shape" in node.meta}
+    return sum(size + sum(sizes.get(source, 0) for source in node.all_input_nodes) for node, size in sizes.items())
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """The least that a piece of work takes in three runs, after one that warms up."""
+    work()
+    clocks = [Clock(device) for _ in range(3)]
+    for clock in clocks:
+        with clock.running():
+            work()
+    return min(clock.seconds for clock in clocks)
+
+
+def copying(device: torch.device) -> Callable[[], object]:
+    """Copies 256 MiB."""
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def product(dtype: str, device: torch.device) -> Callable[[], object]:
+    """Multiplies two matrices of 2,048 rows and columns."""
+    matrix = torch.randn(2048, 2048, device=device).to(DTYPES[dtype])
+    return lambda: matrix @ matrix
 
 
 # Output.
