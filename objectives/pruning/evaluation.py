@@ -16,7 +16,8 @@ from objectives.datasets import LabelledImages
 from objectives.fingerprints import state_fingerprint
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
-from objectives.pruning.fusion import Program, fused, images_cached
+from objectives.pruning.fusion import fused, images_cached
+from objectives.pruning.program import Program
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, Draft, cost, depends_on_images, draft
 from objectives.pruning.stacking import StackedNetwork

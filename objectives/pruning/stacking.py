@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from objectives.attribution.attention import Heads
 from objectives.network import CanonicalNetwork, channel_axis, shape_of
-from objectives.pruning.fusion import Program, largest_step
+from objectives.pruning.fusion import largest_step
+from objectives.pruning.program import Program
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import draft
 from objectives.pruning.tokens import leave_out_tokens

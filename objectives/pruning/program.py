@@ -1,0 +1,91 @@
+"""Programs: networks as they are run in evaluation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from objectives.pruning.slimming import Draft
+
+__all__ = ["Program"]
+
+
+class Program:
+    """A network as the list of its steps, run one after the other.
+
+    To write Python code for a network and compile it (`fx.GraphModule`) takes longer than a pass over few images; to
+    look a node up at every step (`fx.Interpreter`) doubles the overhead of small layers.
+
+    Args:
+        network: of which the modules and tensors are used as they are.
+
+    Attributes:
+        graph: the network's.
+    """
+
+    def __init__(self, network: Draft) -> None:
+        self.graph = network.graph
+        places = {node: place for place, node in enumerate(self.graph.nodes)}
+        self._values: list[Any] = [None] * len(places)
+        self._inputs: list[int] = []
+        self._steps: list[_Step] = []
+        last_reads: dict[fx.Node, _Step] = {}
+        for node, place in places.items():
+            if node.op == "placeholder":
+                self._inputs.append(place)
+            elif node.op == "get_attr":
+                self._values[place] = operator.attrgetter(str(node.target))(network)
+            elif node.op == "output":
+                (self._logits,) = (places[source] for source in node.all_input_nodes)
+            else:
+                target: Any = node.target
+                step = _Step(network.get_submodule(target) if node.op == "call_module" else target, node, places)
+                self._steps.append(step)
+                last_reads |= dict.fromkeys(node.all_input_nodes, step)
+        for node, step in last_reads.items():
+            if node.op != "get_attr" and places[node] != self._logits:
+                step.read_last.append(places[node])
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Images (N, C, H, W), and whatever else the graph is given -> logits (N, classes)."""
+        values = self._values.copy()
+        for place, value in zip(self._inputs, inputs, strict=True):
+            values[place] = value
+        for step in self._steps:
+            values[step.place] = step(values)
+            for place in step.read_last:  # its memory is free for what comes
+                values[place] = None
+        logits: Tensor = values[self._logits]
+        return logits
+
+
+class _Step:
+    """One call: of what, and where the values are that it takes.
+
+    Attributes:
+        place: of its value.
+        read_last: places of values that no later step takes.
+    """
+
+    def __init__(self, function: Callable[..., Any], node: fx.Node, places: dict[fx.Node, int]) -> None:
+        self.place = places[node]
+        self.read_last: list[int] = []
+        self._function = function
+        self._arguments, self._keywords = list(node.args), dict(node.kwargs)
+        self._taken = [(index, places[each]) for index, each in enumerate(node.args) if isinstance(each, fx.Node)]
+        nested = set(node.all_input_nodes) - {each for each in node.args if isinstance(each, fx.Node)}
+        self._places = places if nested else None
+
+    def __call__(self, values: list[Any]) -> Any:
+        """The step's value, from those before it."""
+        places = self._places
+        if places is None:
+            arguments = self._arguments.copy()
+            for index, place in self._taken:
+                arguments[index] = values[place]
+            return self._function(*arguments, **self._keywords)
+        given: Any = fx.node.map_arg((tuple(self._arguments), self._keywords), lambda node: values[places[node]])
+        return self._function(*given[0], **given[1])
