@@ -17,6 +17,7 @@ from objectives.fingerprints import state_fingerprint
 from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
 from objectives.pruning.fusion import fused, images_cached
+from objectives.pruning.masking import kept_outputs
 from objectives.pruning.program import Program
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import Cost, Draft, cost, depends_on_images, draft
@@ -30,6 +31,9 @@ __all__ = ["Evaluator", "KnownMeasurement", "Measurement", "News", "correct_pred
 _BYTES_KEPT = 128 * 2**20
 # Of a measurement, beyond its images: Python's objects.
 _BYTES_BESIDE = 1024
+# Multiply-adds that a slim network must save to be worth its making, which takes some 25 ms: what a CPU's core does in
+# that time, in float32 and in bfloat16 (measured with AVX-512 and AMX).
+_WORTH_MAKING = {torch.float32: 10**9, torch.bfloat16: 3 * 10**9}
 # Multiply-adds of a mask on all its images up to which a GPU runs the unpruned network under several masks at once:
 # what it does while its host makes a slim network, reckoned from 20 ms and 10 trillion a second.
 _STACKED_FLOPS = 2 * 10**11
@@ -147,8 +151,8 @@ class Evaluator:
     of the unpruned network and of the one without components; the least recently used masks are forgotten where there
     are many. A network whose logits no image reaches is run on a single image. Nothing here waits for the device.
 
-    Where a device computes the unpruned network sooner than a slim one is made, as GPUs do small ones on few images, it
-    runs that one under several masks at once.
+    Where a device computes the unpruned network sooner than a slim one is made, that one runs, with zeros in place of
+    what is pruned: on CPUs small ones on few images, on GPUs larger ones, and several masks at once.
 
     Not thread-safe.
 
@@ -234,10 +238,14 @@ class Evaluator:
         self._asked.setdefault(mask, n_known >= wanted)
         if n_known < wanted:
             part = slice(n_known, wanted)
-            if repair or weights is not None or not self._stacks_on(part):
+            if repair or weights is not None:
                 self._add(mask, self._measure(self._draft(masks, repair, weights), part), repair)
-            else:
+            elif self._stacks_on(part):
                 self._measure_stacked({mask: masks}, ahead, part)
+            elif self._is_worth_making(masks, part):
+                self._add(mask, self._measure(draft(self.network, masks), part))
+            else:
+                self._add(mask, self._measure_silenced(masks, part))
         self._measured.move_to_end(mask)
         measured = self._measured[mask]
         return measured if len(measured.correct) == wanted else Measurement(measured.correct[:wanted], measured.count)
@@ -254,7 +262,7 @@ class Evaluator:
             RepairError: the pruned network can't be repaired.
             OutOfMemoryError: not even a single image fits on the device.
         """
-        program = self._prepared(self._draft(masks, repair, weights))
+        program = fused(self._prepared(self._draft(masks, repair, weights)))
         at_most = images_cached(program.graph, self.dtype, self.images.labels.device)
         return float(_by_image(program, self.images, self.batches, at_most, _cross_entropy).mean())
 
@@ -316,14 +324,14 @@ class Evaluator:
             return draft(weights.on(self.network), masks)
         return draft(self._repairer.repaired(masks, repair) if repair else self.network, masks)
 
-    def _prepared(self, exact: Draft) -> Program:
-        """The slim network as it is run."""
-        return fused(exact.to(self.dtype).to(memory_format=torch.channels_last))
+    def _prepared(self, exact: Draft) -> Draft:
+        """In the dtype and memory format of evaluation."""
+        return exact.to(self.dtype).to(memory_format=torch.channels_last)
 
     def _measure(self, exact: Draft, part: slice) -> Measurement:
         """On a part of the images."""
         size, is_alive = cost(exact), depends_on_images(exact)
-        program = self._prepared(exact)
+        program = fused(self._prepared(exact))
         images = LabelledImages(self.images.images[part], self.images.labels[part])
         labels = images.labels
         if not is_alive:
@@ -333,15 +341,42 @@ class Evaluator:
         at_most = images_cached(program.graph, self.dtype, labels.device)
         return Measurement(correct_predictions(program, images, self.batches, at_most), lambda: size)
 
+    # On the unpruned network.
+
+    @cached_property
+    def _unpruned_flops(self) -> int:
+        return cost(self.network.module).flops
+
+    @cached_property
+    def _unpruned(self) -> Program:
+        return fused(self._prepared(draft(self.network, {})), moves=False)
+
+    @cached_property
+    def _prunable_flops(self) -> int:
+        nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.network.components.items()}
+        return self._unpruned_flops - cost(draft(self.network, nothing)).flops
+
+    def _is_worth_making(self, masks: Masks, part: slice) -> bool:
+        """Whether a CPU makes the slim network of these masks for a part of the images."""
+        n_pruned = sum(int((~mask).sum()) for mask in masks.values())
+        share = n_pruned / sum(map(len, masks.values()))
+        saved = share * self._prunable_flops * (part.stop - part.start)
+        return self.images.labels.is_cuda or saved > _WORTH_MAKING.get(self.dtype, 0) * torch.get_num_threads()
+
+    def _measure_silenced(self, masks: Masks, part: slice) -> Measurement:
+        images = LabelledImages(self.images.images[part], self.images.labels[part])
+        program = self._unpruned.silenced(kept_outputs(self.network.prunable, masks))
+        at_most = images_cached(program.graph, self.dtype, images.labels.device)
+        return Measurement(correct_predictions(program, images, self.batches, at_most), self._cost_of(masks))
+
+    def _cost_of(self, masks: Masks) -> Callable[[], Cost]:
+        return cache(lambda: cost(draft(self.network, masks)))
+
     # Several masks at once.
 
     @cached_property
     def _stacked(self) -> StackedNetwork:
         return StackedNetwork(self.network, self.dtype)
-
-    @cached_property
-    def _unpruned_flops(self) -> int:
-        return cost(self.network.module).flops
 
     def _stacks_on(self, part: slice) -> bool:
         """Whether masks are measured together on this part of the images."""
@@ -377,7 +412,7 @@ class Evaluator:
             correct = self.batches.run(judged)
         for (key, masks), row in zip(chosen.items(), correct, strict=True):
             self._asked.setdefault(key, False)
-            self._add(key, Measurement(row, cache(lambda masks=masks: cost(draft(self.network, masks)))))
+            self._add(key, Measurement(row, self._cost_of(masks)))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

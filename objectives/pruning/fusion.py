@@ -12,6 +12,7 @@ Everything here keeps the function that the network computes up to rounding; siz
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -52,14 +53,16 @@ _MOVE = 32
 _LARGEST_MATRIX = 2**14
 
 
-def fused(network: Draft) -> Program:
+def fused(network: Draft, *, moves: bool = True) -> Program:
     """The same function, faster.
 
     Args:
         network: made by `slimming.draft`, on its device and in its dtype; it is used up.
+        moves: whether layers may compute their rows elsewhere, with zeros between them.
     """
     leave_out_tokens(network)
-    _move_rows(network)
+    if moves:
+        _move_rows(network)
     _widen_kernels(network)
     if _has_onednn(network):
         _multiply_attention(network)
@@ -294,13 +297,18 @@ class _LayerFusion:
     def _emit(self, node: fx.Node, layer: nn.Conv2d, stream: fx.Node | None, activation: fx.Node | None) -> fx.Node:
         geometry: list[Any] = [list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups]
         source = node.all_input_nodes[0]
-        packed = f"{node.name}_packed"
-        self.module.register_buffer(
-            packed,
-            torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *geometry, [1, *shape_of(source)]),
-        )
-        weight = self.graph.get_attr(packed)
+        shape = [1, *shape_of(source)]
+
+        def packed(layer: nn.Module) -> Tensor:
+            tensor: Tensor = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, shape)
+            return tensor
+
+        self.module.register_buffer(f"{node.name}_packed", packed(layer))
+        weight = self.graph.get_attr(f"{node.name}_packed")
+        weight.meta["of_layer"] = (str(node.target), packed)
         bias = None if layer.bias is None else self.graph.get_attr(f"{node.target}.bias")
+        if bias is not None:
+            bias.meta["of_layer"] = (str(node.target), operator.attrgetter("bias"))
         name, scalars = _epilogue(activation)
         if stream is None:
             arguments = (source, weight, bias, *geometry, name, scalars, "")

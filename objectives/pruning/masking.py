@@ -12,7 +12,7 @@ from objectives.attribution.attention import Heads
 from objectives.network import Layer
 from objectives.pruning.ranking import Masks
 
-__all__ = ["masked"]
+__all__ = ["kept_outputs", "masked"]
 
 
 @contextmanager
@@ -56,3 +56,23 @@ def _tensors(network: nn.Module, part: Layer | Heads) -> list[Tensor]:
         norm = network.get_submodule(part.norm)
         tensors += [norm.weight, norm.bias, norm.running_mean]
     return [tensor.data for tensor in tensors if tensor is not None]
+
+
+def kept_outputs(prunable: Mapping[str, Layer | Heads], masks: Masks) -> dict[str, Tensor]:
+    """Which outputs of a canonical network's layers masks leave; those of a pruned head's values are zero.
+
+    Args:
+        prunable: layers and heads, by name.
+        masks: which components are kept.
+
+    Returns:
+        Layer -> (outputs,) of bool.
+    """
+    kept = {}
+    for name, mask in masks.items():
+        part = prunable[name]
+        if isinstance(part, Heads):
+            kept[part.value] = mask.repeat_interleave(part.head_dim)
+        else:
+            kept[name] = mask
+    return kept

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from objectives.pruning.slimming import Draft
+from objectives.pruning.slimming import Draft, like
 
 __all__ = ["Program"]
 
@@ -28,6 +29,7 @@ class Program:
 
     def __init__(self, network: Draft) -> None:
         self.graph = network.graph
+        self._network = network
         places = {node: place for place, node in enumerate(self.graph.nodes)}
         self._values: list[Any] = [None] * len(places)
         self._inputs: list[int] = []
@@ -61,6 +63,28 @@ class Program:
         logits: Tensor = values[self._logits]
         return logits
 
+    def silenced(self, kept: Mapping[str, Tensor]) -> Program:
+        """The same network with zeros in place of some outputs of its layers; it shares all that this doesn't change.
+
+        Args:
+            kept: layer -> (outputs,) of bool, those that stay; each layer must compute its own, in order and no others.
+        """
+        layers = {}
+        for name, mask in kept.items():
+            if not mask.all():
+                layer: Any = self._network.get_submodule(name)
+                weight = layer.weight * mask.view(-1, *[1] * (layer.weight.ndim - 1))
+                layers[name] = like(layer, weight, None if layer.bias is None else layer.bias * mask)
+        new = copy.copy(self)
+        new._values = self._values.copy()
+        for place, node in enumerate(self.graph.nodes):
+            if node.op == "get_attr":
+                name, tensor_of = node.meta.get("of_layer", (None, None))
+                if name in layers:
+                    new._values[place] = tensor_of(layers[name])
+        new._steps = [step.calling(layers[step.layer]) if step.layer in layers else step for step in self._steps]
+        return new
+
 
 class _Step:
     """One call: of what, and where the values are that it takes.
@@ -68,11 +92,13 @@ class _Step:
     Attributes:
         place: of its value.
         read_last: places of values that no later step takes.
+        layer: name of the module that it calls, if it calls one.
     """
 
     def __init__(self, function: Callable[..., Any], node: fx.Node, places: dict[fx.Node, int]) -> None:
         self.place = places[node]
         self.read_last: list[int] = []
+        self.layer = str(node.target) if node.op == "call_module" else None
         self._function = function
         self._arguments, self._keywords = list(node.args), dict(node.kwargs)
         self._taken = [(index, places[each]) for index, each in enumerate(node.args) if isinstance(each, fx.Node)]
@@ -89,3 +115,9 @@ class _Step:
             return self._function(*arguments, **self._keywords)
         given: Any = fx.node.map_arg((tuple(self._arguments), self._keywords), lambda node: values[places[node]])
         return self._function(*given[0], **given[1])
+
+    def calling(self, layer: nn.Module) -> _Step:
+        """The same step of another layer."""
+        new = copy.copy(self)
+        new._function = layer
+        return new

@@ -34,7 +34,7 @@ from objectives.network import CanonicalNetwork, channel_axis, n_channels, shape
 from objectives.pruning.ranking import Masks
 from objectives.steps import FLATTENS, PADS, PARTS, POOLS, SQUEEZES
 
-__all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "slim", "stored_channels"]
+__all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "like", "slim", "stored_channels"]
 
 aten = torch.ops.aten
 
@@ -333,7 +333,7 @@ class _Slimmer:
             self._constant(node, rows, bias)
             return
         weight = _select(_select(layer.weight, 0, rows), 1, value.channels)
-        self._add_layer(name, _like(layer, weight, bias, groups=1))
+        self._add_layer(name, like(layer, weight, bias, groups=1))
         new = self.graph.call_module(name, (value.node,))
         self._store(node, _Value(new, rows, shape))
 
@@ -375,7 +375,7 @@ class _Slimmer:
             self._silence(node, dead)
             return
         inputs = (groups[:, None] * in_of_group + torch.arange(in_of_group)).flatten()
-        self._add_layer(name, _like(layer, _select(weight, 0, outputs), bias, groups=len(groups)))
+        self._add_layer(name, like(layer, _select(weight, 0, outputs), bias, groups=len(groups)))
         new = self.graph.call_module(name, (self._with_channels(value, inputs),))
         self._store(node, _Value(new, outputs, shape))
         self._silence(node, dead)
@@ -645,10 +645,10 @@ class _Dense(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
 
-def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
-    """A layer with other rows and columns."""
+def like(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, groups: int | None = None) -> nn.Module:
+    """A layer of these weights with another one's stride, padding and dilation, and its groups by default."""
     if isinstance(layer, nn.Conv2d):
-        return Convolution(weight, bias, layer, groups)
+        return Convolution(weight, bias, layer, layer.groups if groups is None else groups)
     return _Dense(weight, bias)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from objectives.attribution.attention import Heads
 from objectives.network import CanonicalNetwork, channel_axis, shape_of
 from objectives.pruning.fusion import largest_step
+from objectives.pruning.masking import kept_outputs
 from objectives.pruning.program import Program
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import draft
@@ -37,16 +37,16 @@ class StackedNetwork:
     """
 
     def __init__(self, network: CanonicalNetwork, dtype: torch.dtype) -> None:
-        self._network = network
+        self._prunable = network.prunable
         module = draft(network, {}).to(dtype).to(memory_format=torch.channels_last)
         leave_out_tokens(module)
-        nodes = {str(node.target): node for node in module.graph.nodes if node.op == "call_module"}
         (images,) = (node for node in module.graph.nodes if node.op == "placeholder")
-        # A component that no logit depends on isn't among the steps.
-        self._masked = {name: nodes[self._layer(name)] for name in network.components if self._layer(name) in nodes}
-        self._ranks = {name: (channel_axis(shape_of(node)), len(shape_of(node))) for name, node in self._masked.items()}
+        # Layer -> the shape of its output; a component that no logit depends on isn't among the steps.
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        layers = kept_outputs(network.prunable, {name: torch.ones(0) for name in network.components})
         previous: fx.Node = images
-        for node in self._masked.values():
+        for node in [node for node in module.graph.nodes if node.target in layers]:
+            self._shapes[str(node.target)] = shape_of(node)
             with module.graph.inserting_after(previous):
                 previous = mask = module.graph.placeholder("mask")
             with module.graph.inserting_after(node):
@@ -55,11 +55,6 @@ class StackedNetwork:
             product.meta["shape"] = shape_of(node)
         self.largest_step = largest_step(module.graph)
         self._program = Program(module)
-
-    def _layer(self, name: str) -> str:
-        """The layer whose outputs are zero where components of this name are pruned."""
-        part = self._network.prunable[name]
-        return part.value if isinstance(part, Heads) else name
 
     def __call__(self, images: Tensor, masks: Sequence[Masks]) -> Tensor:
         """Logits under every mask.
@@ -72,14 +67,10 @@ class StackedNetwork:
             (M, N, classes), equal to those of the slim networks up to rounding.
         """
         stacked = images.repeat(len(masks), 1, 1, 1).contiguous(memory_format=torch.channels_last)
-        factors = [self._factors(name, masks, images) for name in self._masked]
+        kept = [kept_outputs(self._prunable, each) for each in masks]
+        factors = []
+        for layer, shape in self._shapes.items():
+            factor = torch.stack([each[layer] for each in kept]).to(images, non_blocking=True)
+            broadcast = (-1 if axis == channel_axis(shape) else 1 for axis in range(1, len(shape) + 1))
+            factors.append(factor.repeat_interleave(len(images), dim=0).view(len(stacked), *broadcast))
         return self._program(stacked, *factors).view(len(masks), len(images), -1)
-
-    def _factors(self, name: str, masks: Sequence[Masks], images: Tensor) -> Tensor:
-        """0 or 1 for each of a layer's outputs, to be multiplied with those of the stacked images."""
-        kept = torch.stack([mask[name] for mask in masks])
-        if isinstance(heads := self._network.prunable[name], Heads):
-            kept = kept.repeat_interleave(heads.head_dim, dim=1)
-        factors = kept.to(images, non_blocking=True).repeat_interleave(len(images), dim=0)
-        axis, n_axes = self._ranks[name]
-        return factors.view(len(factors), *(-1 if each == axis else 1 for each in range(1, n_axes + 1)))
