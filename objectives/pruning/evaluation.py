@@ -357,11 +357,15 @@ class Evaluator:
         return self._unpruned_flops - cost(draft(self.network, nothing)).flops
 
     def _is_worth_making(self, masks: Masks, part: slice) -> bool:
-        """Whether a CPU makes the slim network of these masks for a part of the images."""
+        """Whether a CPU makes the slim network of these masks for a part of the images.
+
+        That of all components is measured once, and no second network kept for it.
+        """
         n_pruned = sum(int((~mask).sum()) for mask in masks.values())
         share = n_pruned / sum(map(len, masks.values()))
         saved = share * self._prunable_flops * (part.stop - part.start)
-        return self.images.labels.is_cuda or saved > _WORTH_MAKING.get(self.dtype, 0) * torch.get_num_threads()
+        worth = _WORTH_MAKING.get(self.dtype, 0) * torch.get_num_threads()
+        return self.images.labels.is_cuda or n_pruned == 0 or saved > worth
 
     def _measure_silenced(self, masks: Masks, part: slice) -> Measurement:
         images = LabelledImages(self.images.images[part], self.images.labels[part])
