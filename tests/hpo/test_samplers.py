@@ -209,9 +209,27 @@ def test_every_registered_sampler_draws_points_of_the_space(name, space):
     assert set(draws(make_sampler(name, space, 0), space, 12)) <= points
 
 
-def test_reseeded_samplers_pass_the_search_space_on(space):
-    sampler = ReseededSampler(lambda seed: optuna.samplers.TPESampler(seed=seed), 0)
-    study = optuna.create_study(sampler=sampler)
+def test_baselines_leave_points_whole(space):
+    """Baselines, and heuristics outside the space, have no parameters; what trials have in common would be nothing."""
+    study = optuna.create_study(direction="maximize", sampler=make_sampler("tpe", space, 0))
     draws(None, space, 2, study)
-    trial = study.get_trials()[-1]
-    assert set(sampler.infer_relative_search_space(study, trial)) == {"LLR", "MLL", "HLL", "FCL", "abs", "epsilon"}
+    study.add_trial(optuna.trial.create_trial(value=0.3))
+    sampler, trial = study.sampler, study.get_trials()[-1]
+    assert set(sampler.infer_relative_search_space(study, trial)) == {*GROUPS, "abs", "epsilon"}
+    assert make_sampler("random", space, 0).infer_relative_search_space(study, trial) == {}
+
+
+def test_tpe_proposes_no_point_twice_beside_baselines(space):
+    study = optuna.create_study(direction="maximize", sampler=make_sampler("tpe", space, 0))
+    for value in (0.3, 0.2):
+        study.add_trial(optuna.trial.create_trial(value=value))
+    keys = []
+    for _ in range(40):
+        trial, key = ask(study, space)
+        is_best = all(trial.params[group] == "ZPlus" for group in GROUPS)
+        if is_best:
+            study.tell(trial, 10.0)
+        else:
+            study.tell(trial, state=TrialState.PRUNED)
+        keys.append(key)
+    assert len(set(keys[10:])) == 30  # the first ten are random
