@@ -5,7 +5,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.errors import SamplerError
-from hpo.samplers import SAMPLERS, GridSampler, ReseededSampler, make_sampler
+from hpo.samplers import SAMPLERS, GridSampler, make_sampler
 from search_spaces.errors import SpaceNotFiniteError
 from search_spaces.rules import GROUPS
 from search_spaces.spaces import DiscreteSpace, load_space
