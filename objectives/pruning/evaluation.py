@@ -246,7 +246,6 @@ class Evaluator:
                 self._add(mask, self._measure(draft(self.network, masks), part))
             else:
                 self._add(mask, self._measure_silenced(masks, part))
-        self._measured.move_to_end(mask)
         measured = self._measured[mask]
         return measured if len(measured.correct) == wanted else Measurement(measured.correct[:wanted], measured.count)
 
@@ -299,10 +298,14 @@ class Evaluator:
         return self.repairer
 
     def _n_known(self, mask: str) -> int:
-        """Images that a mask has been measured on."""
-        if mask not in self._measured and (learnt := self._learnt.get(mask)) is not None:
-            self._keep(mask, learnt.measurement(self.images.labels.device))
-        return len(self._measured[mask].correct) if mask in self._measured else 0
+        """Images that a mask has been measured on; it counts as used."""
+        known = self._measured.get(mask)
+        if known is None and (learnt := self._learnt.get(mask)) is not None:
+            known = learnt.measurement(self.images.labels.device)
+        if known is None:
+            return 0
+        self._keep(mask, known)
+        return len(known.correct)
 
     def _add(self, mask: str, new: Measurement, repair: RepairSpec = NO_REPAIR) -> None:
         """A measurement on further images."""
@@ -316,6 +319,7 @@ class Evaluator:
 
     def _keep(self, mask: str, measurement: Measurement) -> None:
         self._measured[mask] = measurement
+        self._measured.move_to_end(mask)
         if len(self._measured) * (len(self.images) + _BYTES_BESIDE) > _BYTES_KEPT:
             self._measured.popitem(last=False)
 

@@ -133,3 +133,15 @@ def test_passes_are_halved_where_memory_runs_out(evaluators, monkeypatch):
         assert torch.equal(stacks.measure(each, ahead=masks).correct, correct)
     assert stacks.batches.size == 4
     assert stacks.news().measurements == ()  # smaller batches round in another way
+
+
+def test_what_is_learnt_of_masks_ahead_pushes_none_out_that_is_being_measured(evaluators, monkeypatch):
+    subject, make = evaluators
+    stacks, alone = make(True), make(False)
+    masks = [subject.ranking().masks(n) for n in (0, 100, 200, 300, 400)]
+    alone.measure(masks[4])
+    stacks.learn(alone.news().measurements)
+    monkeypatch.setattr("objectives.pruning.evaluation._BYTES_KEPT", 4 * (40 + 1024))
+    for each in masks[:4]:
+        stacks.measure(each, 10)
+    assert torch.equal(stacks.measure(masks[0], ahead=masks[4:]).correct, alone.measure(masks[0]).correct)
