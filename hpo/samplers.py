@@ -49,16 +49,15 @@ class ReseededSampler(BaseSampler):
     """Draws trial N with a generator of its own, seeded by the study's seed and N.
 
     A study that was interrupted and resumed therefore asks for the points that it would have asked for anyway, and
-    several drivers' draws would not coincide. The inner sampler must keep no state but its generator, and
-    what it knows of the search space.
+    several drivers' draws would not coincide. The inner sampler must keep no state but its generator.
 
     Args:
         build: Makes the inner sampler from a seed.
         seed: Of the study.
-        distinct_in: A space whose points are drawn as a whole, by an inner sampler that can, and in which those that a
-            search trial has already are drawn again, and then changed in ever more parameters: where most parameters
-            are choices, TPE proposes its best point over and over (56 of 100 trials, measured). A point is repeated
-            only where that finds no other. Without it each parameter is drawn by itself.
+        distinct_in: A space whose points are drawn as a whole, by an inner sampler that is multivariate, and in which
+            those that a search trial has already are drawn again, and then changed in ever more parameters: where most
+            parameters are choices, TPE proposes its best point over and over (56 of 100 trials, measured). A point is
+            repeated only where that finds no other. Without it each parameter is drawn by itself.
     """
 
     def __init__(
@@ -225,7 +224,9 @@ def _random(space: "SearchSpace", seed: int) -> BaseSampler:
 
 @_register("tpe")
 def _tpe(space: "SearchSpace", seed: int) -> BaseSampler:
-    return ReseededSampler(lambda drawn: optuna.samplers.TPESampler(seed=drawn), seed, distinct_in=space)
+    return ReseededSampler(
+        lambda drawn: optuna.samplers.TPESampler(seed=drawn, multivariate=True), seed, distinct_in=space
+    )
 
 
 def make_sampler(spec: str, space: "SearchSpace", seed: int) -> BaseSampler:

@@ -7,6 +7,7 @@ the procedure trains -> repair -> accuracy -> curve
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -44,11 +45,12 @@ from objectives.network import CanonicalNetwork
 from objectives.procedures import PROCEDURES
 from objectives.procedures.path import PruningPath
 from objectives.pruning.curve import Curve, weights
-from objectives.pruning.evaluation import Evaluator, KnownMeasurement, Measurement, correct_predictions
+from objectives.pruning.evaluation import Evaluator, KnownMeasurement, correct_predictions
 from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.ranking import Masks, Ranking, n_pruned_by, rank
 from objectives.pruning.rates import check_rates
 from objectives.pruning.records import StepRecord
+from objectives.pruning.slimming import Cost
 from objectives.pruning.trained import TrainedWeights
 from objectives.pruning.zeroing import zeroed
 from objectives.racing import Correctness, GivenUp, Race
@@ -598,19 +600,18 @@ class Objective:
     ) -> Evaluation:
         """On all images."""
         evaluator = self.evaluator(images)
-        measurements = [
-            evaluator.measure(
-                path.masks(n), repair=repair, weights=path.weights(n), ahead=self._ahead(path, numbers[index + 1 :])
-            )
-            for index, n in enumerate(numbers)
-        ]
         nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.component_widths.items()}
+        measurements = []
+        for index, n in enumerate(numbers):
+            ahead = itertools.chain(self._ahead(path, numbers[index + 1 :]), [nothing])
+            measurements.append(evaluator.measure(path.masks(n), repair=repair, weights=path.weights(n), ahead=ahead))
         collapsed = evaluator.measure(nothing, repair=repair)
+        costs = [measurement.cost for measurement in measurements]
         # The one time that the device is waited for.
         correct = torch.stack([measurement.correct for measurement in (*measurements, collapsed)]).cpu()
         labels: Tensor = getattr(self.task, images).labels
         steps = self._records(path, repair, evaluator)
-        evaluation = self._summary(correct, measurements, labels, stopwatch.seconds())
+        evaluation = self._summary(correct, costs, labels, stopwatch.seconds())
         unadapted = steps[0].accuracy_task if steps else None
         if unadapted is not None or images == "search":
             self._check_start(evaluation.curve.accuracies[0] if unadapted is None else unadapted)
@@ -688,9 +689,7 @@ class Objective:
             _log.info("The %s has no room for all images; each batch is moved there.", self.device)
             return LabelledImages(here, labels)
 
-    def _summary(
-        self, correct: Tensor, measurements: Sequence[Measurement], labels: Tensor, seconds: dict[str, float]
-    ) -> Evaluation:
+    def _summary(self, correct: Tensor, costs: Sequence[Cost], labels: Tensor, seconds: dict[str, float]) -> Evaluation:
         """Of predictions (rates + 1, N) being correct; the last row is of the network without any component."""
         packed = Correctness.of(correct[:-1].numpy())
         collapsed = correct[-1].double()
@@ -700,8 +699,8 @@ class Objective:
             rates=rates,
             accuracies=tuple(correct.mean(dim=1).tolist()),
             class_accuracies=_by_class(correct, labels),
-            parameters=tuple(measurement.cost.parameters for measurement in measurements),
-            flops=tuple(measurement.cost.flops for measurement in measurements),
+            parameters=tuple(cost.parameters for cost in costs),
+            flops=tuple(cost.flops for cost in costs),
             collapsed_accuracy=float(collapsed.mean()),
         )
         image_auc = torch.tensor(weights("auc", rates), dtype=torch.float64) @ correct

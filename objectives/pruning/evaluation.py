@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -32,11 +32,13 @@ _BYTES_KEPT = 128 * 2**20
 # Of a measurement, beyond its images: Python's objects.
 _BYTES_BESIDE = 1024
 # Multiply-adds that a slim network must save to be worth its making, which takes some 25 ms: what a CPU's core does in
-# that time, in float32 and in bfloat16 (measured with AVX-512 and AMX).
+# that time (measured with AVX-512 and AMX). In other dtypes slim networks are always made.
 _WORTH_MAKING = {torch.float32: 10**9, torch.bfloat16: 3 * 10**9}
 # Multiply-adds of a mask on all its images up to which a GPU runs the unpruned network under several masks at once:
 # what it does while its host makes a slim network, reckoned from 20 ms and 10 trillion a second.
 _STACKED_FLOPS = 2 * 10**11
+# Of the ways in which masks are measured: another number wherever they come to round differently.
+_FORM = 2
 # Images times masks of such a pass, at most, and what its largest step may take.
 _STACKED_IMAGES = 4096
 _STACKED_BYTES = 2 * 2**30
@@ -147,9 +149,10 @@ def _by_image(
 class Evaluator:
     """Measures masks of one network on fixed images, each distinct mask and repair on each image once.
 
-    Accuracy is counted on the exact slim network, which equals the masked one. So all composites share what is measured
-    of the unpruned network and of the one without components; the least recently used masks are forgotten where there
-    are many. A network whose logits no image reaches is run on a single image. Nothing here waits for the device.
+    Accuracy is counted on the exact slim network, or on the masked one, which equals it. All composites share what is
+    measured of the unpruned network and of the one without components; the least recently used masks are forgotten
+    where there are many. A network whose logits no image reaches is run on a single image. Nothing here waits for the
+    device.
 
     Where a device computes the unpruned network sooner than a slim one is made, that one runs, with zeros in place of
     what is pruned: on CPUs small ones on few images, on GPUs larger ones, and several masks at once.
@@ -182,6 +185,7 @@ class Evaluator:
         self.dtype = dtype
         self.repairer = repairer
         self._stacks = images.labels.is_cuda if stacks is None else stacks
+        self._masks_a_pass = Batches("the evaluation of several masks", _STACKED_IMAGES)
         self._measured: OrderedDict[str, Measurement] = OrderedDict()
         self._learnt: dict[str, KnownMeasurement] = {}
         self._new: list[str] = []
@@ -192,7 +196,7 @@ class Evaluator:
         """Hexadecimal digest of everything that a measurement depends on, rounding included.
 
         But for the masks, the repair and the references that it is made with, and trained weights, which stand in each
-        measurement's key.
+        measurement's key; and for how many masks a pass on a GPU had, which may choose other kernels.
         """
         module, images = self.network.module, self.images
         content = [
@@ -201,11 +205,13 @@ class Evaluator:
             state_fingerprint(module.state_dict()),
             state_fingerprint({"images": images.images, "labels": images.labels}),
             torch.__version__,
+            _FORM,
             _processor(images.labels.device),
             torch.get_num_threads(),
             self.batches.asked,
             # Masks don't say whose they are.
             *([] if self.network.choice == "all" else [self.network.choice]),
+            *(["stacks"] if self._stacks else []),
         ]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
@@ -241,7 +247,7 @@ class Evaluator:
             if repair or weights is not None:
                 self._add(mask, self._measure(self._draft(masks, repair, weights), part), repair)
             elif self._stacks_on(part):
-                self._measure_stacked({mask: masks}, ahead, part)
+                self._measure_stacked(mask, masks, ahead, part)
             elif self._is_worth_making(masks, part):
                 self._add(mask, self._measure(draft(self.network, masks), part))
             else:
@@ -283,13 +289,18 @@ class Evaluator:
     def _key(self, masks: Masks, repair: RepairSpec, weights: TrainedWeights | None) -> str:
         if repair and weights is not None:
             raise ValueError("An evaluator repairs no network of trained `weights`.")
-        kept = torch.cat([mask.cpu() for mask in masks.values()]).numpy()
-        content = np.packbits(kept).tobytes()
-        if repair and not kept.all():  # a repair changes nothing where nothing is pruned
+        content = self._packed(masks)
+        if repair and not all(
+            bool(mask.all()) for mask in masks.values()
+        ):  # a repair changes nothing where nothing is pruned
             content += f"{repair} {self._repairer.fingerprint}".encode()
         if weights is not None:
             content += f"trained {weights.fingerprint}".encode()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def _packed(self, masks: Masks) -> bytes:
+        """One bit a component, in the network's order."""
+        return np.packbits(torch.cat([masks[name].cpu() for name in self.network.components]).numpy()).tobytes()
 
     @property
     def _repairer(self) -> Repairer:
@@ -361,15 +372,16 @@ class Evaluator:
         return self._unpruned_flops - cost(draft(self.network, nothing)).flops
 
     def _is_worth_making(self, masks: Masks, part: slice) -> bool:
-        """Whether a CPU makes the slim network of these masks for a part of the images.
+        """Whether the slim network of these masks is made for a part of the images: on a CPU if it saves time.
 
         That of all components is measured once, and no second network kept for it.
         """
         n_pruned = sum(int((~mask).sum()) for mask in masks.values())
+        if self.images.labels.is_cuda or n_pruned == 0 or self.dtype not in _WORTH_MAKING:
+            return True
         share = n_pruned / sum(map(len, masks.values()))
         saved = share * self._prunable_flops * (part.stop - part.start)
-        worth = _WORTH_MAKING.get(self.dtype, 0) * torch.get_num_threads()
-        return self.images.labels.is_cuda or n_pruned == 0 or saved > worth
+        return bool(saved > _WORTH_MAKING[self.dtype] * torch.get_num_threads())
 
     def _measure_silenced(self, masks: Masks, part: slice) -> Measurement:
         images = LabelledImages(self.images.images[part], self.images.labels[part])
@@ -378,7 +390,17 @@ class Evaluator:
         return Measurement(correct_predictions(program, images, self.batches, at_most), self._cost_of(masks))
 
     def _cost_of(self, masks: Masks) -> Callable[[], Cost]:
-        return cache(lambda: cost(draft(self.network, masks)))
+        """Counts the slim network's size when it is first asked for; until then it keeps the masks' bits alone."""
+        network, packed = self.network, self._packed(masks)
+
+        @cache
+        def count() -> Cost:
+            widths = network.components
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=sum(widths.values()))
+            parts = torch.from_numpy(bits.astype(bool)).split(list(widths.values()))
+            return cost(draft(network, dict(zip(widths, parts, strict=True))))
+
+        return count
 
     # Several masks at once.
 
@@ -390,37 +412,53 @@ class Evaluator:
         """Whether masks are measured together on this part of the images."""
         return self._stacks and self._unpruned_flops * (part.stop - part.start) <= _STACKED_FLOPS
 
-    def _measure_stacked(self, chosen: dict[str, Masks], ahead: Iterable[Masks], part: slice) -> None:
+    def _measure_stacked(self, mask: str, masks: Masks, ahead: Iterable[Masks], part: slice) -> None:
         """Measures masks on a part of the images, and as many of those ahead that lack the same as a pass has room for.
 
         Args:
-            chosen: by their keys.
+            mask: key of the masks.
+            masks: to measure.
             ahead: others.
             part: of the images.
+
+        Raises:
+            OutOfMemoryError: not even a single image under a single mask fits on the device.
         """
         images = LabelledImages(self.images.images[part], self.images.labels[part])
         per_image = self._stacked.largest_step * self.dtype.itemsize
-        rows = min(_STACKED_IMAGES, _STACKED_BYTES // per_image)
-        n_masks = max(1, rows // min(self.batches.asked, len(images)))
-        for masks in ahead:
-            if len(chosen) >= n_masks:
-                break
-            key = self._key(masks, NO_REPAIR, None)
-            if key not in chosen and self._n_known(key) == part.start:
-                chosen[key] = masks
+        n_images = min(_STACKED_IMAGES, _STACKED_BYTES // per_image)
+        n_kept = _BYTES_KEPT // (len(self.images) + _BYTES_BESIDE)
+        n_masks = min(n_images // min(self.batches.asked, len(images)), self._masks_a_pass.size, n_kept)
+        chosen = {mask: masks}
+        others = iter(ahead)
+        while len(chosen) < n_masks and (other := next(others, None)) is not None:
+            key = self._key(other, NO_REPAIR, None)
+            known = self._measured.get(key)
+            if key not in self._learnt and (0 if known is None else len(known.correct)) == part.start:
+                chosen[key] = other
         stack = list(chosen.values())
+
+        def together(n_masks: int) -> Tensor:
+            parts = [stack[start : start + n_masks] for start in range(0, len(stack), n_masks)]
+            return torch.cat([self._correct_under(each, images) for each in parts])
+
+        with torch.inference_mode():
+            correct = self._masks_a_pass.run(together, len(stack))
+        for (key, each), row in zip(chosen.items(), correct, strict=True):
+            self._asked.setdefault(key, False)
+            self._add(key, Measurement(row, self._cost_of(each)))
+
+    def _correct_under(self, masks: Sequence[Masks], images: LabelledImages) -> Tensor:
+        """(M, N) of bool; where memory runs out under a single mask, batches are halved."""
+        factors = self._stacked.factors(masks, images.labels.device)
 
         def judged(batch_size: int) -> Tensor:
             parts = []
             for batch, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
-                parts.append(self._stacked(batch.to(labels.device), stack).argmax(dim=2) == labels)
+                parts.append(self._stacked(batch.to(labels.device), factors).argmax(dim=2) == labels)
             return torch.cat(parts, dim=1)
 
-        with torch.inference_mode():
-            correct = self.batches.run(judged)
-        for (key, masks), row in zip(chosen.items(), correct, strict=True):
-            self._asked.setdefault(key, False)
-            self._add(key, Measurement(row, self._cost_of(masks)))
+        return self.batches.run(judged) if len(masks) == 1 else judged(self.batches.size)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ def _multiply_attention(module: Draft) -> None:
             logits = graph.call_function(aten.matmul.default, (scaled, columns))
             weights = graph.call_function(aten.softmax.int, (logits, 3))
             product = graph.call_function(aten.matmul.default, (weights, value))
-        logits.meta["shape"] = weights.meta["shape"] = (n_heads, n_tokens, n_tokens)
+        logits.meta["shape"] = weights.meta["shape"] = (n_heads, n_tokens, node.meta["n_keys"])
         product.meta.update(node.meta)
         node.replace_all_uses_with(product)
         graph.erase_node(node)

@@ -67,12 +67,17 @@ class Program:
         """The same network with zeros in place of some outputs of its layers; it shares all that this doesn't change.
 
         Args:
-            kept: layer -> (outputs,) of bool, those that stay; each layer must compute its own, in order and no others.
+            kept: layer -> (outputs,) of bool, on the layers' device: those that stay.
+
+        Raises:
+            ValueError: a layer doesn't compute its own outputs in order and no others, see `moves` of `fused`.
         """
         layers = {}
         for name, mask in kept.items():
             if not mask.all():
                 layer: Any = self._network.get_submodule(name)
+                if len(layer.weight) != len(mask):
+                    raise ValueError(f"Layer {name!r} has {len(layer.weight)} outputs, but got {len(mask)} to keep.")
                 weight = layer.weight * mask.view(-1, *[1] * (layer.weight.ndim - 1))
                 layers[name] = like(layer, weight, None if layer.bias is None else layer.bias * mask)
         new = copy.copy(self)

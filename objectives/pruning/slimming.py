@@ -485,6 +485,7 @@ class _Slimmer:
         ]
         product = self._emit(aten.scaled_dot_product_attention.default, *by_head, scale=scale)
         product.meta["shape"] = (len(kept), shape[0], heads.head_dim)
+        product.meta["n_keys"] = shape[0]
         joined = self._emit(aten.flatten.using_ints, self._emit(aten.transpose.int, product, 1, 2), 2)
         self._store(node, _Value(joined, heads.rows(kept), shape))
 

@@ -37,7 +37,7 @@ class StackedNetwork:
     """
 
     def __init__(self, network: CanonicalNetwork, dtype: torch.dtype) -> None:
-        self._prunable = network.prunable
+        self._prunable, self._dtype = network.prunable, dtype
         module = draft(network, {}).to(dtype).to(memory_format=torch.channels_last)
         leave_out_tokens(module)
         (images,) = (node for node in module.graph.nodes if node.op == "placeholder")
@@ -45,7 +45,7 @@ class StackedNetwork:
         self._shapes: dict[str, tuple[int, ...]] = {}
         layers = kept_outputs(network.prunable, {name: torch.ones(0) for name in network.components})
         previous: fx.Node = images
-        for node in [node for node in module.graph.nodes if node.target in layers]:
+        for node in [node for node in module.graph.nodes if node.op == "call_module" and node.target in layers]:
             self._shapes[str(node.target)] = shape_of(node)
             with module.graph.inserting_after(previous):
                 previous = mask = module.graph.placeholder("mask")
@@ -56,21 +56,32 @@ class StackedNetwork:
         self.largest_step = largest_step(module.graph)
         self._program = Program(module)
 
-    def __call__(self, images: Tensor, masks: Sequence[Masks]) -> Tensor:
+    def factors(self, masks: Sequence[Masks], device: torch.device) -> list[Tensor]:
+        """What outputs of layers are multiplied by, sent to a device once: (M, outputs) of 0 and 1 for each layer.
+
+        Args:
+            masks: M of them, of all components, on the CPU.
+            device: of the network.
+        """
+        kept = [kept_outputs(self._prunable, each) for each in masks]
+        rows = torch.stack([torch.cat([each[layer] for layer in self._shapes]) for each in kept])
+        widths = [len(kept[0][layer]) for layer in self._shapes]
+        return list(rows.to(device).to(self._dtype).split(widths, dim=1))
+
+    def __call__(self, images: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """Logits under every mask.
 
         Args:
             images: (N, C, H, W), on the network's device and in its dtype.
-            masks: M of them.
+            factors: made from M masks.
 
         Returns:
             (M, N, classes), equal to those of the slim networks up to rounding.
         """
-        stacked = images.repeat(len(masks), 1, 1, 1).contiguous(memory_format=torch.channels_last)
-        kept = [kept_outputs(self._prunable, each) for each in masks]
-        factors = []
-        for layer, shape in self._shapes.items():
-            factor = torch.stack([each[layer] for each in kept]).to(images, non_blocking=True)
+        n_masks, n_images = len(factors[0]), len(images)
+        stacked = images.repeat(n_masks, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        by_image = []
+        for factor, shape in zip(factors, self._shapes.values(), strict=True):
             broadcast = (-1 if axis == channel_axis(shape) else 1 for axis in range(1, len(shape) + 1))
-            factors.append(factor.repeat_interleave(len(images), dim=0).view(len(stacked), *broadcast))
-        return self._program(stacked, *factors).view(len(masks), len(images), -1)
+            by_image.append(factor.repeat_interleave(n_images, dim=0).view(len(stacked), *broadcast))
+        return self._program(stacked, *by_image).view(n_masks, n_images, -1)

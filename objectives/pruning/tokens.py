@@ -1,11 +1,13 @@
-"""Tokens: a transformer's last block computes those alone that its logits are read from.
+"""Tokens: a network computes those alone that its logits depend on.
 
-Where they are read from the class token, the last block's queries, its MLP and all between them are needed of that
-token only, keys and values of all. The logits stay the same up to rounding.
+Where a vision transformer's logits are read from the class token, its last block's queries, the MLP and all between
+them are needed of that token only, keys and values of all. (Queries that are normed by head are computed for all
+tokens.) The logits stay the same up to rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +39,7 @@ def leave_out_tokens(network: Draft) -> None:
                 needed[node] = max(known)
     for node, n_tokens in needed.items():
         for source in _operands(network, node):
-            if source not in needed:
+            if needed.get(source, math.inf) > n_tokens:
                 axis = _token_axis(source)
                 with network.graph.inserting_before(node):
                     part = network.graph.call_function(aten.slice.Tensor, (source, axis, 0, n_tokens))
@@ -57,14 +59,19 @@ def _demand(network: Draft, user: fx.Node, source: fx.Node, needed: Mapping[fx.N
 
 
 def _operands(network: Draft, node: fx.Node) -> Sequence[fx.Node]:
-    """Values of which each token goes into the same token of a node's value, and into no other one; none if not all."""
+    """Values of which each token goes into the same token of a node's value, and into no other one.
+
+    Empty where a node isn't known to be of that kind.
+    """
     arguments: Any = node.args
     match node.target:
         case aten.add.Tensor:
             operands = arguments
-        case aten.index_add.default:
+        case aten.index_add.default if arguments[1] == 2:
             operands = (arguments[0], arguments[3])
-        case aten.scaled_dot_product_attention.default | aten.unflatten.int | aten.transpose.int:
+        case aten.scaled_dot_product_attention.default | aten.unflatten.int:
+            operands = arguments[:1]
+        case aten.transpose.int if "shape" not in node.meta:  # of heads and tokens
             operands = arguments[:1]
         case aten.flatten.using_ints if arguments[1:] == (2,):
             operands = arguments[:1]
@@ -86,7 +93,11 @@ def _has_tokens(value: Any) -> bool:
 
 
 def _token_axis(node: fx.Node) -> int | None:
-    """The axis of tokens of a value (N, T, C), (N, T, heads, d) or (N, heads, T, d), counted with N."""
+    """The axis of tokens of a value (N, T, C), (N, T, heads, d) or (N, heads, T, d), counted with N.
+
+    Those by head stand inside an attention of the slim network and have no shape of their own. Of any other value of
+    two axes beside N the first one counts as that of tokens: what works row by row on it keeps them apart.
+    """
     arguments: Any = node.args
     if node.target is aten.scaled_dot_product_attention.default:
         return 2

@@ -396,7 +396,7 @@ def stacks(monkeypatch):
     seen = []
     call = StackedNetwork.__call__
     monkeypatch.setattr(
-        StackedNetwork, "__call__", lambda *arguments: seen.append(len(arguments[2])) or call(*arguments)
+        StackedNetwork, "__call__", lambda *arguments: seen.append(len(arguments[2][0])) or call(*arguments)
     )
     return seen
 
@@ -410,9 +410,10 @@ def test_several_masks_at_once_give_the_same_curve(model, task, procedure, stack
     monkeypatch.setitem(Evaluator.__init__.__kwdefaults__, "stacks", False)
     alone = Objective(model, task, options).evaluate(EPSILON)
     assert len(stacks) == n_passes
-    assert replace(evaluation, seconds={}) == replace(alone, seconds={})
+    assert evaluation.origin != alone.origin  # elsewhere they may round differently
+    assert replace(evaluation, seconds={}, origin="") == replace(alone, seconds={}, origin="")
     if procedure == OneShot():  # the rates, and the network without components
-        assert stacks == [len(RATES)] * 2 + [1] * 2
+        assert stacks == [len(RATES) + 1] * 2
 
 
 def test_a_race_measures_all_rates_of_a_rung_at_once(model, task, stacks):

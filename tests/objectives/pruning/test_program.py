@@ -73,3 +73,11 @@ def test_small_networks_on_few_images_are_not_made_slim(prunable, dtype, monkeyp
         assert silenced.cost == slimmed.cost == cost(slim(subject.canonical, each))
         if dtype is torch.float32:
             assert torch.equal(silenced.correct, slimmed.correct)
+
+
+def test_layers_whose_rows_have_moved_are_refused(prunable):
+    subject = prunable("cifar_resnet20")
+    program = fused(draft(subject.canonical, {}), moves=False)
+    name = next(iter(subject.canonical.components))
+    with pytest.raises(ValueError, match=f"^Layer '{name}' has 16 outputs, but got 3 to keep"):
+        program.silenced({name: torch.tensor([True, False, True])})

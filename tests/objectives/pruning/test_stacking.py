@@ -12,7 +12,8 @@ from objectives.pruning.stacking import StackedNetwork
 
 
 def check_stacked(canonical, images, masks):
-    logits = StackedNetwork(canonical, torch.float64)(images, masks)
+    stacked = StackedNetwork(canonical, torch.float64)
+    logits = stacked(images, stacked.factors(masks, images.device))
     expected = torch.stack([slim(canonical, each)(images) for each in masks])
     assert logits.shape == expected.shape
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
@@ -57,9 +58,9 @@ def passes(monkeypatch):
     seen = []
     call = StackedNetwork.__call__
 
-    def watched(self, images, masks):
-        seen.append((len(images), len(masks)))
-        return call(self, images, masks)
+    def watched(self, images, factors):
+        seen.append((len(images), len(factors[0])))
+        return call(self, images, factors)
 
     monkeypatch.setattr(StackedNetwork, "__call__", watched)
     return seen
@@ -116,23 +117,25 @@ def test_a_pass_has_room_for_so_many_masks(evaluators, passes, monkeypatch):
     assert passes[2:] == [(15, 1)]
 
 
-def test_passes_are_halved_where_memory_runs_out(evaluators, monkeypatch):
+@pytest.mark.parametrize(("room", "n_together", "size"), [(40, 2, 16), (16, 1, 16), (4, 1, 4)])
+def test_masks_and_then_images_are_halved_where_memory_runs_out(evaluators, monkeypatch, room, n_together, size):
     subject, make = evaluators
-    masks = [subject.ranking().masks(n) for n in (100, 200)]
+    masks = [subject.ranking().masks(n) for n in (100, 200, 300, 400)]
     expected = [make(False).measure(each).correct for each in masks]
     call = StackedNetwork.__call__
 
-    def narrow(self, images, masks):
-        if len(images) > 4:
+    def narrow(self, images, factors):
+        if len(images) * len(factors[0]) > room:
             raise torch.OutOfMemoryError
-        return call(self, images, masks)
+        return call(self, images, factors)
 
     monkeypatch.setattr(StackedNetwork, "__call__", narrow)
     stacks = make(True)
     for each, correct in zip(masks, expected, strict=True):
         assert torch.equal(stacks.measure(each, ahead=masks).correct, correct)
-    assert stacks.batches.size == 4
-    assert stacks.news().measurements == ()  # smaller batches round in another way
+    assert (stacks._masks_a_pass.size, stacks.batches.size) == (n_together, size)
+    # Smaller batches round in another way.
+    assert len(stacks.news().measurements) == (4 if size == 16 else 0)
 
 
 def test_what_is_learnt_of_masks_ahead_pushes_none_out_that_is_being_measured(evaluators, monkeypatch):
