@@ -212,7 +212,10 @@ def _solved(matrix: Tensor, penalty: Tensor, strength: float, right: Tensor) -> 
     added = torch.where(penalty > 0, penalty, float(strength > 0))
     penalised = matrix + torch.diag_embed(added[:, None].expand(-1, matrix.shape[1]))
     factor, failure = torch.linalg.cholesky_ex(penalised)
-    is_singular = (failure != 0) | ~factor.sum(dim=(1, 2)).isfinite()
+    # Of equations that are singular but for rounding a pivot may come out positive: then it is next to nothing.
+    pivots, diagonal = (each.diagonal(dim1=1, dim2=2) for each in (factor, penalised))
+    is_next_to_nothing = pivots.square() <= 10 * matrix.shape[1] * torch.finfo(matrix.dtype).eps * diagonal
+    is_singular = (failure != 0) | ~factor.sum(dim=(1, 2)).isfinite() | is_next_to_nothing.any(dim=1)
     solution = torch.cholesky_solve(right, factor)
     if not bool(is_singular.any()):
         return solution, False

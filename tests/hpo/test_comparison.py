@@ -188,7 +188,7 @@ def test_a_comparison_that_is_interrupted_loses_no_row_and_goes_on(done, tmp_pat
 def test_a_criterion_that_fails_is_told_and_left_out(tmp_path):
     """Where fine-tuning diverges for all but a rate of 0, there is nothing to compare."""
     tuning = ["--procedure", "iterative", "--step-share", "0.5", "--finetune-epochs", "20"]
-    options = [*tuning, "--finetune-learning-rate", "999", "--n-subsets", "1", "--classes", "1,8", *QUICK]
+    options = [*tuning, "--finetune-learning-rate", "1e30", "--n-subsets", "1", "--classes", "1,8", *QUICK]
     line = refused("--criteria", "weight,taylor", "--classes-per-subset", "2", *options, "-o", tmp_path / "a")
     assert line.startswith("A criterion failed in every run, so that there is nothing to compare: Fine-tuning, ")
     assert [each["accuracies"] for each in rows_of(tmp_path / "a")[1]] == [[], []]
