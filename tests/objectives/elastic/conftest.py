@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from random_ranking import random_ranking
 from torch import Tensor, nn
 
 from objectives.canonization import canonize
 from objectives.network import CanonicalNetwork
-from objectives.pruning.ranking import Masks, rank
+from objectives.pruning.ranking import Masks
 
 RATES = (0.0, 0.3, 0.5, 0.7)
 
@@ -27,8 +28,7 @@ class Elastic:
 
 
 def levels(canonical: CanonicalNetwork, rates: tuple[float, ...] = RATES, seed: int = 0) -> list[Masks]:
-    generator = torch.Generator().manual_seed(seed)
-    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    ranking = random_ranking(canonical, seed)
     return [ranking.masks(ranking.n_pruned(rate)) for rate in rates]
 
 

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
+from random_ranking import random_ranking
 
 from objectives.elastic.model import ElasticModel
 from objectives.pruning.masking import masked
-from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import cost, slim
 
 NETWORKS = ["branches", "cifar_resnet20", "mobilenetv3_small_100", "regnety_002", "vgg11_bn"]
@@ -75,8 +75,7 @@ def test_levels_in_which_layers_are_gone(elastic, name):
 @pytest.mark.parametrize("components", ["all", "heads", "mlp"])
 def test_levels_of_transformers(transformer, components):
     canonical = transformer.canonical.choosing(components)
-    generator = torch.Generator().manual_seed(0)
-    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    ranking = random_ranking(canonical)
     masks = [ranking.masks(ranking.n_pruned(rate)) for rate in (0.0, 0.3, 0.5, 0.9)]
     model = ElasticModel(canonical, masks)
     with torch.no_grad():

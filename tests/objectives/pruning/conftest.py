@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_ranking import random_ranking
 from torch import Tensor, nn
 
 from objectives.canonization import canonize
@@ -14,7 +15,7 @@ from objectives.datasets import Task, load_task
 from objectives.models import LoadedModel, load_model
 from objectives.network import CanonicalNetwork
 from objectives.objective import Objective, ObjectiveOptions
-from objectives.pruning.ranking import Masks, Ranking, rank
+from objectives.pruning.ranking import Masks, Ranking
 from search_spaces.composites import CompositeSpec
 from search_spaces.documents import CompositeDocument
 
@@ -28,8 +29,7 @@ class Prunable:
     images: Tensor
 
     def ranking(self, seed: int = 0) -> Ranking:
-        generator = torch.Generator().manual_seed(seed)
-        return rank({name: torch.rand(n, generator=generator) for name, n in self.canonical.components.items()})
+        return random_ranking(self.canonical, seed)
 
     def random_masks(self) -> Iterator[Masks]:
         """Masks of which some layers are whole, some gone, the rest anywhere between."""

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_ranking import random_ranking
 from torch import nn
 
 from objectives.attribution.operations import plain_gradients
@@ -12,7 +13,6 @@ from objectives.fingerprints import state_fingerprint
 from objectives.memory import Batches
 from objectives.pruning.evaluation import Evaluator
 from objectives.pruning.fine_tuning import fine_tuned
-from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import slim
 from objectives.pruning.trained import TrainedWeights
 from objectives.pruning.zeroing import zeroed
@@ -81,8 +81,7 @@ def test_trained_weights_return_to_their_places(prunable, name):
 
 def test_a_transformers_weights_are_trained_and_return(transformer):
     canonical = transformer.canonical.choosing("all")
-    generator = torch.Generator().manual_seed(0)
-    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    ranking = random_ranking(canonical)
     masks = ranking.masks(len(ranking) // 2)
     images = LabelledImages(transformer.images, transformer.labels)
     weights = fine_tuned(canonical, masks, images, TrainingOptions(n_epochs=1, learning_rate=1e-4))
@@ -121,8 +120,7 @@ def test_what_grows_around_a_core_leaves_it_as_it_is(prunable, name):
 
 def test_what_grows_around_a_transformers_core_leaves_it_as_it_is(transformer):
     canonical = transformer.canonical.choosing("all")
-    generator = torch.Generator().manual_seed(0)
-    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    ranking = random_ranking(canonical)
     larger, smaller = (ranking.masks(ranking.n_pruned(rate)) for rate in (0.2, 0.5))
     images, gentle = LabelledImages(transformer.images, transformer.labels), replace(OPTIONS, learning_rate=1e-4)
     core = fine_tuned(canonical, smaller, images, gentle)

@@ -38,10 +38,12 @@ def check_fused(canonical, masks, images):
     scale = float(expected.abs().max())
     module = fused(draft(canonical, masks))
     torch.testing.assert_close(module(images), expected, rtol=0, atol=1e-11 * scale)
-    exact = exact.float().to(memory_format=torch.channels_last)
+    exact = exact.float()
     narrow = images.float().contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        rounding = 1e-5 * scale + 20 * float((exact(narrow) - expected).abs().max())
+        single_precision = [exact(images.float()), exact.to(memory_format=torch.channels_last)(narrow)]
+        # In both formats, as kernels of different processors lose differently much.
+        rounding = 1e-5 * scale + 5 * max(float((logits - expected).abs().max()) for logits in single_precision)
         single = fused(draft(canonical, masks).float().to(memory_format=torch.channels_last))
         logits = single(narrow)
         torch.testing.assert_close(logits.double(), expected, rtol=0, atol=rounding)

@@ -9,13 +9,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from random_ranking import random_ranking
 from torch import nn
 
 from objectives.canonization import canonize
 from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError, UnsupportedNetworkError
 from objectives.memory import Batches
 from objectives.pruning.masking import masked
-from objectives.pruning.ranking import rank
 from objectives.pruning.slim_files import (
     load_coupled,
     load_slim,
@@ -38,11 +38,6 @@ SIZE = 256 * 1024
 def _network(name, seed=0, **options):
     torch.manual_seed(seed)
     return timm.create_model(name, num_classes=10, **options).eval().requires_grad_(False)
-
-
-def _ranking(canonical):
-    generator = torch.Generator().manual_seed(0)
-    return rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
 
 
 def _document(name, canonical, **model):
@@ -92,7 +87,7 @@ def test_programs_run_without_this_product(tmp_path):
     for name in NETWORKS:
         network = _network(name)
         canonical = canonize(network, (3, 32, 32))
-        masks = _ranking(canonical).masks(sum(canonical.components.values()) // 2)
+        masks = random_ranking(canonical).masks(sum(canonical.components.values()) // 2)
         write_program(slim(canonical, masks), canonical.input_shape, tmp_path / f"{name}.pt2")
         with masked(network, canonical.prunable, masks):
             expected[name] = network(_images())
@@ -112,7 +107,7 @@ def test_programs_run_without_this_product(tmp_path):
 def test_programs_of_every_size(tmp_path, n_pruned):
     network = _network("cifar_resnet20")
     canonical = canonize(network, (3, 32, 32))
-    masks = _ranking(canonical).masks({"none": 0, "some": 650, "all": 688}[n_pruned])
+    masks = random_ranking(canonical).masks({"none": 0, "some": 650, "all": 688}[n_pruned])
     module = slim(canonical, masks)
     write_program(module, canonical.input_shape, tmp_path / "slim.pt2")
     loaded = torch.export.load(tmp_path / "slim.pt2").module()
@@ -123,7 +118,7 @@ def test_programs_of_every_size(tmp_path, n_pruned):
 @pytest.mark.parametrize(("name", "classes"), [("cifar_resnet20", None), ("regnety_002", (7, 2, 5))])
 def test_weights_come_back(tmp_path, name, classes):
     canonical = canonize(_network(name), (3, 32, 32), classes)
-    masks = _ranking(canonical).masks(sum(canonical.components.values()) // 2)
+    masks = random_ranking(canonical).masks(sum(canonical.components.values()) // 2)
     module = slim(canonical, masks)
     path = tmp_path / "slim.safetensors"
     document = _document(name, canonical)
@@ -148,7 +143,7 @@ def test_repaired_weights_come_back_with_biases_that_were_not_there(tmp_path, al
 
     torch.manual_seed(0)
     canonical = canonize(build(), (3, 32, 32))
-    masks = _ranking(canonical).masks(6)
+    masks = random_ranking(canonical).masks(6)
     if all_of_a_layer:
         masks["0"][:] = False
     repair = RepairSpec("refit", 0.1)
@@ -166,7 +161,7 @@ def test_repaired_weights_come_back_with_biases_that_were_not_there(tmp_path, al
 def test_options_of_the_model_are_used(tmp_path):
     network = _network("mobilenetv3_small_100", act_layer="relu")
     canonical = canonize(network, (3, 32, 32))
-    masks = _ranking(canonical).masks(3000)
+    masks = random_ranking(canonical).masks(3000)
     module = slim(canonical, masks)
     path = tmp_path / "slim.safetensors"
     write_weights(
@@ -182,7 +177,7 @@ def test_a_network_of_ones_own_class_is_passed_and_left_alone(tmp_path):
 
     network = Own().eval()
     canonical = canonize(network, (3, 32, 32))
-    masks = _ranking(canonical).masks(2)
+    masks = random_ranking(canonical).masks(2)
     module = slim(canonical, masks)
     path = tmp_path / "slim.safetensors"
     write_weights(module, masks, _document("os:system", canonical), None, path)
@@ -201,7 +196,7 @@ def test_a_network_of_ones_own_class_is_passed_and_left_alone(tmp_path):
 
 def test_a_network_of_other_outputs_is_refused(tmp_path):
     canonical = canonize(_network("cifar_resnet20"), (3, 32, 32))
-    masks = _ranking(canonical).masks(100)
+    masks = random_ranking(canonical).masks(100)
     path = tmp_path / "slim.safetensors"
     other = timm.create_model("cifar_resnet20", num_classes=7).eval()
     for classes in (None, (0, 3)):
@@ -214,7 +209,7 @@ def test_a_network_of_other_outputs_is_refused(tmp_path):
 def test_a_slim_transformer_needs_a_transformer(tmp_path):
     network = _network("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=4, num_heads=3)
     canonical = canonize(network, (3, 32, 32)).choosing("heads")
-    masks, path = _ranking(canonical).masks(2), tmp_path / "slim.safetensors"
+    masks, path = random_ranking(canonical).masks(2), tmp_path / "slim.safetensors"
     document = replace(_document("vit_tiny_patch16_224", canonical), components="heads")
     write_weights(slim(canonical, masks), masks, document, None, path)
     with pytest.raises(UnsupportedNetworkError, match=r"^The document was made for a vision transformer's heads; this"):
@@ -223,7 +218,7 @@ def test_a_slim_transformer_needs_a_transformer(tmp_path):
 
 def test_weights_of_another_slim_network_are_refused(tmp_path):
     canonical = canonize(_network("cifar_resnet20"), (3, 32, 32))
-    few, many = (_ranking(canonical).masks(n) for n in (10, 100))
+    few, many = (random_ranking(canonical).masks(n) for n in (10, 100))
     path = tmp_path / "slim.safetensors"
     write_weights(slim(canonical, few), many, _document("cifar_resnet20", canonical), None, path)
     with pytest.raises(SlimFileError, match="doesn't hold the weights of its own document's network") as caught:

@@ -2,11 +2,11 @@ import itertools
 
 import pytest
 import torch
+from random_ranking import random_ranking
 
 from objectives.datasets import LabelledImages
 from objectives.memory import Batches
 from objectives.pruning.evaluation import Evaluator
-from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import cost, slim
 from objectives.pruning.stacking import StackedNetwork
 
@@ -32,8 +32,7 @@ def test_several_masks_at_once_are_the_slim_networks(prunable, name):
 @pytest.mark.parametrize("components", ["all", "heads", "mlp"])
 def test_several_masks_of_a_transformer(transformer, components):
     canonical = transformer.canonical.choosing(components)
-    generator = torch.Generator().manual_seed(0)
-    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    ranking = random_ranking(canonical)
     masks = [ranking.masks(int(share * len(ranking))) for share in (0, 0.4, 0.9, 1)]
     check_stacked(canonical, transformer.images, masks)
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
+from random_ranking import random_ranking
 from torch import nn
 
 from objectives.canonization import canonize
 from objectives.network import shape_of
 from objectives.pruning.fusion import fused
 from objectives.pruning.program import Program
-from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import Draft, draft, slim
 from objectives.pruning.tokens import leave_out_tokens
 
@@ -18,8 +18,7 @@ LAYERS = ("attn.qkv.q", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def masks_of(canonical, share):
-    generator = torch.Generator().manual_seed(0)
-    ranking = rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
+    ranking = random_ranking(canonical)
     return ranking.masks(int(share * len(ranking)))
 
 

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
+from random_ranking import random_ranking
 from torch.utils.flop_counter import FlopCounterMode
 
 from objectives.canonization import canonize
 from objectives.pruning.fusion import fused
 from objectives.pruning.masking import masked
-from objectives.pruning.ranking import rank
 from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
 from objectives.pruning.slim_files import load_coupled, write_state
 from objectives.pruning.slimming import cost, depends_on_images, draft, slim
@@ -18,11 +18,6 @@ from objectives.pruning.structured import resize_transformer
 
 RATES = parse_rates(DEFAULT_RATES)
 TOLERANCE = 1e-9
-
-
-def random_ranking(canonical, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
 
 
 def kept(canonical, pruned):

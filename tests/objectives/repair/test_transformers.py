@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from random_ranking import random_ranking
 from timm.models.vision_transformer import ResPostBlock
 
 from objectives.canonization import canonize
 from objectives.memory import Batches
 from objectives.pruning.masking import masked
-from objectives.pruning.ranking import rank
 from objectives.pruning.slimming import slim
 from objectives.repair.order import order
 from objectives.repair.original import observe
@@ -28,11 +28,6 @@ def _without_gradients():
 
 def close(given, expected, tolerance=1e-9):
     torch.testing.assert_close(given, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-
-
-def random_ranking(canonical):
-    generator = torch.Generator().manual_seed(0)
-    return rank({name: torch.rand(n, generator=generator) for name, n in canonical.components.items()})
 
 
 def nothing_pruned(canonical):
