@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from objectives.network import CanonicalNetwork
     from objectives.objective import Objective
     from objectives.pruning.ranking import Masks
-    from objectives.pruning.slimming import Draft
     from search_spaces.composites import CompositeSpec
     from search_spaces.spaces import DiscreteSpace
 
@@ -658,18 +657,13 @@ def attribution_s(name: str, composites: Sequence[CompositeSpec], n_references: 
 
 def curve_s(name: str, n_images: int, device: torch.device) -> float:
     """Seconds of a curve of 20 rates under a random ranking."""
-    from objectives.memory import Batches
-    from objectives.pruning.evaluation import Evaluator
     from objectives.pruning.ranking import rank
 
     network, images = random_network(name, 32, n_images, device)
-    evaluator = Evaluator(network, images, Batches("evaluation", 100))
     ranking = rank({layer: torch.rand(width) for layer, width in network.components.items()})
     clock = Clock(device)
     with clock.running():
-        masks = [ranking.masks(ranking.n_pruned(rate / 20)) for rate in range(20)]
-        for index, mask in enumerate(masks):
-            evaluator.measure(mask, ahead=masks[index + 1 :])
+        count_images(network, images, [ranking.masks(ranking.n_pruned(rate / 20)) for rate in range(20)])
     return clock.seconds
 
 
@@ -688,6 +682,7 @@ def limits(device: torch.device) -> Rows:
     composites, an image of each of which counts as one.
     """
     from objectives.datasets import LabelledImages
+    from objectives.pruning.fusion import step_sizes
     from objectives.pruning.slimming import cost, draft
 
     bytes_a_second = 2 * 2**28 / seconds_of(copying(device), device)
@@ -703,15 +698,16 @@ def limits(device: torch.device) -> Rows:
                 ("slim networks of half the filters", half, False),
                 ("half the filters, masks together", half, True),
             ):
-                count = partial(counted_images, network, here, masks, stacks=stacks)
+                count = partial(count_images, network, here, masks, stacks=stacks)
                 drafts = [draft(network, {} if stacks else mask) for mask in masks]
+                values_moved = statistics.mean(sum(step_sizes(each.graph)) for each in drafts)
                 yield {
                     "network": f"{name}, {size} px",
                     "work": f"{work}, {dtype}",
                     **against_limits(
                         len(masks) * N_LIMITED / seconds_of(count, device),
                         arithmetic[dtype] / (2 * statistics.mean(cost(each).flops for each in drafts)),
-                        bytes_a_second / (of_dtype.itemsize * statistics.mean(values_moved(each) for each in drafts)),
+                        bytes_a_second / (of_dtype.itemsize * values_moved),
                     ),
                 }
         few = LabelledImages(images.images[:N_REFERENCES], images.labels[:N_REFERENCES])
@@ -727,8 +723,10 @@ def limits(device: torch.device) -> Rows:
         }
 
 
-def counted_images(network: CanonicalNetwork, images: LabelledImages, masks: Sequence[Masks], *, stacks: bool) -> None:
-    """Measures masks that nothing is known of, one slim network after the other or together."""
+def count_images(
+    network: CanonicalNetwork, images: LabelledImages, masks: Sequence[Masks], *, stacks: bool | None = None
+) -> None:
+    """Measures masks that nothing is known of, one after the other or together, by default as the device has it."""
     from objectives.memory import Batches
     from objectives.pruning.evaluation import Evaluator
 
@@ -755,12 +753,6 @@ def against_limits(achieved: float, by_arithmetic: float, by_memory: float | Non
         "bound_by": "arithmetic" if limit == by_arithmetic else "memory",
         "share_of_the_limit": achieved / limit,
     }
-
-
-def values_moved(network: Draft) -> int:
-    """Values that all steps of a network read and write for one image, weights aside."""
-    sizes = {node: math.prod(node.meta["shape"]) for node in network.graph.nodes if "shape" in node.meta}
-    return sum(size + sum(sizes.get(source, 0) for source in node.all_input_nodes) for node, size in sizes.items())
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

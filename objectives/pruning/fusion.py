@@ -23,7 +23,7 @@ from objectives.pruning.program import Program
 from objectives.pruning.slimming import Convolution, Draft
 from objectives.pruning.tokens import leave_out_tokens
 
-__all__ = ["fused", "images_cached", "largest_step"]
+__all__ = ["fused", "images_cached", "largest_step", "step_sizes"]
 
 aten = torch.ops.aten
 
@@ -84,8 +84,13 @@ def _has_onednn(module: Draft) -> bool:
 
 def largest_step(graph: fx.Graph) -> int:
     """Values that a slim network's largest step reads and writes for one image."""
+    return max(step_sizes(graph))
+
+
+def step_sizes(graph: fx.Graph) -> list[int]:
+    """Values that each step of a slim network reads and writes for one image, weights aside."""
     sizes = {node: math.prod(shape_of(node)) for node in graph.nodes if "shape" in node.meta}
-    return max(size + sum(sizes.get(source, 0) for source in node.all_input_nodes) for node, size in sizes.items())
+    return [size + sum(sizes.get(source, 0) for source in node.all_input_nodes) for node, size in sizes.items()]
 
 
 def images_cached(graph: fx.Graph, dtype: torch.dtype, device: torch.device) -> int | None:
