@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
@@ -120,30 +120,26 @@ def correct_predictions(
     Raises:
         OutOfMemoryError: not even a single image fits on the device.
     """
-    return _by_image(network, images, batches, at_most, lambda logits, labels: logits.argmax(dim=1) == labels)
+    return batches.run(partial(_judged, network, images, _is_correct), at_most)
 
 
-def _by_image(
+def _judged(
     network: Callable[[Tensor], Tensor],
     images: LabelledImages,
-    batches: Batches,
-    at_most: int | None,
     judge: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
 ) -> Tensor:
-    """(N,) on the labels' device: what `judge` makes of logits (n, classes) and labels (n,)."""
-
-    def judged(batch_size: int) -> Tensor:
-        parts = [
-            judge(
-                network(images.images[start : start + batch_size].to(images.labels.device)),
-                images.labels[start : start + batch_size],
-            )
-            for start in range(0, len(images), batch_size)
-        ]
-        return torch.cat(parts)
-
+    """(..., N) on the labels' device: what `judge` makes of logits (..., n, classes) and labels (n,) of every batch."""
     with torch.inference_mode():
-        return batches.run(judged, at_most)
+        parts = [
+            judge(network(batch.to(labels.device)), labels)
+            for batch, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
+
+
+def _is_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(dim=-1) == labels
 
 
 class Evaluator:
@@ -244,14 +240,15 @@ class Evaluator:
         self._asked.setdefault(mask, n_known >= wanted)
         if n_known < wanted:
             part = slice(n_known, wanted)
+            images = LabelledImages(self.images.images[part], self.images.labels[part])
             if repair or weights is not None:
-                self._add(mask, self._measure(self._draft(masks, repair, weights), part), repair)
-            elif self._stacks_on(part):
-                self._measure_stacked(mask, masks, ahead, part)
-            elif self._is_worth_making(masks, part):
-                self._add(mask, self._measure(draft(self.network, masks), part))
+                self._add(mask, self._measure(self._draft(masks, repair, weights), images), repair)
+            elif self._stacks_on(images):
+                self._measure_stacked(mask, masks, ahead, images)
+            elif self._is_worth_making(masks, images):
+                self._add(mask, self._measure(draft(self.network, masks), images))
             else:
-                self._add(mask, self._measure_silenced(masks, part))
+                self._add(mask, self._measure_silenced(masks, images))
         measured = self._measured[mask]
         return measured if len(measured.correct) == wanted else Measurement(measured.correct[:wanted], measured.count)
 
@@ -269,7 +266,8 @@ class Evaluator:
         """
         program = fused(self._prepared(self._draft(masks, repair, weights)))
         at_most = images_cached(program.graph, self.dtype, self.images.labels.device)
-        return float(_by_image(program, self.images, self.batches, at_most, _cross_entropy).mean())
+        losses = self.batches.run(partial(_judged, program, self.images, _cross_entropy), at_most)
+        return float(losses.mean())
 
     def learn(self, measurements: Iterable[KnownMeasurement]) -> None:
         """Takes over what is known of this `origin` from elsewhere; all of it is kept."""
@@ -290,9 +288,8 @@ class Evaluator:
         if repair and weights is not None:
             raise ValueError("An evaluator repairs no network of trained `weights`.")
         content = self._packed(masks)
-        if repair and not all(
-            bool(mask.all()) for mask in masks.values()
-        ):  # a repair changes nothing where nothing is pruned
+        # A repair changes nothing where nothing is pruned.
+        if repair and not all(bool(mask.all()) for mask in masks.values()):
             content += f"{repair} {self._repairer.fingerprint}".encode()
         if weights is not None:
             content += f"trained {weights.fingerprint}".encode()
@@ -343,18 +340,18 @@ class Evaluator:
         """In the dtype and memory format of evaluation."""
         return exact.to(self.dtype).to(memory_format=torch.channels_last)
 
-    def _measure(self, exact: Draft, part: slice) -> Measurement:
-        """On a part of the images."""
+    def _measure(self, exact: Draft, images: LabelledImages) -> Measurement:
         size, is_alive = cost(exact), depends_on_images(exact)
         program = fused(self._prepared(exact))
-        images = LabelledImages(self.images.images[part], self.images.labels[part])
-        labels = images.labels
-        if not is_alive:
-            one = images.images[:1].to(labels.device)
-            with torch.inference_mode():
-                return Measurement(program(one).argmax(dim=1) == labels, lambda: size)
-        at_most = images_cached(program.graph, self.dtype, labels.device)
-        return Measurement(correct_predictions(program, images, self.batches, at_most), lambda: size)
+        if is_alive:
+            return Measurement(self._correct(program, images), lambda: size)
+        one = images.images[:1].to(images.labels.device)
+        with torch.inference_mode():
+            return Measurement(_is_correct(program(one), images.labels), lambda: size)
+
+    def _correct(self, program: Program, images: LabelledImages) -> Tensor:
+        at_most = images_cached(program.graph, self.dtype, images.labels.device)
+        return correct_predictions(program, images, self.batches, at_most)
 
     # On the unpruned network.
 
@@ -371,8 +368,8 @@ class Evaluator:
         nothing = {name: torch.zeros(width, dtype=torch.bool) for name, width in self.network.components.items()}
         return self._unpruned_flops - cost(draft(self.network, nothing)).flops
 
-    def _is_worth_making(self, masks: Masks, part: slice) -> bool:
-        """Whether the slim network of these masks is made for a part of the images: on a CPU if it saves time.
+    def _is_worth_making(self, masks: Masks, images: LabelledImages) -> bool:
+        """Whether the slim network of these masks is made for these images: on a CPU if it saves time.
 
         That of all components is measured once, and no second network kept for it.
         """
@@ -380,14 +377,12 @@ class Evaluator:
         if self.images.labels.is_cuda or n_pruned == 0 or self.dtype not in _WORTH_MAKING:
             return True
         share = n_pruned / sum(map(len, masks.values()))
-        saved = share * self._prunable_flops * (part.stop - part.start)
+        saved = share * self._prunable_flops * len(images)
         return bool(saved > _WORTH_MAKING[self.dtype] * torch.get_num_threads())
 
-    def _measure_silenced(self, masks: Masks, part: slice) -> Measurement:
-        images = LabelledImages(self.images.images[part], self.images.labels[part])
+    def _measure_silenced(self, masks: Masks, images: LabelledImages) -> Measurement:
         program = self._unpruned.silenced(kept_outputs(self.network.prunable, masks))
-        at_most = images_cached(program.graph, self.dtype, images.labels.device)
-        return Measurement(correct_predictions(program, images, self.batches, at_most), self._cost_of(masks))
+        return Measurement(self._correct(program, images), self._cost_of(masks))
 
     def _cost_of(self, masks: Masks) -> Callable[[], Cost]:
         """Counts the slim network's size when it is first asked for; until then it keeps the masks' bits alone."""
@@ -408,23 +403,23 @@ class Evaluator:
     def _stacked(self) -> StackedNetwork:
         return StackedNetwork(self.network, self.dtype)
 
-    def _stacks_on(self, part: slice) -> bool:
-        """Whether masks are measured together on this part of the images."""
-        return self._stacks and self._unpruned_flops * (part.stop - part.start) <= _STACKED_FLOPS
+    def _stacks_on(self, images: LabelledImages) -> bool:
+        """Whether masks are measured together on these images."""
+        return self._stacks and self._unpruned_flops * len(images) <= _STACKED_FLOPS
 
-    def _measure_stacked(self, mask: str, masks: Masks, ahead: Iterable[Masks], part: slice) -> None:
-        """Measures masks on a part of the images, and as many of those ahead that lack the same as a pass has room for.
+    def _measure_stacked(self, mask: str, masks: Masks, ahead: Iterable[Masks], images: LabelledImages) -> None:
+        """Measures masks on further images, and as many of those ahead that lack the same ones as a pass has room for.
 
         Args:
             mask: key of the masks.
             masks: to measure.
             ahead: others.
-            part: of the images.
+            images: those that follow the ones that the masks have been measured on.
 
         Raises:
             OutOfMemoryError: not even a single image under a single mask fits on the device.
         """
-        images = LabelledImages(self.images.images[part], self.images.labels[part])
+        n_known = self._n_known(mask)
         per_image = self._stacked.largest_step * self.dtype.itemsize
         n_images = min(_STACKED_IMAGES, _STACKED_BYTES // per_image)
         n_kept = _BYTES_KEPT // (len(self.images) + _BYTES_BESIDE)
@@ -434,7 +429,7 @@ class Evaluator:
         while len(chosen) < n_masks and (other := next(others, None)) is not None:
             key = self._key(other, NO_REPAIR, None)
             known = self._measured.get(key)
-            if key not in self._learnt and (0 if known is None else len(known.correct)) == part.start:
+            if key not in self._learnt and (0 if known is None else len(known.correct)) == n_known:
                 chosen[key] = other
         stack = list(chosen.values())
 
@@ -442,23 +437,17 @@ class Evaluator:
             parts = [stack[start : start + n_masks] for start in range(0, len(stack), n_masks)]
             return torch.cat([self._correct_under(each, images) for each in parts])
 
-        with torch.inference_mode():
-            correct = self._masks_a_pass.run(together, len(stack))
+        correct = self._masks_a_pass.run(together, len(stack))
         for (key, each), row in zip(chosen.items(), correct, strict=True):
             self._asked.setdefault(key, False)
             self._add(key, Measurement(row, self._cost_of(each)))
 
     def _correct_under(self, masks: Sequence[Masks], images: LabelledImages) -> Tensor:
         """(M, N) of bool; where memory runs out under a single mask, batches are halved."""
-        factors = self._stacked.factors(masks, images.labels.device)
-
-        def judged(batch_size: int) -> Tensor:
-            parts = []
-            for batch, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
-                parts.append(self._stacked(batch.to(labels.device), factors).argmax(dim=2) == labels)
-            return torch.cat(parts, dim=1)
-
-        return self.batches.run(judged) if len(masks) == 1 else judged(self.batches.size)
+        network = partial(self._stacked, factors=self._stacked.factors(masks, images.labels.device))
+        if len(masks) == 1:
+            return correct_predictions(network, images, self.batches)
+        return _judged(network, images, _is_correct, self.batches.size)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ from torch import fx, nn
 
 from objectives.network import shape_of
 from objectives.pruning.slimming import Draft
+from objectives.steps import ACTIVATIONS
 
 __all__ = ["leave_out_tokens"]
 
 aten = torch.ops.aten
-
-_ELEMENTWISE = {aten.gelu.default, aten.relu.default, aten.silu.default, aten.hardswish.default}
 
 
 def leave_out_tokens(network: Draft) -> None:
@@ -79,7 +78,7 @@ def _operands(network: Draft, node: fx.Node) -> Sequence[fx.Node]:
             layer = network.get_submodule(str(node.target))
             operands = arguments if isinstance(layer, nn.Linear | nn.LayerNorm) else ()
         case _:
-            operands = arguments if node.target in _ELEMENTWISE else ()
+            operands = arguments[:1] if node.target in ACTIVATIONS else ()
     return operands if _has_tokens(node) and all(map(_has_tokens, operands)) else ()
 
 
