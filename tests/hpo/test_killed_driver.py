@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import stand_in
-from forked_python import fork_context
+from forked_python import fork
 
 from hpo.driver import CONFIRMATION
 from storage.store import StudyStore
@@ -39,10 +39,9 @@ def test_kills_leave_no_trace(tmp_path, sampler):
     generator, exit_codes = random.Random(sampler), []
     while 0 not in exit_codes:
         moment_s = generator.uniform(0.0, 0.6) if len(exit_codes) < 8 else None
-        process = fork_context().Process(target=drive, args=(parts, sampler, moment_s))
-        process.start()
+        process = fork(drive, parts, sampler, moment_s)
         process.join(120)
         exit_codes.append(process.exitcode)
-    assert set(exit_codes) == {0, -signal.SIGKILL}
+        assert exit_codes[-1] in (0, -signal.SIGKILL)
     assert exit_codes.count(-signal.SIGKILL) >= 3
     assert content(parts) == content(whole)

@@ -396,7 +396,9 @@ def stacks(monkeypatch):
     seen = []
     call = StackedNetwork.__call__
     monkeypatch.setattr(
-        StackedNetwork, "__call__", lambda *arguments: seen.append(len(arguments[2][0])) or call(*arguments)
+        StackedNetwork,
+        "__call__",
+        lambda self, images, factors: seen.append(len(factors[0])) or call(self, images, factors),
     )
     return seen
 

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO
 from unittest.mock import patch
@@ -29,7 +30,29 @@ PRELOADED = ("storage.engine", "storage.roles", "storage.store", "optuna_dashboa
 _HERE = Path(__file__).resolve().parent
 
 
-def fork_context() -> ForkServerContext:
+def fork(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Start a process that calls a function, in the caller's environment and directory as any fork is."""
+    process = _fork_context().Process(target=_call, args=(target, arguments, dict(os.environ), str(Path.cwd())))
+    process.start()
+    return process
+
+
+def _call(
+    target: Callable[..., object], arguments: Sequence[object], environment: Mapping[str, str], directory: str
+) -> None:
+    _enter(environment, directory)
+    target(*arguments)
+
+
+def _enter(environment: Mapping[str, str], directory: str) -> None:
+    """Leave those of the server, which has kept what it found when a test first needed it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    time.tzset()
+    os.chdir(directory)
+
+
+def _fork_context() -> ForkServerContext:
     """A context of `multiprocessing` whose processes are forks of one that has imported `PRELOADED`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -59,7 +82,7 @@ class ForkedPython:
         directory: Path | None = None,
         log: IO[bytes] | None = None,
     ) -> None:
-        context = fork_context()
+        context = _fork_context()
         (stdin, ours), (output, stdout), (errors, stderr) = (context.Pipe(duplex=False) for _ in range(3))
         theirs = (stdin, stdout, stderr)
         said = None if log is None else Connection(os.dup(log.fileno()), readable=False)
@@ -142,10 +165,7 @@ def _run(
     for end in (*ends, *filter(None, [said])):
         end.close()
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-    os.environ.clear()
-    os.environ.update(environment)
-    time.tzset()
-    os.chdir(directory)
+    _enter(environment, directory)
     sys.argv = ["-c", *arguments]
     try:
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
