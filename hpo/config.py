@@ -511,8 +511,8 @@ class LaunchConfiguration:
 
     data: str = _option(
         "data",
-        "Images: digits, folder:DIR (DIR/train/CLASS/*, DIR/val/CLASS/*), npz:TRAIN.npz,EVAL.npz, timm:NAME, "
-        "or package.module:factory.",
+        "Images: digits, folder:DIR (DIR/train/CLASS/*, DIR/val/CLASS/*), domains:DIR (DIR/train/DOMAIN/CLASS/*, "
+        "likewise val), npz:TRAIN.npz,EVAL.npz, timm:NAME, or package.module:factory.",
         read=_text,
         metavar="DATA",
         default="",
@@ -527,8 +527,8 @@ class LaunchConfiguration:
     )
     splits: TaskSplit | None = _option(
         "data",
-        "Of --procedure task_relevant: which classes are extra knowledge (T), the task (P) and new (F), a table of a "
-        "TOML file.",
+        "Of --procedure task_relevant: which classes, or domains of --data domains:DIR, are extra knowledge (T), the "
+        "task (P) and new (F), a table of a TOML file.",
         read=_split,
         metavar="FILE.toml[:NAME]",
     )
@@ -927,11 +927,11 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute_data(data: str) -> str:
-    """`folder:` and `npz:` sources with absolute paths: a saved configuration must hold from any directory."""
+    """Sources of local files with absolute paths: a saved configuration must hold from any directory."""
     scheme, _, paths = data.partition(":")
-    if scheme not in ("folder", "npz") or not paths:
+    if scheme not in ("folder", "domains", "npz") or not paths:
         return data
-    parts = [paths] if scheme == "folder" else paths.split(",")
+    parts = paths.split(",") if scheme == "npz" else [paths]
     return f"{scheme}:{','.join(str(Path(part).expanduser().absolute()) for part in parts)}"
 
 

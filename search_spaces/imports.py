@@ -13,7 +13,7 @@ __all__ = ["DATA_SCHEMES", "Named", "import_object", "is_import_path", "runs_cod
 Named = Literal["model", "data", "space"]
 """What a user names by a text."""
 
-DATA_SCHEMES = ("digits", "folder", "npz", "timm")
+DATA_SCHEMES = ("digits", "domains", "folder", "npz", "timm")
 """What may stand before the colon of a data source that is no import path."""
 
 

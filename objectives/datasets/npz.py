@@ -28,6 +28,7 @@ class EncodedSource:
         labels: Integers (N,).
         names: Of the files, or empty.
         origin: The archive, for messages.
+        domains: Each image's, where they are known.
     """
 
     content: NDArray[np.uint8]
@@ -35,6 +36,7 @@ class EncodedSource:
     labels: NDArray[np.integer]
     names: tuple[str, ...]
     origin: str
+    domains: tuple[str, ...] | None = None
 
     def image(self, index: int) -> Image.Image:
         """The decoded file."""
@@ -52,7 +54,7 @@ def open_npz(argument: str, labels: LabelSet) -> SourcePair:
 
     `x` uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W) with `y` integers (N,); or `jpeg` uint8, all files end to end (of
     any format that Pillow reads), `offset` integers (N + 1,), `label` integers (N,) and, if wanted, `name` (N,).
-    Labels are output indices.
+    Labels are output indices. Either may have `domain`, texts (N,), for splits by domain.
 
     Raises:
         DataError: A file can't be read or has another layout, or both are the same file.
@@ -73,7 +75,7 @@ def _read(path: Path) -> ImageSource:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays: dict[str, NDArray[Any]] = {
-                key: archive[key] for key in ("x", "y", "jpeg", "offset", "label", "name") if key in archive
+                key: archive[key] for key in ("x", "y", "jpeg", "offset", "label", "name", "domain") if key in archive
             }
     except OSError as error:
         raise DataError(
@@ -82,7 +84,7 @@ def _read(path: Path) -> ImageSource:
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"The data file {str(path)!r} isn't a NumPy .npz archive of plain arrays ({error}).") from error
     if {"x", "y"} <= arrays.keys():
-        return _pixels(arrays["x"], arrays["y"], path)
+        return _pixels(arrays, path)
     if {"jpeg", "offset", "label"} <= arrays.keys():
         return _encoded(arrays, path)
     raise DataError(
@@ -91,13 +93,14 @@ def _read(path: Path) -> ImageSource:
     )
 
 
-def _pixels(x: NDArray[Any], y: NDArray[Any], path: Path) -> ArraySource:
+def _pixels(arrays: dict[str, NDArray[Any]], path: Path) -> ArraySource:
+    x, y = arrays["x"], arrays["y"]
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[-1] not in (1, 3)):
         raise DataError(
             f"`x` in {str(path)!r} is {x.dtype} {x.shape}; it must be uint8 pixels of shape (N, H, W, 3) or (N, H, W)."
         )
     _check_labels(y, len(x), "y", path)
-    return ArraySource(x, y, str(path))
+    return ArraySource(x, y, str(path), _domains(arrays, len(x), path))
 
 
 def _encoded(arrays: dict[str, NDArray[Any]], path: Path) -> EncodedSource:
@@ -117,7 +120,19 @@ def _encoded(arrays: dict[str, NDArray[Any]], path: Path) -> EncodedSource:
             f"{len(labels) + 1} ascending positions in it."
         )
     names = tuple(map(str, arrays["name"])) if "name" in arrays and len(arrays["name"]) == len(labels) else ()
-    return EncodedSource(content, offsets.astype(np.int64), labels, names, str(path))
+    domains = _domains(arrays, len(labels), path)
+    return EncodedSource(content, offsets.astype(np.int64), labels, names, str(path), domains)
+
+
+def _domains(arrays: dict[str, NDArray[Any]], n_images: int, path: Path) -> tuple[str, ...] | None:
+    if "domain" not in arrays:
+        return None
+    domains = arrays["domain"]
+    if domains.dtype.kind != "U" or domains.shape != (n_images,):
+        raise DataError(
+            f"`domain` in {str(path)!r} is {domains.dtype} {domains.shape}; it must be texts of shape ({n_images},)."
+        )
+    return tuple(map(str, domains))
 
 
 def _check_labels(labels: NDArray[Any], n_images: int, key: str, path: Path) -> None:

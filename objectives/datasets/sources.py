@@ -31,7 +31,8 @@ class ImageSource(Protocol):
     """Labelled images by index.
 
     `image` is called from several threads at once, and for selected indices only. A source may also have
-    `name(index) -> str`, which messages then use. What `image` raises becomes a `DataError` that names the image.
+    `name(index) -> str`, which messages then use, and `domains`, the name of each image's domain, by which splits may
+    go. What `image` raises becomes a `DataError` that names the image.
     """
 
     @property
@@ -85,11 +86,13 @@ class ArraySource:
         pixels: uint8 (N, H, W) or (N, H, W, C).
         labels: Integers (N,).
         origin: File or data set, for messages.
+        domains: Each image's, where they are known.
     """
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.integer]
     origin: str
+    domains: tuple[str, ...] | None = None
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """Pixels of an image."""

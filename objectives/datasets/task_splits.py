@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from objectives.datasets.labels import read_class_map
-from objectives.datasets.sources import SourcePair
-from objectives.datasets.tasks import LabelledImages, Task, load_task
+from objectives.datasets.sources import ImageSource, SourcePair, image_name
+from objectives.datasets.tasks import LabelledImages, OpenedData, Task, load_task, open_data
 from objectives.errors import DataError
+from objectives.preprocessing import RawImage
 from search_spaces.choices import ReferenceSampling
 from search_spaces.suggestions import did_you_mean
 from search_spaces.task_splits import SPLIT_SETS, TaskSplit
@@ -28,7 +32,7 @@ from search_spaces.task_splits import SPLIT_SETS, TaskSplit
 if TYPE_CHECKING:
     from objectives.models import LoadedModel
 
-__all__ = ["Domains", "SplitData", "SplitImages", "joined", "load_split_task", "split_data", "split_task"]
+__all__ = ["SplitData", "SplitImages", "joined", "load_split_task", "split_data", "split_task"]
 
 # What images of each class of a set are needed for; what confirms, and what T's accuracy is measured on, may lack some.
 _NEEDED = {
@@ -51,21 +55,6 @@ class SplitImages:
     extra: LabelledImages
     task: LabelledImages
     new: LabelledImages
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Domains:
-    """Which domain each image is of.
-
-    Attributes:
-        names: of all domains.
-        training: (N,) position in `names` of each training image's.
-        evaluation: (M,) likewise of each evaluation image's.
-    """
-
-    names: tuple[str, ...]
-    training: Tensor
-    evaluation: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,45 +100,37 @@ def split_data(
     evaluation: LabelledImages,
     class_names: Sequence[str],
     *,
-    domains: Domains | None = None,
     validation_share: float = 0.1,
     seed: int = 0,
 ) -> SplitData:
     """Divides images among the sets of a split, and training images into those trained on and those validated on.
 
     Args:
-        split: by class, or by domain.
+        split: by class.
         training: on the CPU, labelled by position in `class_names`.
         evaluation: likewise.
         class_names: of all classes.
-        domains: of the images; needed for splits by domain, and for these only.
-        validation_share: of the training images of each class (and domain), rounded up; in (0, 1).
+        validation_share: of the training images of each class, rounded up; in (0, 1).
         seed: of which images are held out.
 
     Raises:
-        DataError: the split names a class or domain that is unknown or lacks images, or the options don't fit it.
+        DataError: the split names a class that is unknown or lacks images, or the share is out of range.
     """
     if not 0 < validation_share < 1:
         raise DataError(f"`validation_share` of a split's images must lie in (0, 1), but got {validation_share!r}.")
-    if (domains is not None) != (split.by == "domain"):
-        raise DataError(f"A split by {split.by} {'needs' if domains is None else 'takes no'} `domains` of the images.")
-    names = class_names if domains is None else domains.names
-    groups, evaluated = (
-        (training.labels, evaluation.labels) if domains is None else (domains.training, domains.evaluation)
-    )
     # Unknown names first: of a class that doesn't exist, images aren't what is missing.
-    _divided(split, training, groups, names, "training")
-    held_out = _held_out(training.labels, groups, validation_share, seed)
+    _divided(split, training, class_names, "training")
+    held_out = _held_out(training.labels, validation_share, seed)
     for key in SPLIT_SETS:
         for name in getattr(split, key):
-            of_name = groups == list(names).index(name)
+            of_name = training.labels == list(class_names).index(name)
             if not bool((of_name & ~held_out).any()):
                 raise DataError(
-                    f"The {split.by} {name!r} in {key} of a split has {int(of_name.sum())} training images, too few to "
+                    f"The class {name!r} in {key} of a split has {int(of_name.sum())} training images, too few to "
                     "train on and to hold out for validation; add some."
                 )
     trained, validated = (
-        _divided(split, LabelledImages(training.images[rows], training.labels[rows]), groups[rows], names, what)
+        _divided(split, LabelledImages(training.images[rows], training.labels[rows]), class_names, what)
         for rows, what in ((~held_out, "training"), (held_out, "validation"))
     )
     return SplitData(
@@ -157,7 +138,7 @@ def split_data(
         split.outputs(class_names),
         trained,
         validated,
-        _divided(split, evaluation, evaluated, names, "evaluation"),
+        _divided(split, evaluation, class_names, "evaluation"),
     )
 
 
@@ -179,9 +160,9 @@ def load_split_task(
     Args:
         source: See `load_task`.
         model: Likewise; its outputs are those of the split.
-        split: By class.
-        references_per_class: Training images of each class, a tenth of which are held out for validation; those of P
-            are the references.
+        split: By class, or by domain where the source tells each image's.
+        references_per_class: Training images of each class (of each domain), a tenth of which are held out for
+            validation; those of P are the references.
         evaluation_images: See `load_task`.
         confirmation_share: Likewise.
         seed: Likewise; of the images that are held out, too.
@@ -190,27 +171,29 @@ def load_split_task(
         allow_imports: Likewise.
 
     Raises:
-        DataError: As `load_task`, the split is by domain or names a class that is unknown or lacks images, or the
-            network has other outputs.
+        DataError: As `load_task`, the split names a class or domain that is unknown or lacks images, the source knows
+            no domains, or the network has other outputs.
     """
-    if split.by == "domain":
-        raise DataError(
-            "No source of images tells their domains, so a split by domain can't be loaded; divide the images in "
-            "Python by `objectives.datasets.task_splits.split_data`."
-        )
     mapping = read_class_map(class_map) if isinstance(class_map, str | Path) else class_map
+    data, labelled, by_class = source, model, split
+    if split.by == "domain":
+        opened = open_data(source, model, mapping, allow_imports)
+        data, labelled, by_class = _by_subclass(opened, model, split)
+        mapping = None  # it has told the classes
+    elif split.superclasses:
+        labelled = _of_subclasses(model, split, mapping or {})
     try:
         task = load_task(
-            source,
-            _of_subclasses(model, split, mapping or {}) if split.superclasses else model,
-            classes=[*split.T, *split.P, *split.F],
+            data,
+            labelled,
+            classes=[*by_class.T, *by_class.P, *by_class.F],
             references_per_class=references_per_class,
             evaluation_images=evaluation_images,
             confirmation_share=confirmation_share,
             seed=seed,
             class_map=mapping,
             sample=sample,
-            unevaluated=split.T,
+            unevaluated=by_class.T,
             allow_imports=allow_imports,
         )
     except DataError as error:
@@ -219,7 +202,87 @@ def load_split_task(
         own = {output: name for name, output in mapping.items()}
         named = zip(task.classes, task.class_names, strict=True)
         task = replace(task, class_names=tuple(own.get(output, name) for output, name in named))
-    return split_task(task, split, n_outputs=model.num_classes, seed=seed)
+    task = split_task(task, by_class, n_outputs=model.num_classes, seed=seed)
+    if split.by == "class":
+        return task
+    assert task.split is not None, "it has just been made of one"
+    return replace(task, source=opened.origin, split=replace(task.split, split=split))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Relabelled:
+    """A source whose images have other labels."""
+
+    source: ImageSource
+    labels: NDArray[np.int64]
+
+    def image(self, index: int) -> RawImage:
+        """The source's."""
+        return self.source.image(index)
+
+    def name(self, index: int) -> str:
+        """The source's."""
+        return image_name(self.source, index)
+
+
+def _by_subclass(opened: OpenedData, model: LoadedModel, split: TaskSplit) -> tuple[SourcePair, LoadedModel, TaskSplit]:
+    """Data, model and split by domain as if the classes of each domain were subclasses: "sketch/cat" of "cat".
+
+    Raises:
+        DataError: the source doesn't tell its domains, or has none of a name.
+    """
+    pair, sides = opened.pair, (opened.train_labels, opened.evaluation_labels)
+    domains_of = [
+        _domains(source, labels, opened.origin)
+        for source, labels in zip((pair.train, pair.evaluation), sides, strict=True)
+    ]
+    domains = np.unique(np.concatenate(domains_of)).tolist()
+    for key in SPLIT_SETS:
+        for name in getattr(split, key):
+            if name not in domains:
+                raise DataError(f"Unknown domain {name!r} in {key} of a split.{did_you_mean(name, domains)}")
+    named = [opened.label_set.name_of(output, pair.class_names) for output in range(model.num_classes)]
+    often = Counter(named)
+    classes = [name if often[name] == 1 else f"{name} ({output})" for output, name in enumerate(named)]
+    subclasses = tuple(f"{domain}/{name}" for domain in domains for name in classes)
+    train, evaluation = (
+        _Relabelled(source, np.searchsorted(domains, of) * len(classes) + labels)
+        for source, of, labels in zip((pair.train, pair.evaluation), domains_of, sides, strict=True)
+    )
+    there_are = np.unique(train.labels).tolist()
+
+    def of_domains(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(subclasses[each] for each in there_are if domains[each // len(classes)] in names)
+
+    by_class = TaskSplit(
+        split.scenario,
+        T=of_domains(split.T),
+        P=of_domains(split.P),
+        F=of_domains(split.F),
+        superclasses={
+            name: tuple(subclasses[each] for each in there_are if each % len(classes) == output)
+            for output, name in enumerate(classes)
+        },
+    )
+    labelled = replace(model, num_classes=len(subclasses), label_names=subclasses, label_ids=None)
+    return SourcePair(train, evaluation), labelled, by_class
+
+
+def _domains(source: ImageSource, labels: NDArray[np.int64], origin: str) -> NDArray[np.str_]:
+    """(N,), each image's.
+
+    Raises:
+        DataError: the source doesn't tell them.
+    """
+    domains = getattr(source, "domains", None)
+    if domains is None:
+        raise DataError(
+            f"{origin} doesn't tell the domains of its images, so it can't be split by domain; pass --data "
+            "domains:DIR, npz files with a `domain` array, or a source of your own with `domains`."
+        )
+    if len(domains) != len(labels):
+        raise DataError(f"{origin} tells {len(domains)} domains of {len(labels)} images; give one for each image.")
+    return np.asarray(domains, dtype=np.str_)
 
 
 def _of_subclasses(model: LoadedModel, split: TaskSplit, class_map: Mapping[str, int]) -> LoadedModel:
@@ -263,7 +326,7 @@ def split_task(task: Task, split: TaskSplit, *, n_outputs: int, seed: int = 0, n
         )
     confirming = confirmation
     if len(confirmation):
-        confirming = data.adaptation(_divided(split, confirmation, confirmation.labels, names, "confirmation"))
+        confirming = data.adaptation(_divided(split, confirmation, names, "confirmation"))
     content = [task.fingerprint, split.to_json(), seed, n_references]
     return replace(
         task,
@@ -284,36 +347,35 @@ def _drawn(images: LabelledImages, n: int | None, seed: int) -> LabelledImages:
     return LabelledImages(images.images[rows], images.labels[rows])
 
 
-def _divided(split: TaskSplit, images: LabelledImages, groups: Tensor, names: Sequence[str], what: str) -> SplitImages:
+def _divided(split: TaskSplit, images: LabelledImages, names: Sequence[str], what: str) -> SplitImages:
     """The images of T, P and F.
 
     Args:
-        split: by class or domain.
-        images: labelled by class.
-        groups: (N,) on the CPU, position in `names` of each image's class or domain.
-        names: of all classes, or of all domains.
+        split: by class.
+        images: on the CPU, labelled by class, position in `names`.
+        names: of all classes.
         what: the images are for, in the user's words.
 
     Returns:
         Their labels are positions in the outputs of the split's networks.
 
     Raises:
-        DataError: a class or domain is unknown or has no images.
+        DataError: a class is unknown or has no images.
     """
-    labels = images.labels
+    groups = labels = images.labels
     if split.superclasses:
         place = {name: index for index, classes in enumerate(split.superclasses.values()) for name in classes}
-        labels = torch.tensor([place.get(name, -1) for name in names])[groups].to(labels.device)
+        labels = torch.tensor([place.get(name, -1) for name in names])[groups]
     parts = []
     for key in SPLIT_SETS:
         wanted = torch.zeros(len(names), dtype=torch.bool)
         for name in getattr(split, key):
             if name not in names:
-                raise DataError(f"Unknown {split.by} {name!r} in {key} of a split.{did_you_mean(name, names)}")
+                raise DataError(f"Unknown class {name!r} in {key} of a split.{did_you_mean(name, names)}")
             index = list(names).index(name)
             if what in _NEEDED[key] and not bool((groups == index).any()):
                 raise DataError(
-                    f"The {split.by} {name!r} in {key} of a split has no {what} images; leave it out or add some."
+                    f"The class {name!r} in {key} of a split has no {what} images; leave it out or add some."
                 )
             wanted[index] = True
         rows = wanted[groups].nonzero().flatten()
@@ -321,13 +383,12 @@ def _divided(split: TaskSplit, images: LabelledImages, groups: Tensor, names: Se
     return SplitImages(*parts)
 
 
-def _held_out(labels: Tensor, groups: Tensor, share: float, seed: int) -> Tensor:
-    """(N,) of bool: at least the share of the images of each class and domain, drawn."""
+def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """(N,) of bool: at least the share of the images of each class, drawn."""
     generator = torch.Generator().manual_seed(seed)
-    kinds = torch.stack([labels, groups], dim=1).unique(dim=0, return_inverse=True)[1]
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for kind in range(int(kinds.max()) + 1):
-        rows = (kinds == kind).nonzero().flatten()
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
         drawn = torch.randperm(len(rows), generator=generator)[: math.ceil(share * len(rows))]
         held_out[rows[drawn]] = True
     return held_out

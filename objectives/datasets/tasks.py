@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from objectives.datasets.task_splits import SplitData
     from objectives.models import LoadedModel
 
-__all__ = ["LabelledImages", "Task", "known_classes", "load_task"]
+__all__ = ["LabelledImages", "OpenedData", "Task", "known_classes", "load_task", "open_data"]
 
 _logger = logging.getLogger(__name__)
 
@@ -110,8 +110,8 @@ def load_task(
     Without `classes` the task keeps all outputs of the network, though the data may hold images of a few only.
 
     Args:
-        source: `digits`, `folder:DIR`, `npz:TRAIN.npz,EVAL.npz`, `timm:NAME?root=DIR`, `package.module:factory`, or two
-            opened sources.
+        source: `digits`, `folder:DIR`, `domains:DIR`, `npz:TRAIN.npz,EVAL.npz`, `timm:NAME?root=DIR`,
+            `package.module:factory`, or two opened sources.
         model: Its preprocessing, outputs and label names are used.
         classes: Restricts the task to these, by output index or name.
         references_per_class: Drawn from the training images of each class.
@@ -127,7 +127,7 @@ def load_task(
     Raises:
         DataError: The data can't be read, a class has too few images, or a reference is also evaluated on.
     """
-    opened = _opened(source, model, class_map, allow_imports)
+    opened = open_data(source, model, class_map, allow_imports)
     pair, origin, label_set = opened.pair, opened.origin, opened.label_set
     train_labels, evaluation_labels = opened.train_labels, opened.evaluation_labels
     kept = tuple(range(model.num_classes)) if classes is None else label_set.select(classes, pair.class_names)
@@ -194,15 +194,23 @@ def known_classes(
     Raises:
         DataError: The data can't be read, or a class is unknown.
     """
-    opened = _opened(source, model, class_map, allow_imports)
+    opened = open_data(source, model, class_map, allow_imports)
     if classes is not None:
         return opened.label_set.select(classes, opened.pair.class_names)
     return tuple(np.intersect1d(opened.train_labels, opened.evaluation_labels).tolist())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Opened:
-    """Data, without any image: what they are called, and the outputs that their images' labels stand for."""
+class OpenedData:
+    """Data, without any image.
+
+    Attributes:
+        pair: The sources.
+        origin: What they are called.
+        label_set: Names of the network's outputs.
+        train_labels: (N,) output of each training image.
+        evaluation_labels: (M,) output of each evaluation image.
+    """
 
     pair: SourcePair
     origin: str
@@ -211,12 +219,17 @@ class _Opened:
     evaluation_labels: NDArray[np.int64]
 
 
-def _opened(
+def open_data(
     source: str | SourcePair,
     model: LoadedModel,
     class_map: str | Path | Mapping[str, int] | None,
     allow_imports: bool,
-) -> _Opened:
+) -> OpenedData:
+    """Opens data and checks their labels; see `load_task`.
+
+    Raises:
+        DataError: The data can't be read, or a label is no output of the model.
+    """
     if isinstance(source, str) and not allow_imports and runs_code("data", source):
         raise DataError(f"The data {source!r} are not opened from here; pass them as `--data` on the command line.")
     mapping = read_class_map(class_map) if isinstance(class_map, str | Path) else class_map
@@ -225,7 +238,7 @@ def _opened(
     origin = source if isinstance(source, str) else type(pair.train).__name__
     if pair.train is pair.evaluation:
         raise DataError(f"{origin}: references and evaluation images come from one source; give two.")
-    return _Opened(
+    return OpenedData(
         pair,
         origin,
         label_set,

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from hpo.cli import cli
 from objectives import load_slim
+from objectives.datasets.digits import digits_data
 from storage.store import StudyStore
 
 SPLITS = """
@@ -79,6 +81,38 @@ def test_a_study_is_launched_exported_and_replayed(splits, tmp_path):
         "`--elastic` makes sizes that share their weights, but procedure task_relevant adapts each of its own; pass "
         "`--rate`, or another procedure."
     )
+
+
+def test_domains_of_folders_are_learnt_replayed_and_pruned_for(tmp_path):
+    path, images = tmp_path / "domains.toml", tmp_path / "images"
+    path.write_text('[light]\nscenario = "new_subclasses"\nby = "domain"\nP = ["dark"]\nF = ["light"]\n')
+    digits = digits_data()
+    for side, pixels, labels in (
+        ("train", digits.train_images, digits.train_labels),
+        ("val", digits.evaluation_images, digits.evaluation_labels),
+    ):
+        for label in range(10):
+            for number, image in enumerate(pixels[labels == label][:6]):
+                for domain, styled in (("dark", image), ("light", 255 - image)):
+                    folder = images / side / domain / str(label)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(styled).save(folder / f"{number}.png")
+    given = ["--model", "digits_cnn", "--data", f"domains:{images}", "--splits", path, "--confirmation-share", 0]
+    hpo("launch", "--study", "s", "--n-trials", 1, *QUICK, *given)
+    path.unlink()
+    document = tmp_path / "best.json"
+    hpo("export", "s", "-o", document)
+    content = json.loads(document.read_text())
+    assert content["data"]["split"] == {
+        "scenario": "new_subclasses",
+        "T": [],
+        "P": ["dark"],
+        "F": ["light"],
+        "by": "domain",
+    }
+    assert content["data"]["source"] == f"domains:{images}"
+    report = json.loads(hpo("prune", document, "--rate", 0.4, "-o", tmp_path / "slim", "--json").stdout)
+    assert report["exact"]["accuracy"] == content["curve"]["accuracies"][1]
 
 
 def test_trials_whose_training_diverges_fail_with_that_reason(splits, tmp_path):

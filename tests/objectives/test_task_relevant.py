@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from objectives.datasets import LabelledImages, load_task
+from objectives.datasets.digits import digits_data
 from objectives.datasets.task_splits import load_split_task
 from objectives.digits import DigitsCNN
 from objectives.errors import DataError, OptionError, RepairError, TrainingError
@@ -16,6 +18,7 @@ from objectives.pretraining import pretrain, pretrained
 from objectives.procedures.task_relevant import training_options
 from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.slimming import cost, slim
+from search_spaces.errors import SplitError
 from search_spaces.heuristics import heuristic
 from search_spaces.procedures import OneShot, TaskRelevant
 from search_spaces.repairs import RepairSpec
@@ -29,6 +32,7 @@ NEW_SUBCLASSES = TaskSplit(
     F=("2", "3"),
     superclasses={"even": ("0", "2", "4"), "odd": ("1", "3", "5")},
 )
+DOMAINS = TaskSplit("new_subclasses", T=("faint",), P=("dark",), F=("light",), by="domain")
 EPSILON, WEIGHT = heuristic("epsilon-abs"), heuristic("weight")
 PROCEDURE = TaskRelevant(0.4, finetune_epochs=5, finetune_learning_rate=1e-2, finetune_batch_size=10)
 OPTIONS = ObjectiveOptions((0.0, 0.4, 0.64), PROCEDURE, ranking="layer", device="cpu")
@@ -267,8 +271,7 @@ def test_a_split_goes_by_the_names_of_a_class_map():
     assert task.split.training.new.labels.tolist() == [2, 2, 2]
 
 
-def test_splits_that_the_images_do_not_fit_are_refused(loaded):
-    model = loaded[0]
+def test_splits_that_the_images_do_not_fit_are_refused():
     unknown = TaskSplit("new_classes", T=(), P=("0", "1"), F=("eleven",))
     with pytest.raises(DataError, match=r"^--splits: no class is called 'eleven'; give its index"):
         load_split_task("digits", load_model("digits_cnn"), unknown, references_per_class=20)
@@ -276,6 +279,51 @@ def test_splits_that_the_images_do_not_fit_are_refused(loaded):
         DataError, match=r"has 100 training images, fewer than the 101 references wanted; .* by --splits"
     ):
         load_split_task("digits", load_model("digits_cnn"), NEW_CLASSES, references_per_class=101)
-    domains = TaskSplit("new_subclasses", T=(), P=("sketch",), F=("photo",), by="domain")
-    with pytest.raises(DataError, match="No source of images tells their domains"):
-        load_split_task("digits", model, domains, references_per_class=20)
+    with pytest.raises(DataError, match="digits doesn't tell the domains of its images, so it can't be split by dom"):
+        load_split_task("digits", load_model("digits_cnn"), DOMAINS, references_per_class=20)
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory):
+    """`--data` of digits in three styles; those that are faint have no nines."""
+    folder, digits = tmp_path_factory.mktemp("styles"), digits_data()
+    for name, images, labels in (
+        ("train", digits.train_images, digits.train_labels),
+        ("eval", digits.evaluation_images, digits.evaluation_labels),
+    ):
+        parts = {"dark": images, "faint": images[labels < 9] // 4, "light": 255 - images}
+        y = np.concatenate([labels, labels[labels < 9], labels])
+        domain = np.repeat(list(parts), [len(part) for part in parts.values()])
+        np.savez(folder / f"{name}.npz", x=np.concatenate(list(parts.values())), y=y, domain=domain)
+    return f"npz:{folder / 'train.npz'},{folder / 'eval.npz'}"
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_domains_are_new_subclasses_of_all_classes(styles):
+    model = load_model("digits_cnn")
+    task = load_split_task(styles, model, DOMAINS, references_per_class=10, evaluation_images=90)
+    assert (task.source, task.split.split, task.class_names) == (styles, DOMAINS, tuple("0123456789"))
+    assert not task.split.is_replayed
+    # Of each class and domain a tenth is held out; T isn't evaluated.
+    assert task.split.training.extra.labels.bincount().tolist() == [9] * 9
+    assert task.split.training.task.labels.bincount().tolist() == [9] * 10
+    assert task.split.validation.new.labels.bincount().tolist() == [1] * 10
+    assert set(task.search.labels.tolist()) == set(range(10))
+    assert len(task.split.evaluation.extra) == 0
+    faint, dark, light = (getattr(task.split.training, key).images.mean().item() for key in ("extra", "task", "new"))
+    assert faint < dark < light
+    assert task.references.images.mean().item() == pytest.approx(dark)
+    assert task.search.images.mean().item() == pytest.approx(light, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"F": ("lihgt",)}, r"^Unknown domain 'lihgt' in F of a split. Did you mean 'light'\?"),
+        ({"P": ("faint",), "T": ()}, r"^The class 'light/9' in F of a split is of superclass '9', of which P has no"),
+    ],
+)
+@pytest.mark.usefixtures("_own_cache")
+def test_domains_that_the_images_do_not_fit_are_refused(styles, changes, message):
+    with pytest.raises((DataError, SplitError), match=message):
+        load_split_task(styles, load_model("digits_cnn"), replace(DOMAINS, **changes), references_per_class=10)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from objectives.datasets.folder import open_folder
+from objectives.datasets.folder import open_domains, open_folder
 from objectives.datasets.labels import LabelSet
 from objectives.errors import DataError
 
@@ -43,6 +43,26 @@ def test_folders_become_labels(root):
     assert pair.evaluation.labels.tolist() == [0, 1]
     assert pair.class_names == {0: "cat", 1: "dog"}
     assert np.array_equal(np.asarray(pair.train.image(2)), pixels(0))
+
+
+def test_folders_of_domains_become_labels_and_domains(tmp_path):
+    for number, (domain, name) in enumerate([("sketch", "dog"), ("real", "cat"), ("real", "dog")]):
+        for side in ("train", "val"):
+            write(tmp_path, f"{side}/{domain}", name, "a.png", number + 10 * (side == "val"))
+    pair = open_domains(str(tmp_path), LABELS)
+    assert pair.train.domains == pair.evaluation.domains == ("real", "real", "sketch")
+    assert pair.train.labels.tolist() == pair.evaluation.labels.tolist() == [0, 1, 1]
+    assert pair.train.name(2) == f"{tmp_path}/train/sketch/dog/a.png"
+    assert np.array_equal(np.asarray(pair.evaluation.image(1)), pixels(12))
+
+
+def test_folders_without_domains_are_refused(root, tmp_path):
+    with pytest.raises(DataError, match=r"/train/cat' has no images in sub-folders; put them into .*/cat/CLASS/"):
+        open_domains(str(root), LABELS)
+    with pytest.raises(DataError, match=r"train' isn't a directory; --data domains:DIR reads DIR/train/DOMAIN/CLASS"):
+        open_domains(str(tmp_path / "none"), LABELS)
+    with pytest.raises(DataError, match="The data `domains` needs a directory; write --data domains:DIR"):
+        open_domains("", LABELS)
 
 
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "gif", "tif", "ppm"])

@@ -47,6 +47,18 @@ def test_pixels_and_labels_are_read(tmp_path, other):
     assert len(pair.evaluation.labels) == 4
 
 
+@pytest.mark.parametrize("arrays", [{"x": X, "y": Y}, encoded()])
+def test_domains_are_read(tmp_path, other, arrays):
+    domains = np.array(["real", "sketch", "real", "real"])
+    pair = open_npz(f"{save(tmp_path / 'train.npz', **arrays, domain=domains)},{other}", LABELS)
+    assert pair.train.domains == ("real", "sketch", "real", "real")
+    assert pair.evaluation.domains is None
+    for wrong in (domains[:3], np.arange(4)):
+        path = save(tmp_path / "train.npz", **arrays, domain=wrong)
+        with pytest.raises(DataError, match=r"`domain` in .* it must be texts of shape \(4,\)"):
+            open_npz(f"{path},{other}", LABELS)
+
+
 @pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 6, 1)])
 def test_grey_pixels_are_read(tmp_path, other, shape):
     path = save(tmp_path / "grey.npz", x=X[..., :1].reshape(shape), y=Y)

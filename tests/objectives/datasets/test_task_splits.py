@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from objectives.datasets import LabelledImages
-from objectives.datasets.task_splits import Domains, split_data
+from objectives.datasets.task_splits import split_data
 from objectives.errors import DataError
 from search_spaces.task_splits import TaskSplit
 
@@ -56,23 +56,6 @@ def test_new_subclasses_are_labelled_by_superclass():
     assert data.evaluation.task.labels.tolist() == [0, 1, 0]
     assert data.evaluation.new.labels.tolist() == [1, 0]
     assert pixels(data.adaptation(data.evaluation)) == [0, 1]  # no replay
-
-
-def test_domains_keep_the_classes():
-    split = TaskSplit.from_toml(toml(scenario="new_subclasses", by="domain", T=["real"], P=["clipart"], F=["painting"]))
-    names = ("clipart", "painting", "real")
-    domains = Domains(names, torch.tensor([0, 0, 1, 1, 2, 2] * 4), torch.tensor([2, 1, 0]))
-    training = images_of(*[0, 1] * 12)
-    data = split_data(split, training, images_of(0, 1, 0), ("cat", "dog"), domains=domains)
-    assert data.outputs == ("cat", "dog")
-    assert [pixels(part) for part in (data.evaluation.extra, data.evaluation.task, data.evaluation.new)] == [
-        [0],
-        [2],
-        [1],
-    ]
-    assert data.validation.task.labels.tolist() == [0, 1] or data.validation.task.labels.tolist() == [1, 0]
-    with pytest.raises(DataError, match=r"A split by domain needs `domains`"):
-        split_data(split, training, images_of(0, 1, 0), ("cat", "dog"))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def pair(train=None, evaluation=None):
 
 
 def test_the_registered_sources_are_known():
-    assert sorted(SOURCES) == ["digits", "folder", "npz", "timm"]
+    assert sorted(SOURCES) == ["digits", "domains", "folder", "npz", "timm"]
 
 
 def test_digits_have_no_files(model):
@@ -53,14 +53,14 @@ def test_digits_take_no_argument(model):
 @pytest.mark.parametrize("source", ["digist", "floder:/DIR", "", "folder DIR"])
 def test_unknown_data_is_named(model, source):
     with pytest.raises(
-        DataError, match=f"Unknown data '{source}'; write NAME or NAME:ARGUMENT.* Known: digits, folder"
+        DataError, match=f"Unknown data '{source}'; write NAME or NAME:ARGUMENT.* Known: digits, domains, folder"
     ):
         load_task(source, model)
 
 
 def test_unknown_data_in_the_form_of_an_import_is_named(model):
     with pytest.raises(
-        DataError, match=r"'floder:DIR' can't be imported.* Did you mean 'folder'\? Known: digits, folder"
+        DataError, match=r"'floder:DIR' can't be imported.* Did you mean 'folder'\? Known: digits, domains, folder"
     ):
         load_task("floder:DIR", model)
 
