@@ -5,7 +5,7 @@
 The network is the data pack's: 4 blocks of 4 heads, 128 channels, 1,536 neurons in its MLPs. Trials race against the
 best one so far at a risk of 5 %; confirmation is exact, of the ten best and of every heuristic and baseline. A
 resumable study through the command line: stop it and start it again as you like. It needs the data pack
-(`HPO_DATA_PACK`, by default `../shared/data` beside the repository) and four hours of one core for `mlp`, half an hour
+(`HPO_DATA_PACK`, by default `../shared/data` beside the repository) and three hours of one core for `mlp`, half an hour
 for `heads`; the search evaluates in bfloat16, confirmation in float32. Writes
 `benchmarks/results/cifar10_vit_mlp.json` or `..._heads.json`.
 """
