@@ -201,8 +201,9 @@ def test_workers_take_the_room_that_there_is(connect, cluster):
             time.sleep(0.3)
             os.killpg(machine.pid, signal.SIGKILL)
             causes = [outcome.cause for outcome in outcomes(executor, 60).values()]
-            assert causes.count("worker") == 2
-            assert causes.count(None) == 58
+            n_lost = causes.count("worker")
+            assert n_lost in (1, 2)  # who has just computed one loses none
+            assert causes.count(None) == 60 - n_lost
 
 
 def test_a_worker_that_cannot_start_is_tried_thrice(connect):
