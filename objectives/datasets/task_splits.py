@@ -241,6 +241,10 @@ def _by_subclass(opened: OpenedData, model: LoadedModel, split: TaskSplit) -> tu
         for name in getattr(split, key):
             if name not in domains:
                 raise DataError(f"Unknown domain {name!r} in {key} of a split.{did_you_mean(name, domains)}")
+            if name not in domains_of[0]:
+                raise DataError(
+                    f"The domain {name!r} in {key} of a split has no training images; leave it out or add some."
+                )
     named = [opened.label_set.name_of(output, pair.class_names) for output in range(model.num_classes)]
     often = Counter(named)
     classes = [name if often[name] == 1 else f"{name} ({output})" for output, name in enumerate(named)]

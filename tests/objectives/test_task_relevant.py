@@ -293,6 +293,8 @@ def styles(tmp_path_factory):
     ):
         parts = {"dark": images, "faint": images[labels < 9] // 4, "light": 255 - images}
         y = np.concatenate([labels, labels[labels < 9], labels])
+        if name == "eval":
+            parts["new"], y = images[:1] // 2, np.append(y, labels[:1])
         domain = np.repeat(list(parts), [len(part) for part in parts.values()])
         np.savez(folder / f"{name}.npz", x=np.concatenate(list(parts.values())), y=y, domain=domain)
     return f"npz:{folder / 'train.npz'},{folder / 'eval.npz'}"
@@ -320,6 +322,7 @@ def test_domains_are_new_subclasses_of_all_classes(styles):
     ("changes", "message"),
     [
         ({"F": ("lihgt",)}, r"^Unknown domain 'lihgt' in F of a split. Did you mean 'light'\?"),
+        ({"T": ("new",)}, r"^The domain 'new' in T of a split has no training images; leave it out or add some"),
         ({"P": ("faint",), "T": ()}, r"^The class 'light/9' in F of a split is of superclass '9', of which P has no"),
     ],
 )
