@@ -245,7 +245,8 @@ def _by_subclass(opened: OpenedData, model: LoadedModel, split: TaskSplit) -> tu
                 raise DataError(
                     f"The domain {name!r} in {key} of a split has no training images; leave it out or add some."
                 )
-    named = [opened.label_set.name_of(output, pair.class_names) for output in range(model.num_classes)]
+    own = {output: name for name, output in opened.label_set.class_map.items()} | dict(pair.class_names)
+    named = [opened.label_set.name_of(output, own) for output in range(model.num_classes)]
     often = Counter(named)
     classes = [name if often[name] == 1 else f"{name} ({output})" for output, name in enumerate(named)]
     subclasses = tuple(f"{domain}/{name}" for domain in domains for name in classes)
@@ -253,6 +254,7 @@ def _by_subclass(opened: OpenedData, model: LoadedModel, split: TaskSplit) -> tu
         _Relabelled(source, np.searchsorted(domains, of) * len(classes) + labels)
         for source, of, labels in zip((pair.train, pair.evaluation), domains_of, sides, strict=True)
     )
+    _check_classes(split, classes, domains_of, sides)
     there_are = np.unique(train.labels).tolist()
 
     def of_domains(names: Sequence[str]) -> tuple[str, ...]:
@@ -270,6 +272,36 @@ def _by_subclass(opened: OpenedData, model: LoadedModel, split: TaskSplit) -> tu
     )
     labelled = replace(model, num_classes=len(subclasses), label_names=subclasses, label_ids=None)
     return SourcePair(train, evaluation), labelled, by_class
+
+
+def _check_classes(
+    split: TaskSplit, classes: Sequence[str], domains_of: Sequence[NDArray[np.str_]], sides: Sequence[NDArray[np.int64]]
+) -> None:
+    """Refuses classes that a domain of P or F has on one side only, and those that F has but P lacks.
+
+    Args:
+        split: by domain.
+        classes: names of the outputs.
+        domains_of: of each training image, and of each evaluation image.
+        sides: their outputs.
+
+    Raises:
+        DataError: there is such a class.
+    """
+    known = set(sides[0][np.isin(domains_of[0], split.P)].tolist())
+    for name in (*split.P, *split.F):
+        trained, evaluated = (set(of[where == name].tolist()) for of, where in zip(sides, domains_of, strict=True))
+        for lacking, side in ((evaluated - trained, "training"), (trained - evaluated, "evaluation")):
+            if lacking:
+                raise DataError(
+                    f"The class {classes[min(lacking)]!r} of the domain {name!r} has no {side} images, but others; add "
+                    "some, or remove it from this domain."
+                )
+        if trained - known:
+            raise DataError(
+                f"The class {classes[min(trained - known)]!r} has images in the domain {name!r} of F, but in none of "
+                "P; add some there, or remove it from F's."
+            )
 
 
 def _domains(source: ImageSource, labels: NDArray[np.int64], origin: str) -> NDArray[np.str_]:
