@@ -58,6 +58,20 @@ class Sleeper:
         return os.getpid()
 
 
+class Signing(Sleeper):
+    """Names its process in a folder while it computes a confirmation, for longer."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def evaluate(self, composite, images):
+        if images == "confirmation":
+            Path(self.folder, str(os.getpid())).touch()
+            time.sleep(10)
+        return super().evaluate(composite, images)
+
+
 class Threads(Sleeper):
     """Tells with how many threads it computes."""
 
@@ -179,11 +193,11 @@ def test_a_network_of_the_users_own_travels_with_its_module(connect, one_thread,
 
 
 @pytest.mark.slow
-def test_workers_take_the_room_that_there_is(connect, cluster):
-    jobs = [Job(number, HEURISTICS["zplus"]) for number in range(60)]
-    with connect(Sleeper, workers=6) as executor:
+def test_workers_take_the_room_that_there_is(connect, cluster, tmp_path):
+    jobs = [Job(number, HEURISTICS["zplus"]) for number in range(12)]
+    with connect(partial(Signing, tmp_path), workers=6) as executor:
         assert executor.n_workers == 6
-        for job in jobs[:12]:
+        for job in jobs:
             executor.submit([job])
         assert len({outcome.evaluation for outcome in outcomes(executor, 12).values()}) == 4
         with ray_process(f"--address={cluster}", "--num-cpus=2") as machine:
@@ -192,16 +206,19 @@ def test_workers_take_the_room_that_there_is(connect, cluster):
             while len(pids) < 6:
                 assert machine.poll() is None
                 assert time.monotonic() < deadline, pids
-                for job in jobs[:12]:
+                for job in jobs:
                     executor.submit([job])
                 pids = {outcome.evaluation for outcome in outcomes(executor, 12).values()}
-            # The machine dies, and its workers with it; nothing else is lost.
-            for job in jobs:
-                executor.submit([job])
-            os.killpg(machine.pid, signal.SIGKILL)  # at once: who has computed its job by then loses none
-            causes = [outcome.cause for outcome in outcomes(executor, 60).values()]
+            # The machine dies, and its workers with it, each at work; nothing else is lost.
+            for number in range(10):
+                executor.submit([Job(number, HEURISTICS["zplus"], "confirmation")])
+            while len(list(tmp_path.iterdir())) < 6:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            os.killpg(machine.pid, signal.SIGKILL)
+            causes = [outcome.cause for outcome in outcomes(executor, 10).values()]
             assert causes.count("worker") == 2
-            assert causes.count(None) == 58
+            assert causes.count(None) == 8
 
 
 def test_a_worker_that_cannot_start_is_tried_thrice(connect):
