@@ -6,10 +6,11 @@
 
 It can be stopped and started again as one likes: every case is written to `benchmarks/results/elastic.json` when it is
 done, none is measured twice, and a training that is stopped goes on after its last whole epoch. It needs the data pack
-(`HPO_DATA_PACK`, by default `../shared/data` beside the repository) and, at its usual size, some two hours of one core
+(`HPO_DATA_PACK`, by default `../shared/data` beside the repository) and, at its usual size, some 80 minutes of one core
 for each of three seeds.
 
-Components are ranked within each layer, as torch-pruning does by default, on 10 references a class.
+Components are ranked within each layer, as torch-pruning does by default, on 10 references a class. With `refit` what
+is pruned is repaired on these before each training.
 
 rebuilt     The network without 30, 50 or 70 % of its components is trained (`pruned`); then what was pruned returns and
             is trained as long, while the core stays as it is (`rebuilt`). `untrained` is the pruned network before.
@@ -31,7 +32,7 @@ from typing import Any
 from data_pack import cifar10, data_pack
 
 RESULTS = Path(__file__).resolve().parent / "results" / "elastic.json"
-RANKERS = ("epsilon-abs", "weight", "taylor")
+RANKERS = ("epsilon-abs", "epsilon-abs+refit", "weight", "taylor")
 SPARSITIES = (0.3, 0.5, 0.7)
 STEP = 0.2  # of the parameters that are left
 N_STEPS = 5  # 0.8 ** 5 is 0.328
@@ -96,9 +97,11 @@ class Experiment:
 
     def options(self, n_epochs: int) -> Any:
         """Of a training."""
-        from objectives.training import TrainingOptions
+        from objectives.training import GRADIENT_NORM, TrainingOptions
 
-        return TrainingOptions(n_epochs, 32, LEARNING_RATE, schedule="cosine", seed=self.case.seed)
+        return TrainingOptions(
+            n_epochs, 32, LEARNING_RATE, schedule="cosine", max_gradient_norm=GRADIENT_NORM, seed=self.case.seed
+        )
 
     def correct(self, network: Any) -> Any:
         """Which images a network classifies correctly, as NumPy floats."""
@@ -110,7 +113,14 @@ class Experiment:
         """The case's order of components."""
         from search_spaces import heuristic
 
-        return self.objective.ranking(heuristic(self.case.ranker), masks, weights)
+        return self.objective.ranking(heuristic(self.case.ranker.removesuffix("+refit")), masks, weights)
+
+    def repaired(self, masks: Any, weights: Any = None) -> Any:
+        """The network that a training begins with; where the case repairs, what masks prune is made up for."""
+        from search_spaces.repairs import RepairSpec
+
+        method = "refit" if self.case.ranker.endswith("+refit") else "none"
+        return self.objective.repaired(masks, RepairSpec(method), weights)
 
 
 def rebuilt(experiment: Experiment) -> dict[str, Any]:
@@ -125,8 +135,9 @@ def rebuilt(experiment: Experiment) -> dict[str, Any]:
     assert experiment.case.sparsity is not None, "a case of this kind has one"
     ranking = experiment.ranking()
     masks = ranking.masks(ranking.n_pruned(experiment.case.sparsity))
-    model = ElasticModel(experiment.objective.network, [ranking.masks(0), masks])
-    unpruned, untrained = (float(experiment.correct(model.at(level)).mean()) for level in (0, 1))
+    unpruned = float(experiment.correct(experiment.objective.network.module).mean())
+    model = ElasticModel(experiment.repaired(masks), [ranking.masks(0), masks])
+    untrained = float(experiment.correct(model.at(1)).mean())
     options, checkpoints = experiment.options(experiment.size.epochs), experiment.checkpoints
     train(model.at(1), experiment.training, options, checkpoint=checkpoints / "level-1.safetensors")
     returned = float(experiment.correct(model.at(0)).mean())
@@ -170,7 +181,7 @@ def _compressed(experiment: Experiment, n_steps: int) -> dict[str, Any]:
     for step in range(1, n_steps + 1):
         ranking = experiment.ranking(masks, weights)
         masks = _fewest(network, ranking, (1 - STEP) ** (N_STEPS * step / n_steps) * whole)
-        start = network if weights is None else weights.on(network)
+        start = experiment.repaired(masks, weights)
         before = float(experiment.correct(slim(start, masks)).mean())
         checkpoint = experiment.checkpoints / f"step-{step}.safetensors"
         trained = fine_tuned(start, masks, experiment.training, options, checkpoint=checkpoint)
@@ -250,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--epochs", type=int, default=3, help="of each training; one-shot has five times as many")
-    parser.add_argument("--images", type=int, default=1000, help="training images a class")
+    parser.add_argument("--images", type=int, default=500, help="training images a class")
     parser.add_argument("--evaluation", type=int, default=4600, help="images to measure on")
     parser.add_argument("--cases", default="", help="only those whose name begins so, such as 'rebuilt epsilon-abs 0'")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -615,8 +615,8 @@ def prune(
     network's outputs on the reference images, unless --repair says otherwise. slim.pt2 is a program that loads and runs
     with torch alone.
 
-    With --elastic the result is one network of several sizes that share their weights: the smallest is pruned and
-    trained first, then larger ones are grown around it, which stays as it is. It isn't repaired, and
+    With --elastic the result is one network of several sizes that share their weights: the smallest is pruned, and
+    with --grow-epochs repaired and trained first, then larger ones are grown around it, which stays as it is.
     `objectives.load_elastic` loads it.
     """
     amounts: dict[AmountKind, float | None] = {
@@ -642,10 +642,11 @@ def prune(
     from objectives.pruning.slim_files import check_output
 
     check_output(o)
-    if elastic is not None and {"repair", "repair_strength"} & named:
+    trains = configuration.procedure_spec().fine_tunes
+    if elastic is not None and {"repair", "repair_strength"} & named and not (grow_epochs or trains):
         raise ConfigurationError(
-            "The levels of an elastic network share their weights, which a repair would change for each alone; "
-            "leave `--repair` out."
+            "The levels of an elastic network share weights, which a repair fits to the smallest alone until larger "
+            "ones are trained around it; add `--grow-epochs N`, or leave `--repair` out."
         )
     with make_progress("AUC", console) as progress:
         if elastic is not None:
@@ -655,7 +656,8 @@ def prune(
 
             levels = parse_levels(elastic)
 
-            growing = Growing(grow_epochs, grow_learning_rate or LEARNING_RATE, grow_images)
+            repair = configuration.repair_spec(default="refit")
+            growing = Growing(grow_epochs, grow_learning_rate or LEARNING_RATE, grow_images, repair)
             ranker = _ranker(heuristic, None, False, None, None) if content is None else content.composite
             progress.phase("Loading network and images")
             problem = _load_problem(configuration, content, given)

@@ -746,10 +746,11 @@ class LaunchConfiguration:
     repair: str | None = _option(
         "objective",
         "Give pruned networks accuracy back from the reference images: bn matches each channel's mean and deviation, "
-        "refit fits the remaining weights to the unpruned network's outputs.",
+        "refit fits the remaining weights to the unpruned network's outputs. Networks that are fine-tuned are repaired "
+        "before each training.",
         read=_choice(tuple(REPAIRS)),
         metavar="|".join(REPAIRS),
-        shown="none; of `hpo prune` the document's, else refit, of what is fine-tuned none",
+        shown="none; of `hpo prune` the document's, else refit, or none of what is fine-tuned",
     )
     repair_strength: float | None = _option(
         "objective",
@@ -965,12 +966,6 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
     for name in _OF_FINE_TUNING:
         if getattr(configuration, name) is not None and not trains:
             raise ConfigurationError(f"`--{name.replace('_', '-')}` says how to fine-tune; add `--finetune-epochs N`.")
-    if trains and configuration.repair not in (None, "none"):
-        epochs, procedure = configuration.finetune_epochs, configuration.procedure
-        by = f"--procedure {procedure}" if procedure in _ALWAYS_TRAIN else f"--finetune-epochs {epochs}"
-        raise ConfigurationError(
-            f"Fine-tuned networks aren't repaired: leave `{by}` or `--repair {configuration.repair}` out."
-        )
     if configuration.pruner == "race" and weights(configuration.metric, configuration.rates) is None:
         raise ConfigurationError(
             f"`--metric {configuration.metric}` is no weighted sum of accuracies, so its trials cannot race; "

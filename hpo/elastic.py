@@ -9,6 +9,7 @@ from hpo.errors import ConfigurationError
 from hpo.problem import LoadedProblem, load_training_images
 from hpo.progress import Progress
 from search_spaces.procedures import BATCH_SIZE, LEARNING_RATE
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 if TYPE_CHECKING:
     from objectives.elastic.prune import ElasticReport
@@ -26,11 +27,13 @@ class Growing:
         n_epochs: Of each level; 0 for none.
         learning_rate: The largest of the cosine schedule.
         images_per_class: Training images; None for the reference images.
+        repair: Of the smallest level before its training.
     """
 
     n_epochs: int = 0
     learning_rate: float = LEARNING_RATE
     images_per_class: int | None = None
+    repair: RepairSpec = NO_REPAIR
 
 
 def make_elastic(
@@ -65,7 +68,7 @@ def make_elastic(
             "pass `--rate`, or another procedure."
         )
     from objectives.elastic.prune import Growth, prune_elastic
-    from objectives.training import TrainingOptions
+    from objectives.training import GRADIENT_NORM, TrainingOptions
 
     growth = None
     if growing.n_epochs:
@@ -78,9 +81,10 @@ def make_elastic(
             BATCH_SIZE,
             growing.learning_rate,
             schedule="cosine",
+            max_gradient_norm=GRADIENT_NORM,
             seed=problem.configuration.seed,
         )
-        growth = Growth(images, options)
+        growth = Growth(images, options, growing.repair)
     n_levels = len(levels) + 1
 
     def grown(level: int, epoch: "Epoch") -> None:

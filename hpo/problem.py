@@ -392,15 +392,9 @@ def refuse_space(configuration: LaunchConfiguration, space: "SearchSpace", probl
     """Refuse a space whose composites don't fit the network.
 
     Raises:
-        ConfigurationError: Only one of space and network has attention, or the space repairs a network that is
-            fine-tuned.
+        ConfigurationError: Only one of space and network has attention.
     """
     parameters = space.distributions()
-    if "repair" in parameters and configuration.procedure_spec().fine_tunes:
-        raise ConfigurationError(
-            f"`--space {configuration.space}` searches the repair, but fine-tuned networks aren't repaired; leave "
-            "`--finetune-epochs` out, or `repair` out of the space."
-        )
     if ("attention" in parameters) == problem.has_attention:
         return
     wrong, right = ("lack a rule for it", "has") if problem.has_attention else ("have a rule for it", "lacks")

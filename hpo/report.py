@@ -440,7 +440,14 @@ def prune_parts(report: "PruneReport") -> "list[Table | str]":
     measured_on = f"{report.images['n_images']} {report.images['set']} images"
     if repair.method == "none":
         repaired = f"{agrees} of {measured_on}."
+    elif repair.seconds is None:
+        repaired = (
+            f"Before each training repaired by {repair.method}, {_strength(repair.strength)}, on {repair.n_references} "
+            f"reference images.\n{agrees} of {measured_on}."
+        )
     else:
+        assert repair.accuracy_without is not None, "a repair of its own is measured"
+        assert repair.agreement_without is not None, "a repair of its own is measured"
         repaired = (
             f"Repaired by {repair.method}, {_strength(repair.strength)}, on {repair.n_references} reference images in "
             f"{repair.seconds:.1f} s: accuracy {repair.accuracy_without:.4f} without, "
@@ -486,8 +493,9 @@ def elastic_parts(report: "ElasticReport") -> "list[Table | str]":
         "Nothing was trained after pruning."
         if growth is None
         else f"Grown in {growth['n_epochs']} epoch{'' if growth['n_epochs'] == 1 else 's'} a level on "
-        f"{growth['n_images']} images at a learning rate of {growth['learning_rate']:g}; "
-        "ungrown is a level's accuracy before."
+        f"{growth['n_images']} images at a learning rate of {growth['learning_rate']:g}, the smallest level "
+        f"{'as pruned' if growth['repair'] == 'none' else 'repaired by ' + growth['repair']} before; "
+        "ungrown is a level's accuracy before both."
     )
     measured_on = f"Accuracy on {report.images['n_images']} {report.images['set']} images"
     return [

@@ -34,7 +34,6 @@ from objectives.errors import (
     DataError,
     ObjectiveError,
     OptionError,
-    RepairError,
     TrainingError,
     UnsupportedNetworkError,
 )
@@ -54,7 +53,7 @@ from objectives.pruning.slimming import Cost
 from objectives.pruning.trained import TrainedWeights
 from objectives.pruning.zeroing import zeroed
 from objectives.racing import Correctness, GivenUp, Race
-from objectives.repair.repairer import Repairer
+from objectives.repair.repairer import Repairer, with_layers
 from objectives.training import Epoch, TrainingOptions
 from search_spaces.choices import (
     AbsScope,
@@ -109,8 +108,8 @@ class ObjectiveOptions:
         attribution: `shared` attributes many composites together, `zennit` one at a time; their scores agree to
             rounding, as those of two devices do, so neither is part of a study's identity.
         attribution_memory: bytes that the shared engine may take.
-        repair: of every pruned network before it is measured, unless a composite brings its own. Fine-tuned networks
-            aren't repaired.
+        repair: of every pruned network before it is measured, unless a composite brings its own; of one that is
+            fine-tuned before it is trained, towards the outputs of the network that it was pruned from.
         checkpoints: directory for checkpoints of fine-tuning, made where it is missing; an evaluation that was killed
             goes on from them, one that ends removes its own. None keeps none.
     """
@@ -138,8 +137,6 @@ class ObjectiveOptions:
                 raise OptionError(f"Unknown {option} {value!r}.{did_you_mean(str(value), known)}")
         if self.batch_size < 1:
             raise OptionError(f"`batch_size` must be at least 1, but got {self.batch_size}.")
-        if self.repair and self.procedure.fine_tunes:
-            raise OptionError("Fine-tuned networks aren't repaired: leave `--finetune-epochs` or `--repair` out.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,24 +250,31 @@ class _Pruning:
             if split is None
             else _Lesson("retraining", split.training.task, split.validation.task)
         )
-        trained = self._trained(masks, weights, options, lesson)
+        if repair := self.objective.repair(self.composite):
+            self.objective.stage = f"{self._stage(masks)}, repair"
+        with self.stopwatch.training():
+            start = self.objective.repaired(masks, repair, weights)
+        trained = self._trained(masks, start, options, lesson)
         return weights if trained is None else trained
 
     def adapted(self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions) -> TrainedWeights | None:
         split = self.objective.task.split
         assert split is not None, "the objective checks it"
         images, validation = split.adaptation(split.training), split.adaptation(split.validation)
-        trained = self._trained(masks, weights, options, _Lesson("adaptation", images, validation))
+        start = self.objective.repaired(masks, NO_REPAIR, weights)
+        trained = self._trained(masks, start, options, _Lesson("adaptation", images, validation))
         return weights if trained is None else trained
 
     def grown(self, masks: Masks, core: TrainedWeights, options: TrainingOptions) -> TrainedWeights:
-        grown = self._trained(masks, core, options, _Lesson("growth", self.objective.references), frozen=core)
+        lesson = _Lesson("growth", self.objective.references)
+        start = self.objective.repaired(masks, NO_REPAIR, core)
+        grown = self._trained(masks, start, options, lesson, frozen=core)
         return core if grown is None else grown
 
     def _trained(
         self,
         masks: Masks,
-        weights: TrainedWeights | None,
+        network: CanonicalNetwork,
         options: TrainingOptions,
         lesson: _Lesson,
         frozen: TrainedWeights | None = None,
@@ -286,7 +290,7 @@ class _Pruning:
         try:
             with self.stopwatch.training():
                 return fine_tuned(
-                    objective.network if weights is None else weights.on(objective.network),
+                    network,
                     masks,
                     lesson.images,
                     options,
@@ -388,7 +392,6 @@ class Objective:
             else SharedAttribution(self.network, self.layer_groups, *settings, options.attribution_memory)
         )
         self._samples = ReferenceSamples(self.network, references, self.attribution.batches, options.abs_scope)
-        self._check_repair(options.repair)
         self.repairer = Repairer(self.network, references.images, Batches("repair", options.batch_size))
         self._evaluators: dict[str, Evaluator] = {}
         self._learnt: dict[str, tuple[KnownMeasurement, ...]] = {}
@@ -491,7 +494,7 @@ class Objective:
         """Directory of one composite's evaluations."""
         if self.options.checkpoints is None or not self.options.procedure.fine_tunes:
             return None
-        content = json.dumps([self.identity(), composite.key], sort_keys=True).encode()
+        content = json.dumps([self.identity(), composite.key, str(self.repair(composite))], sort_keys=True).encode()
         return self.options.checkpoints / hashlib.blake2b(content, digest_size=16).hexdigest()
 
     @contextmanager
@@ -520,14 +523,28 @@ class Objective:
         return {name: name if by_layer else self.network.kinds[name] for name in self.network.components}
 
     def repair(self, composite: Ranker) -> RepairSpec:
-        """How the networks that a composite prunes are repaired.
+        """How the networks that a composite prunes are repaired."""
+        return self.options.repair if composite.repair is None else composite.repair
+
+    def repaired(
+        self, masks: Masks, repair: RepairSpec = NO_REPAIR, weights: TrainedWeights | None = None
+    ) -> CanonicalNetwork:
+        """The network with weights that make up for what masks prune, or for what they prune beyond trained weights'.
+
+        Args:
+            masks: by which it will be pruned.
+            repair: on the reference images, towards the outputs of the network under the masks of `weights`.
+            weights: that were trained; by default the unpruned network's.
 
         Raises:
-            RepairError: the network is fine-tuned.
+            RepairError: a layer can't be repaired.
+            OutOfMemoryError: the device has no room for a single image.
         """
-        repair = self.options.repair if composite.repair is None else composite.repair
-        self._check_repair(repair)
-        return repair
+        network, repairer = self.network, self.repairer
+        if weights is not None:
+            network = weights.on(network)
+            repairer = repairer.on(zeroed(network, weights.masks))
+        return with_layers(network, repairer.layers(masks, repair))
 
     def evaluate(self, composite: Ranker, images: ImageSet = "search") -> Evaluation:
         """Attributes, prunes, repairs and counts.
@@ -543,7 +560,7 @@ class Objective:
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        repair = self.repair(composite)  # first: it may be refused
+        repair = self.repair(composite)
         with self.ending(composite):
             path = self._path(composite, stopwatch)
             numbers = self._numbers(path, stopwatch)
@@ -559,7 +576,7 @@ class Objective:
             OutOfMemoryError: the device has no room for a single image.
         """
         stopwatch = _Stopwatch()
-        repair = self.repair(composite)  # first: it may be refused
+        repair = self.repair(composite)
         evaluator = self.evaluator("search")
         with self.ending(composite):
             path = self._path(composite, stopwatch)
@@ -711,10 +728,6 @@ class Objective:
         return tuple(remark for remark in remarks if remark is not None)
 
     # Ways to be wrong without noticing.
-
-    def _check_repair(self, repair: RepairSpec) -> None:
-        if repair and self.options.procedure.fine_tunes:
-            raise RepairError(f"Repair {repair} is for networks that aren't fine-tuned; choose --repair none.")
 
     def _check_copy(self, original: nn.Module, references: LabelledImages) -> None:
         def compare(batch_size: int) -> tuple[float, float]:

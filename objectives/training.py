@@ -38,7 +38,16 @@ from search_spaces.files import write_atomically
 from search_spaces.reasons import message_of
 from search_spaces.suggestions import did_you_mean
 
-__all__ = ["Augmentation", "Epoch", "Optimizer", "Schedule", "TrainingOptions", "TrainingResult", "train"]
+__all__ = [
+    "Augmentation",
+    "Epoch",
+    "GRADIENT_NORM",
+    "Optimizer",
+    "Schedule",
+    "TrainingOptions",
+    "TrainingResult",
+    "train",
+]
 
 Optimizer = Literal["sgd", "adamw"]
 """SGD with momentum, or Adam with decoupled weight decay (with a decay of 0 it is Adam)."""
@@ -49,6 +58,14 @@ and down to nearly 0, while momentum goes the other way (Smith and Topin 2019)."
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 """Images (N, C, H, W) and a generator on the CPU -> images as the network sees them."""
+
+GRADIENT_NORM = 10.0
+"""To which gradients of networks are cut whose batch norm is folded: without it SGD goes astray in many of them.
+
+Accuracy of CIFAR ResNet-20 without half of its filters after two epochs of SGD at 0.001 on 5,000 images: 0.64 with it
+and 0.27 without; where it is refitted before, 0.74, and without it the training diverges. A norm of 2 gives 0.50 and
+0.73.
+"""
 
 _FORMAT = "pruning-hpo/training/1"
 
@@ -69,6 +86,8 @@ class TrainingOptions:
         momentum: of SGD, in [0, 1); `one-cycle` sets it itself.
         weight_decay: at least 0; of all parameters that are trained.
         schedule: of `Schedule`.
+        max_gradient_norm: above 0; the gradient of all that is trained is scaled down to this l2 norm where it is
+            larger. None leaves it.
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
         patience: with validation images, epochs without a higher accuracy than before after which training ends; never
             by default.
@@ -85,6 +104,7 @@ class TrainingOptions:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
+    max_gradient_norm: float | None = None
     label_smoothing: float = 0.0
     patience: int | None = None
     seed: int = 0
@@ -100,6 +120,10 @@ class TrainingOptions:
             "learning_rate": ("positive and finite", 0 < self.learning_rate < math.inf),
             "momentum": ("in [0, 1)", 0 <= self.momentum < 1),
             "weight_decay": ("at least 0 and finite", 0 <= self.weight_decay < math.inf),
+            "max_gradient_norm": (
+                "positive and finite",
+                self.max_gradient_norm is None or 0 < self.max_gradient_norm < math.inf,
+            ),
             "label_smoothing": ("in [0, 1)", 0 <= self.label_smoothing < 1),
             "patience": ("at least 1", self.patience is None or self.patience >= 1),
             "seed": ("at least 0", self.seed >= 0),
@@ -347,6 +371,8 @@ class _Run:
         for name, (mask, _) in self.frozen.items():
             if (gradient := self.parameters[name].grad) is not None:
                 gradient.masked_fill_(~mask, 0)
+        if self.options.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_gradient_norm)
         self.optimizer.step()
         with torch.no_grad():
             for name, (mask, value) in self.frozen.items():  # weight decay moves them without a gradient

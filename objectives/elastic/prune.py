@@ -1,9 +1,9 @@
 """Prune and grow: from a ranking to an elastic network on disk, with a report.
 
 The ranking prunes to the smallest level, the core. Then larger levels are rebuilt from it: what they have beyond the
-next smaller one returns to its places with its original weights. With training the core is fine-tuned first, unless
-the procedure has fine-tuned it on the way, and what returns is trained, while all that is smaller stays frozen (see
-`objectives.elastic.rebuild`). Without, every level is the exact slim network of its masks.
+next smaller one returns to its places with its original weights. With training the core is repaired and fine-tuned
+first, unless the procedure has done so on the way, and what returns is trained, while all that is smaller stays frozen
+(see `objectives.elastic.rebuild`). Without, every level is the exact slim network of its masks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from search_spaces.choices import ImageSet
 from search_spaces.criteria import Ranker
 from search_spaces.documents import CompositeDocument
 from search_spaces.procedures import OneShot
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 __all__ = ["ElasticReport", "Growth", "check_levels", "check_masks", "parse_levels", "prune_elastic"]
 
@@ -49,10 +50,17 @@ class Growth:
     Attributes:
         images: on the CPU or the network's device.
         options: of the core's training where its procedure trains nothing, and then of each larger level's.
+        repair: of the core before its training, where its procedure trains nothing; larger levels share what it
+            changes, and their training makes up for it.
     """
 
     images: LabelledImages
     options: TrainingOptions
+    repair: RepairSpec = NO_REPAIR
+
+    def to_json(self) -> dict[str, Any]:
+        """Number of images, and all options."""
+        return {"n_images": len(self.images), **asdict(self.options), "repair": str(self.repair)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +158,7 @@ def prune_elastic(
             groups are to be removed of a vision transformer, or in another way than in one shot.
         UnsupportedNetworkError: torch-pruning can't follow the network.
         RelevanceError: the composite's relevance can't be used.
+        RepairError: a pruned network can't be repaired.
         TrainingError: a level's training diverged, or the procedure's.
         OutOfMemoryError: the device has no room for a batch.
         SlimFileError: the output exists or can't be written.
@@ -171,6 +180,9 @@ def prune_elastic(
         ungrown = None
         if growth is not None:
             ungrown = report.accuracies()
+            if trained is None:
+                model = ElasticModel(objective.repaired(masks[-1], growth.repair), masks)
+                report = replace(report, model=model)
             _grow(model, growth, output, trained is None, on_epoch)
         content = report.measured(growth, ungrown, output)
         save_elastic(model, directory / "elastic.safetensors", report.origin())
@@ -282,7 +294,7 @@ class _Elastic:
             ranker=self.ranker.label,
             procedure=self.procedure,
             n_components=self.objective.n_components,
-            growth=None if growth is None else {"n_images": len(growth.images), **asdict(growth.options)},
+            growth=None if growth is None else growth.to_json(),
             images={"set": self._image_set(), "n_images": len(images)},
             size_bytes=sum(tensor.nbytes for tensor in self.model.state_dict().values()),
             warnings=tuple(self._warnings()),

@@ -8,7 +8,8 @@ With fine-tuning each step ends with a training of what is left, by stochastic g
 at a constant learning rate, and the next step ranks on the trained network and goes on from its weights. The paper
 trains on its whole training set; here it is the reference images, the only training images that a task has: more of
 them (`--references-per-class`) are more to train on. No image that accuracy is measured on is ever trained on. The
-images' order follows from a fixed seed. Batch norm is folded into the layers and isn't trained as such.
+images' order follows from a fixed seed. Batch norm is folded into the layers and isn't trained as such, so gradients
+are cut (see `objectives.training.GRADIENT_NORM`).
 
 A network that no image gets through any more isn't trained, nor is the unpruned one.
 """
@@ -21,7 +22,7 @@ from functools import partial
 
 from objectives.procedures.steps import Pruning, Step, when_asked
 from objectives.pruning.trained import TrainedWeights
-from objectives.training import TrainingOptions
+from objectives.training import GRADIENT_NORM, TrainingOptions
 from search_spaces.procedures import Iterative
 
 __all__ = ["iterative"]
@@ -67,4 +68,5 @@ def _training(options: Iterative) -> TrainingOptions:
         batch_size=options.finetune_batch_size,
         learning_rate=options.finetune_learning_rate,
         momentum=_MOMENTUM,
+        max_gradient_norm=GRADIENT_NORM,
     )

@@ -20,7 +20,7 @@ from functools import partial
 from objectives.procedures.steps import Pruning, Step, when_asked
 from objectives.pruning.ranking import Masks, Ranking, n_pruned_by
 from objectives.pruning.trained import TrainedWeights
-from objectives.training import TrainingOptions
+from objectives.training import GRADIENT_NORM, TrainingOptions
 from search_spaces.procedures import PruneAndGrow
 
 __all__ = ["prune_and_grow"]
@@ -38,6 +38,7 @@ def prune_and_grow(pruning: Pruning, options: PruneAndGrow) -> Iterator[Step]:
         batch_size=options.finetune_batch_size,
         learning_rate=options.finetune_learning_rate,
         schedule="cosine",
+        max_gradient_norm=GRADIENT_NORM,
     )
     ranking, n_done, share = pruning.rank(), 0, Decimal(0)
     n_core = ranking.n_pruned(options.core_share)

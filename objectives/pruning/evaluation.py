@@ -225,8 +225,8 @@ class Evaluator:
         Args:
             masks: of components that are kept.
             n_images: how many images to measure on, the first ones; all by default.
-            repair: of the pruned network, before it is measured.
-            weights: of the pruned network, which isn't repaired then; by default the unpruned one's.
+            repair: of the pruned network, unless it has weights of its own.
+            weights: of the pruned network, which were repaired before they were trained; by default the unpruned one's.
             ahead: masks of which the same is likely to be asked next, and which may be measured with these; neither
                 repaired nor of other weights.
 
@@ -235,6 +235,7 @@ class Evaluator:
             OutOfMemoryError: not even a single image fits on the device.
         """
         wanted = len(self.images) if n_images is None else n_images
+        repair = repair if weights is None else NO_REPAIR
         mask = self._key(masks, repair, weights)
         n_known = self._n_known(mask)
         self._asked.setdefault(mask, n_known >= wanted)
@@ -285,8 +286,6 @@ class Evaluator:
         return news
 
     def _key(self, masks: Masks, repair: RepairSpec, weights: TrainedWeights | None) -> str:
-        if repair and weights is not None:
-            raise ValueError("An evaluator repairs no network of trained `weights`.")
         content = self._packed(masks)
         # A repair changes nothing where nothing is pruned.
         if repair and not all(bool(mask.all()) for mask in masks.values()):

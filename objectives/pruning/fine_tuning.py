@@ -2,7 +2,7 @@
 
 The exact slim network itself is trained: it is smaller than a masked one, and what is pruned has no weights that could
 come back. Batch norm is folded into its layers and isn't trained as such, so learning rates that are usual with batch
-norm make it diverge.
+norm make it diverge, and gradients are better cut (`objectives.training.GRADIENT_NORM`).
 """
 
 from __future__ import annotations

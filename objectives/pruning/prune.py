@@ -110,19 +110,20 @@ class RepairFigures:
         method: of `search_spaces.repairs.REPAIRS`.
         strength: given, or chosen from the reference images, of a transformer's refit for each layer; None of `none`.
         n_references: images that it was made with.
-        seconds: that it took.
-        accuracy_without: of the slim network without it, on the report's images.
+        seconds: that it took; None where it is part of a training.
+        accuracy_without: of the slim network without it, on the report's images; None where the repaired network was
+            trained, as without it another training would have followed.
         agreement: of the slim network.
-        agreement_without: of the slim network without it.
+        agreement_without: of the slim network without it; None likewise.
     """
 
     method: str
     strength: float | dict[str, float] | None
     n_references: int
-    seconds: float
-    accuracy_without: float
+    seconds: float | None
+    accuracy_without: float | None
     agreement: float
-    agreement_without: float
+    agreement_without: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,16 +189,16 @@ def prune(
         coupled: also remove coupled groups by torch-pruning.
         device: to compute on.
         batch_size: images a pass.
-        repair: of the exact slim network, from the reference images; by default it is refitted, a network that the
-            procedure fine-tunes isn't repaired. Neither is the coupled network.
+        repair: of the exact slim network, from the reference images; by default it is refitted. A network that the
+            procedure fine-tunes is repaired before each training, by default as the document has it, so that it is the
+            one that was searched for. The coupled network isn't repaired.
 
     Raises:
         RepairError: the pruned network can't be repaired.
         UnsupportedNetworkError: the network isn't the document's, or can't be pruned.
         SlimFileError: the output exists or can't be written.
         TrainingError: fine-tuning diverged.
-        OptionError: the amount can't be reached, coupled groups are to be removed in another way than in one shot, or a
-            fine-tuned network is to be repaired.
+        OptionError: the amount can't be reached, or coupled groups are to be removed in another way than in one shot.
     """
     if coupled and document.procedure != OneShot.name and document.composite.attention is None:
         raise OptionError(
@@ -205,7 +206,8 @@ def prune(
             "`--coupled` out."
         )
     if repair is None:
-        repair = NO_REPAIR if document.procedure_spec.fine_tunes else RepairSpec("refit")
+        searched = RepairSpec.from_json(document.repair)
+        repair = searched if document.procedure_spec.fine_tunes else RepairSpec("refit")
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure_spec,
@@ -277,17 +279,20 @@ class _Pruning:
         masks, weights = self.path.masks(self.n_pruned), self.path.weights(self.n_pruned)
         trained = network if weights is None else weights.on(network)
         repair, repairer = objective.options.repair, objective.repairer
+        # What is trained was repaired before.
+        repaired_now = repair if weights is None else NO_REPAIR
         unrepaired = slim(trained, masks)
         start = time.perf_counter()
-        layers = repairer.layers(masks, repair)
+        layers = repairer.layers(masks, repaired_now)
         seconds = time.perf_counter() - start
         slim_network = slim(with_layers(trained, layers), masks)
         input_shape = network.input_shape
         write_program(_on_cpu(slim_network), input_shape, directory / "slim.pt2")
         strength = repairer.strength(repair)
         used = RepairSpec(repair.method, None if isinstance(strength, dict) else strength)
+        biased = layers if weights is None else weights.biased
         write_weights(
-            slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors", used, layers
+            slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors", used, biased
         )
         own = on_device(objective.model.network, objective.device)
         original = self._restricted(own)
@@ -312,6 +317,7 @@ class _Pruning:
                 restricted, canonize(result.network, input_shape, objective.kept_outputs).module
             )
             n_removed = result.n_removed
+        is_measured = repair == repaired_now
         report = PruneReport(
             amount=amount,
             procedure=str(objective.options.procedure),
@@ -325,10 +331,10 @@ class _Pruning:
                 method=repair.method,
                 strength=strength,
                 n_references=len(repairer.images),
-                seconds=seconds,
-                accuracy_without=self._accuracy(unrepaired),
+                seconds=seconds if is_measured else None,
+                accuracy_without=self._accuracy(unrepaired) if is_measured else None,
                 agreement=self._agreement(slim_network),
-                agreement_without=self._agreement(unrepaired),
+                agreement_without=self._agreement(unrepaired) if is_measured else None,
             ),
             coupled=coupled_figures,
             n_removed_coupled=n_removed,

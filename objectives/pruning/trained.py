@@ -15,7 +15,7 @@ from objectives.fingerprints import state_fingerprint
 from objectives.network import CanonicalNetwork
 from objectives.pruning.ranking import Masks
 from objectives.pruning.slimming import draft, stored_channels
-from objectives.repair.repairer import with_layers
+from objectives.repair.repairer import with_biases, with_layers
 
 __all__ = ["TrainedWeights"]
 
@@ -42,6 +42,11 @@ class TrainedWeights:
         digest = hashlib.blake2b(kept + state_fingerprint(state).encode(), digest_size=16)
         return cls(masks, state, digest.hexdigest())
 
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Names of the layers that have a bias; a repair gives one to those that had none."""
+        return tuple(name.removesuffix(".bias") for name in self.state if name.endswith(".bias"))
+
     def on(self, network: CanonicalNetwork) -> CanonicalNetwork:
         """The network with these weights, to be pruned by the same masks or by ones that keep less.
 
@@ -50,6 +55,7 @@ class TrainedWeights:
         Args:
             network: that the slim network was made from, with any weights; it isn't changed.
         """
+        network = with_biases(network, self.biased)
         stored = stored_channels(network, self.masks)
         layers: dict[str, nn.Module] = {}
         for node in network.module.graph.nodes:

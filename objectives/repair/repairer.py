@@ -128,6 +128,15 @@ class Repairer:
         self._repaired.move_to_end(key)
         return self._repaired[key]
 
+    def on(self, network: CanonicalNetwork) -> Repairer:
+        """A repairer of the same network with other weights: their outputs are its targets.
+
+        What has been chosen for this one's weights holds for those.
+        """
+        other = Repairer(network, self._references, self.batches)
+        other._strength = self._strength
+        return other
+
     def repaired(self, masks: Masks, repair: RepairSpec) -> CanonicalNetwork:
         """The network with repaired weights, to be masked or made slim by the same masks.
 

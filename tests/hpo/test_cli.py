@@ -402,9 +402,29 @@ def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
     torch.testing.assert_close(network(images), program(images))
     untuned = json.loads(hpo("evaluate", "--composite", path, "--finetune-epochs", 0, "--json").stdout)
     assert untuned["procedure_options"] == {"step_share": 0.5}
-    assert refused("prune", path, "--rate", 0.5, "-o", tmp_path / "b", "--repair", "refit") == (
-        "Fine-tuned networks aren't repaired: leave `--finetune-epochs 2` or `--repair refit` out."
-    )
+
+
+def test_what_is_repaired_before_it_is_trained_is_exported_and_replayed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
+    training = ["--finetune-epochs", 1, "--finetune-batch-size", 4, "--repair", "refit"]
+    procedure = ["--procedure", "iterative", "--step-share", "0.5", *QUICK]
+    hpo("launch", "--study", "repaired", "--exact", "--n-trials", 1, *procedure, *training)
+    path = tmp_path / "best.json"
+    hpo("export", "repaired", "-o", path)
+    content = json.loads(path.read_text())
+    assert content["repair"] == {"method": "refit", "strength": None}
+    evaluated = json.loads(hpo("evaluate", "--composite", path, "--json").stdout)
+    assert evaluated["accuracies"] == content["curve"]["accuracies"]
+    plain = json.loads(hpo("evaluate", "--composite", path, "--repair", "none", "--json").stdout)
+    assert plain["accuracies"] != evaluated["accuracies"]
+    report = json.loads(hpo("prune", path, "--rate", 0.5, "-o", tmp_path / "slim", "--json").stdout)
+    assert report["exact"]["accuracy"] == content["confirmation"]["accuracies"][1]
+    assert (report["repair"]["method"], report["repair"]["accuracy_without"]) == ("refit", None)
+    network, images = load_slim(tmp_path / "slim" / "slim.safetensors"), torch.rand(2, 1, 8, 8)
+    program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
+    torch.testing.assert_close(network(images), program(images))
+    shown = hpo("prune", path, "--rate", 0.5, "-o", tmp_path / "shown").stdout
+    assert re.search(r"Before each training repaired by refit, strength [\d.]+, on \d+ reference\s+images\.", shown)
 
 
 @pytest.mark.parametrize(
@@ -424,14 +444,6 @@ def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
         ),
         (["--finetune-epochs", "-1"], "`--finetune-epochs` must be a whole number of at least 0, but got '-1'."),
         (["--finetune-learning-rate", "-1"], "`--finetune-learning-rate` must be a number above 0, but got '-1'."),
-        (
-            ["--procedure", "iterative", "--finetune-epochs", "1", "--repair", "bn"],
-            "Fine-tuned networks aren't repaired: leave `--finetune-epochs 1` or `--repair bn` out.",
-        ),
-        (
-            ["--procedure", "iterative", "--finetune-epochs", "1", "--space", "cnn+repair"],
-            "`--space cnn+repair` searches the repair, but fine-tuned networks aren't repaired; leave",
-        ),
     ],
 )
 def test_fine_tuning_is_refused_where_it_does_not_fit(nothing_written, options, message):
@@ -545,7 +557,7 @@ def test_prune_replays_prune_and_grow(document, tmp_path):
             "Levels of `--elastic` must increase strictly, above 0 and below 1, but got 0.2, 1.0.",
         ),
         (["--elastic", "many"], "`--elastic many` isn't a comma-separated list of shares; try 0.3,0.5,0.7."),
-        ([*ELASTIC, "--repair", "refit"], "The levels of an elastic network share their weights, which a repair would"),
+        ([*ELASTIC, "--repair", "refit"], "The levels of an elastic network share weights, which a repair fits to the"),
         (["--elastic", "0.99"], "The level 0.99 of `--elastic` removes the whole layer '"),
         (
             [*ELASTIC, "--grow-epochs", 1, "--grow-images", 1000],

@@ -146,7 +146,6 @@ def test_evaluate_shows_the_task_before_adaptation(splits):
         (["launch", *QUICK, "--splits", "{}:old"], "'{}' has no split 'old'. Did you mean 'odd'?"),
         (["launch", *QUICK, "--splits", "none.toml"], "The splits 'none.toml' can't be read (No such file or direct"),
         (["launch", *QUICK, "--splits", "{}:new", "--step-share", "1"], "`step_share` of task_relevant must be below"),
-        (["launch", *QUICK, "--splits", "{}:new", "--repair", "bn"], "Fine-tuned networks aren't repaired: leave `--p"),
         (
             ["launch", *QUICK, "--splits", "{}:odd", "--model-option", "num_classes=3"],
             "The network has 3 outputs, but the split 2 (even, odd); build it with as many, of timm by",

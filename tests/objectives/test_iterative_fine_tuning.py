@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from objectives.datasets import load_task
-from objectives.errors import OptionError, RepairError, TrainingError
+from objectives.errors import TrainingError
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.slimming import cost, slim
+from objectives.pruning.zeroing import zeroed
 from objectives.racing import Race
-from objectives.training import TrainingOptions
+from objectives.repair.repairer import Repairer
+from objectives.training import GRADIENT_NORM, TrainingOptions
 from search_spaces.heuristics import heuristic
 from search_spaces.procedures import Iterative
 from search_spaces.repairs import RepairSpec
@@ -20,7 +22,8 @@ from search_spaces.repairs import RepairSpec
 RATES = (0.0, 0.25, 0.3, 0.5, 0.75)
 EPSILON, TAYLOR = heuristic("epsilon-abs"), heuristic("taylor")
 TUNED = Iterative(0.25, finetune_epochs=2, finetune_learning_rate=0.01, finetune_batch_size=10)
-OPTIONS = TrainingOptions(n_epochs=2, batch_size=10, learning_rate=0.01)
+OPTIONS = TrainingOptions(n_epochs=2, batch_size=10, learning_rate=0.01, max_gradient_norm=GRADIENT_NORM)
+REFIT = RepairSpec("refit", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +165,40 @@ def test_a_diverging_training_ends_in_one_line(objective, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fine_tuned_networks_are_not_repaired(objective):
-    with pytest.raises(OptionError, match=r"^Fine-tuned networks aren't repaired: leave `--finetune-epochs` or"):
-        objective(repair=RepairSpec("refit"))
-    with pytest.raises(RepairError, match="is for networks that aren't fine-tuned; choose --repair none"):
-        objective().evaluate(replace(EPSILON, repair=RepairSpec("bn")))
+def test_a_repair_comes_before_each_training(objective, task):
+    """Towards the outputs of the network that the step began with, pruned and trained as it was."""
+    own = objective(repair=REFIT)
+    path, network, n = own.path(EPSILON), own.network, own.n_components
+    first = own.ranking(EPSILON).masks(n // 4)
+    start = own.repairer.repaired(first, REFIT)
+    trained = fine_tuned(start, first, own.references, OPTIONS)
+    assert path.weights(n // 4).fingerprint == trained.fingerprint
+    assert trained.fingerprint != fine_tuned(network, first, own.references, OPTIONS).fingerprint
+    second = own.ranking(EPSILON, first, trained).masks(n // 2)
+    target = zeroed(trained.on(network), first)
+    repairer = Repairer(target, own.references.images, own.repairer.batches)
+    again = fine_tuned(repairer.repaired(second, REFIT), second, own.references, OPTIONS)
+    assert path.weights(n // 2).fingerprint == again.fingerprint
+    # Measured as it is: what was trained isn't repaired once more.
+    evaluation = own.evaluate(EPSILON)
+    network = slim(again.on(network), second)
+    correct = network(task.search.images).argmax(1) == task.search.labels
+    assert evaluation.curve.accuracies[RATES.index(0.5)] == float(correct.double().mean())
+    assert evaluation.curve.accuracies[0] == objective().evaluate(EPSILON).curve.accuracies[0]
+    assert objective().evaluate(replace(EPSILON, repair=REFIT)).curve == evaluation.curve
+
+
+def test_checkpoints_know_the_repair(objective, tmp_path):
+    for repair in (REFIT, RepairSpec("bn"), RepairSpec()):
+        objective(checkpoints=tmp_path, repair=repair).path(EPSILON).weights(84)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_strength_is_chosen_once(objective, monkeypatch):
+    chosen = []
+    choose = Repairer.strength
+    monkeypatch.setattr(Repairer, "strength", lambda self, repair: chosen.append(choose(self, repair)) or chosen[-1])
+    own = objective(repair=RepairSpec("refit"))
+    own.path(EPSILON).weights(168)
+    assert len(set(chosen)) == 1
+    assert own.stage == "50 % pruned, fine-tuning, epoch 2 of 2"

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from objectives.datasets import load_task
-from objectives.errors import OptionError, TrainingError
+from objectives.errors import TrainingError
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.slimming import slim
 from objectives.racing import Correctness, Race
-from objectives.training import TrainingOptions
+from objectives.training import GRADIENT_NORM, TrainingOptions
 from search_spaces.heuristics import heuristic
 from search_spaces.procedures import PruneAndGrow
 from search_spaces.repairs import RepairSpec
@@ -22,7 +22,9 @@ from search_spaces.repairs import RepairSpec
 RATES = (0.0, 0.1, 0.25, 0.5, 0.75)
 EPSILON = heuristic("epsilon-abs")
 GROWN = PruneAndGrow(0.5, 0.25, finetune_epochs=1, finetune_learning_rate=0.01, finetune_batch_size=10)
-OPTIONS = TrainingOptions(n_epochs=1, batch_size=10, learning_rate=0.01, schedule="cosine")
+OPTIONS = TrainingOptions(
+    n_epochs=1, batch_size=10, learning_rate=0.01, schedule="cosine", max_gradient_norm=GRADIENT_NORM
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,17 @@ def test_networks_are_rebuilt_around_the_core_that_steps_have_trained(objective)
     assert path.weights(0) is None
     assert path.weights(n * 3 // 4) is path.weights(n // 2)
     assert [step.n_pruned for step in path.steps] == [n // 4, n // 2, n]
+
+
+def test_the_core_is_repaired_before_it_is_trained(objective):
+    own = objective(replace(GROWN, step_share=1), repair=RepairSpec("refit", 0.1))
+    path, masks = own.path(EPSILON), own.ranking(EPSILON).masks(own.n_components // 2)
+    start = own.repairer.repaired(masks, RepairSpec("refit", 0.1))
+    core = fine_tuned(start, masks, own.references, OPTIONS)
+    assert path.weights(own.n_components // 2).fingerprint == core.fingerprint
+    larger = path.masks(own.n_components // 4)
+    grown = fine_tuned(core.on(own.network), larger, own.references, OPTIONS, frozen=core)
+    assert path.weights(own.n_components // 4).fingerprint == grown.fingerprint
 
 
 def test_a_trial_is_the_same_again_and_goes_on_where_it_was_killed(objective, tmp_path, caplog):
@@ -125,5 +138,3 @@ def test_what_cannot_be_ends_in_one_line(objective, tmp_path):
     with pytest.raises(TrainingError, match=r"^Fine-tuning, 25 % pruned: The training diverged in epoch 1 of 1 "):
         own.evaluate(EPSILON)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(OptionError, match=r"^Fine-tuned networks aren't repaired: leave "):
-        objective(repair=RepairSpec("refit"))

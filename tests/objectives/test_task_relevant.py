@@ -10,7 +10,7 @@ from objectives.datasets import LabelledImages, load_task
 from objectives.datasets.digits import digits_data
 from objectives.datasets.task_splits import load_split_task
 from objectives.digits import DigitsCNN
-from objectives.errors import DataError, OptionError, RepairError, TrainingError
+from objectives.errors import DataError, OptionError, TrainingError
 from objectives.fingerprints import state_fingerprint
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
@@ -242,9 +242,15 @@ def test_a_training_that_diverges_says_which_it_was(model, task):
         path.unadapted(path.n_pruned(0.4))
 
 
-def test_a_composite_that_repairs_is_refused(objective):
-    with pytest.raises(RepairError, match="Repair bn is for networks that aren't fine-tuned; choose --repair none"):
-        objective.evaluate(replace(EPSILON, repair=RepairSpec("bn")))
+def test_a_composite_repairs_before_it_retrains(objective):
+    ranking = objective.ranking(EPSILON)
+    masks = ranking.masks(ranking.n_pruned(0.2))
+    plain, repaired = (
+        objective.path(replace(EPSILON, repair=repair)).unadapted(ranking.n_pruned(0.2))
+        for repair in (None, RepairSpec("bn"))
+    )
+    assert plain.masks.keys() == repaired.masks.keys() == masks.keys()
+    assert plain.fingerprint != repaired.fingerprint
 
 
 def test_a_network_of_other_outputs_is_refused(loaded, split):

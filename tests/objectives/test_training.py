@@ -137,6 +137,20 @@ def test_a_mask_that_fits_no_parameter_is_refused(masks, message):
         train(network(), images(8), TrainingOptions(1), gradient_masks=masks)
 
 
+def test_large_gradients_are_cut_to_their_norm():
+    """By definition: SGD without momentum takes a step of the learning rate times the norm."""
+    plain, cut = network(batch_norm=False), network(batch_norm=False)
+    for module, norm in ((plain, None), (cut, 1e-3)):
+        train(module, images(8), TrainingOptions(1, 8, 0.5, momentum=0, max_gradient_norm=norm))
+    before = torch.cat([value.flatten() for value in network(batch_norm=False).state_dict().values()])
+    steps = [torch.cat([value.flatten() for value in module.state_dict().values()]) - before for module in (plain, cut)]
+    assert float(steps[1].norm()) == pytest.approx(0.5 * 1e-3, rel=1e-3)
+    assert float(steps[0].norm()) > 1e-3
+    torch.testing.assert_close(steps[1] / steps[1].norm(), steps[0] / steps[0].norm(), rtol=0, atol=1e-3)
+    with pytest.raises(OptionError, match="`max_gradient_norm` of a training must be positive and finite, but got 0"):
+        TrainingOptions(1, max_gradient_norm=0)
+
+
 @pytest.mark.parametrize("learning_rate", [1e10, 1e38])
 def test_a_training_that_diverges_says_when_and_why(learning_rate):
     message = f"diverged in epoch [12] of 9 .* learning rate of {learning_rate:g}; use a smaller one"

@@ -13,11 +13,13 @@ from objectives.elastic.prune import Growth, parse_levels, prune_elastic
 from objectives.errors import OptionError, SlimFileError, TrainingError
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
+from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.slimming import cost, slim
 from objectives.training import TrainingOptions
 from search_spaces.criteria import CriterionSpec
 from search_spaces.heuristics import HEURISTICS
 from search_spaces.procedures import Iterative
+from search_spaces.repairs import RepairSpec
 
 LEVELS = (0.25, 0.5)
 COMPOSITE = HEURISTICS["epsilon-abs"]
@@ -81,6 +83,21 @@ def test_levels_grow_around_the_trained_core(objective, growth, tmp_path):
             not torch.equal(value, original.weights(level)[name]) for name, value in model.weights(level).items()
         )
     assert [file.name for file in tmp_path.iterdir()] == ["elastic"]
+
+
+def test_a_core_may_be_repaired_before_it_grows(objective, growth, tmp_path):
+    repair = RepairSpec("refit", 0.1)
+    plain, repaired = (
+        prune_elastic(objective, COMPOSITE, levels=LEVELS, output=tmp_path / str(each.repair), growth=each)
+        for each in (growth, replace(growth, repair=repair))
+    )
+    assert plain.ungrown_accuracies == repaired.ungrown_accuracies
+    assert (plain.growth["repair"], repaired.growth["repair"]) == ("none", "refit(0.1)")
+    masks = objective.ranking(COMPOSITE).masks(objective.n_components // 2)
+    expected = fine_tuned(objective.repairer.repaired(masks, repair), masks, growth.images, OPTIONS)
+    core = load_elastic(tmp_path / "refit(0.1)" / "elastic.safetensors").at(2)
+    for name, value in core.named_parameters():
+        torch.testing.assert_close(value, expected.state[name], rtol=0, atol=1e-6)
 
 
 def test_a_killed_growing_goes_on_and_ends_with_the_same_file(objective, growth, tmp_path):

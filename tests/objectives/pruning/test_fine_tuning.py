@@ -16,6 +16,7 @@ from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.slimming import slim
 from objectives.pruning.trained import TrainedWeights
 from objectives.pruning.zeroing import zeroed
+from objectives.repair.repairer import Repairer, with_layers
 from objectives.training import TrainingOptions
 from search_spaces.repairs import RepairSpec
 
@@ -149,8 +150,27 @@ def test_weights_of_one_network_are_never_taken_for_anothers(prunable):
     assert trained.cost == plain.cost
     assert evaluator.loss(masks, weights=two) < evaluator.loss(masks, weights=one) < evaluator.loss(masks)
     assert len({each.mask for each in evaluator.news().measurements}) == 3
-    with pytest.raises(ValueError, match="repairs no network of trained"):
-        evaluator.measure(masks, repair=RepairSpec("refit"), weights=one)
+    # They were repaired before they were trained.
+    assert evaluator.measure(masks, repair=RepairSpec("refit"), weights=two) is trained
+
+
+def test_a_bias_that_a_repair_has_added_returns_to_its_place(prunable):
+    """Of a layer without one, and in the core of a larger network."""
+    subject = prunable("cifar_resnet20")
+    name = "layer1.0.conv2"
+    layer = copy.copy(subject.canonical.module.get_submodule(name))
+    layer._parameters = {"weight": layer.weight, "bias": None}
+    unbiased = with_layers(subject.canonical, {name: layer})
+    larger, smaller = (subject.ranking().masks(n) for n in (50, 150))
+    images = images_of(subject)
+    repairer = Repairer(unbiased, subject.images, Batches("a test", 4))
+    core = fine_tuned(repairer.repaired(smaller, RepairSpec("refit", 0.1)), smaller, images, OPTIONS)
+    assert f"{name}.bias" in core.state
+    start = core.on(unbiased)
+    assert unbiased.module.get_submodule(name).bias is None
+    assert dict(slim(start, smaller).named_parameters()).keys() == core.state.keys()
+    weights = fine_tuned(start, larger, images, OPTIONS, frozen=core)
+    assert torch.equal(slim(weights.on(unbiased), smaller)(subject.images), slim(start, smaller)(subject.images))
 
 
 def test_a_network_that_no_image_gets_through_is_not_trained(prunable):
