@@ -24,6 +24,7 @@ from hpo.errors import ConfigurationError, Interrupted
 from hpo.terminal import print_json, print_parts, start_logging
 from search_spaces.choices import ImageSet
 from search_spaces.procedures import LEARNING_RATE, OneShot
+from search_spaces.repairs import NO_REPAIR
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -656,7 +657,7 @@ def prune(
 
             levels = parse_levels(elastic)
 
-            repair = configuration.repair_spec(default="refit")
+            repair = NO_REPAIR if trains else configuration.repair_spec(default="refit")
             growing = Growing(grow_epochs, grow_learning_rate or LEARNING_RATE, grow_images, repair)
             ranker = _ranker(heuristic, None, False, None, None) if content is None else content.composite
             progress.phase("Loading network and images")

@@ -528,7 +528,8 @@ def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
     assert first.startswith(f"An elastic network of 3 levels and 336 components, {by}; ")
     (header,) = (line.split() for line in rest if line.startswith(" level "))
     assert header[:5] == ["level", "pruned", "components", "accuracy", "ungrown"]
-    assert "Grown in 1 epoch a level on 20 images at a learning rate of 0.01;" in result.stdout
+    grown = "Grown in 1 epoch a level on 20 images at a learning rate of 0.01"
+    assert f"{grown}, the smallest level repaired by refit before;" in result.stdout
     assert "Growing level 0 (3 of 3 done)" in result.stderr
     assert rest[-3:] == ["Wrote:", *(f"  {tmp_path / 'elastic' / n}" for n in ("elastic.safetensors", "report.json"))]
 
