@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from objectives.errors import RepairError
 from objectives.pruning.ranking import Masks
@@ -42,7 +43,7 @@ class MatchMoments(RepairPass):
         super().__init__(replace(network, shortcuts={}), targets, masks, batch_size)
         self.strength = strength
 
-    def new_layer(self, name: str, inputs: Chunks, shortcut: Chunks | None) -> Linear:
+    def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
         """See `RepairPass.new_layer`."""
         layer, wanted = self.network.layers[name], self.targets[name].moments
         sums = MomentSums()

@@ -58,12 +58,13 @@ class RepairPass(fx.Interpreter, ABC):
         return self.repaired
 
     @abstractmethod
-    def new_layer(self, name: str, inputs: Chunks, shortcut: Chunks | None) -> Linear:
+    def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
         """The repaired layer.
 
         Args:
             name: of the layer.
             inputs: in the pruned network.
+            live: (inputs,) of bool: which input channels are anywhere other than zero.
             shortcut: what will be added to the outputs, of a layer that ends a branch.
         """
 
@@ -86,16 +87,17 @@ class RepairPass(fx.Interpreter, ABC):
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
         module = layer.module
         is_reached = n in self._reached or shortcut in self._reached
+        if not is_reached and bool(kept.all()):
+            return inputs.map(lambda index: module(inputs.parts[index]))
+        self._reached.add(n)
+        extremes = torch.stack([layer.input_extremes(part) for part in inputs])
+        live = (extremes != 0).any(dim=1).any(dim=0)
         if is_reached and name in self.network.repairable and bool(kept.any()):
-            if not all(bool(part.sum().isfinite()) for part in inputs):
+            if not bool(extremes.isfinite().all()):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
-            module = self.new_layer(name, inputs, None if shortcut is None else self.env[shortcut])
+            module = self.new_layer(name, inputs, live, None if shortcut is None else self.env[shortcut])
             self.repaired[name] = module
-            self._reached.add(n)
-        if not bool(kept.all()):
-            self._reached.add(n)
-            module = layer.silenced(module, kept)
-        return inputs.map(lambda index: module(inputs.parts[index]))
+        return inputs.map(lambda index: layer.pruned_outputs(module, inputs.parts[index], kept, live))
 
     def _heads(self, node: fx.Node, outputs: Chunks) -> Chunks:
         """Heads' outputs side by side, those of pruned heads zero."""

@@ -57,12 +57,12 @@ class Refit(RepairPass):
         self.n_rows = n_rows
         self.n_parts = 1
 
-    def new_layer(self, name: str, inputs: Chunks, shortcut: Chunks | None) -> Linear:
+    def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
         """See `RepairPass.new_layer`."""
         layer, targets = self.network.layers[name], self.targets[name]
         # Copies: of a network in float64 these would be its own.
         weight, bias = layer.weight().double().clone(), layer.bias().double().clone()
-        fitted = self._fitted(name, inputs)
+        fitted = self._fitted(name, live)
         groups, outputs, columns = fitted.groups, fitted.outputs, fitted.columns
         parts = [
             equations(
@@ -107,10 +107,9 @@ class Refit(RepairPass):
         """The strength for a layer."""
         return self.strength[name] if isinstance(self.strength, Mapping) else self.strength
 
-    def _fitted(self, name: str, inputs: Chunks) -> _Fitted:
+    def _fitted(self, name: str, live: Tensor) -> _Fitted:
         """Of a layer without groups the kept outputs' weights of live inputs; else groups that have both."""
         layer, targets, kept = self.network.layers[name], self.targets[name], self.kept(name)
-        live = torch.stack([layer.live_inputs(part) for part in inputs]).any(dim=0)
         if layer.n_groups == 1:
             one = torch.ones(1, dtype=torch.bool, device=targets.positions.device)
             return _Fitted(one, kept, layer.columns_of(live), live, ~one)

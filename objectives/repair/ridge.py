@@ -24,6 +24,9 @@ __all__ = ["Change", "Equations", "KernelEquations", "NormalEquations", "equatio
 
 # Of an input's sum of squares: what less than this remains of when its mean is taken off is rounding.
 _ROUNDING = 1e-12
+# Of a Gram matrix, which is symmetric, blocks of so many rows are computed right of the diagonal, at most so many.
+_BLOCK = 64
+_N_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +73,7 @@ class NormalEquations(Equations):
     """Sums over rows.
 
     Attributes:
-        gram: (groups, columns, columns), of x x'.
+        upper: (groups, columns, columns), of x x' on the diagonal and above; undefined below.
         cross: (groups, columns, outputs), of x e'.
         inputs: (groups, columns), of x.
         residuals: (groups, outputs), of e.
@@ -79,9 +82,9 @@ class NormalEquations(Equations):
     """
 
     def __init__(
-        self, gram: Tensor, cross: Tensor, inputs: Tensor, residuals: Tensor, squares: Tensor, n_rows: int = 0
+        self, upper: Tensor, cross: Tensor, inputs: Tensor, residuals: Tensor, squares: Tensor, n_rows: int = 0
     ) -> None:
-        self.gram = gram
+        self.upper = upper
         self.cross = cross
         self.inputs = inputs
         self.residuals = residuals
@@ -95,12 +98,16 @@ class NormalEquations(Equations):
         def zeros(*sizes: int) -> Tensor:
             return torch.zeros(n_groups, *sizes, dtype=torch.float64, device=device)
 
-        gram, cross = zeros(n_columns, n_columns), zeros(n_columns, n_outputs)
-        return cls(gram, cross, zeros(n_columns), zeros(n_outputs), zeros())
+        upper, cross = zeros(n_columns, n_columns), zeros(n_columns, n_outputs)
+        return cls(upper, cross, zeros(n_columns), zeros(n_outputs), zeros())
 
     def add(self, inputs: Tensor, residuals: Tensor) -> None:
         """See `Equations.add`."""
-        self.gram.baddbmm_(inputs.mT, inputs)
+        n_columns = inputs.shape[2]
+        size = max(_BLOCK, -(-n_columns // _N_BLOCKS))
+        for first in range(0, n_columns, size):
+            rows = slice(first, first + size)
+            self.upper[:, rows, first:].baddbmm_(inputs[:, :, rows].mT, inputs[:, :, first:])
         self.cross.baddbmm_(inputs.mT, residuals)
         self.inputs += inputs.sum(dim=1)
         self.residuals += residuals.sum(dim=1)
@@ -110,7 +117,7 @@ class NormalEquations(Equations):
     def plus(self, other: NormalEquations) -> NormalEquations:
         """See `Equations.plus`."""
         return NormalEquations(
-            self.gram + other.gram,
+            self.upper + other.upper,
             self.cross + other.cross,
             self.inputs + other.inputs,
             self.residuals + other.residuals,
@@ -123,14 +130,23 @@ class NormalEquations(Equations):
         """See `Equations.square`."""
         return float(self.squares.sum())
 
+    @functools.cached_property
+    def _gram(self) -> Tensor:
+        """(groups, columns, columns), of x x'; asked for when all rows are there."""
+        return self.upper.triu() + self.upper.triu(1).mT
+
+    @functools.cached_property
+    def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gram and cross matrices about the means, of inputs that vary, and both means; likewise."""
+        mean, residual = self.inputs / self.n_rows, self.residuals / self.n_rows
+        gram = self._gram - self.n_rows * mean[:, :, None] * mean[:, None, :]
+        cross = self.cross - self.n_rows * mean[:, :, None] * residual[:, None, :]
+        varies = _varies(gram.diagonal(dim1=1, dim2=2), self._gram.diagonal(dim1=1, dim2=2))
+        return gram * varies[:, :, None] * varies[:, None, :], cross * varies[:, :, None], mean, residual
+
     def solve(self, strength: float) -> Change:
         """See `Equations.solve`."""
-        mean, residual = self.inputs / self.n_rows, self.residuals / self.n_rows
-        gram = self.gram - self.n_rows * mean[:, :, None] * mean[:, None, :]
-        cross = self.cross - self.n_rows * mean[:, :, None] * residual[:, None, :]
-        varies = _varies(gram.diagonal(dim1=1, dim2=2), self.gram.diagonal(dim1=1, dim2=2))
-        gram = gram * varies[:, :, None] * varies[:, None, :]
-        cross = cross * varies[:, :, None]
+        gram, cross, mean, residual = self._centred
         penalty = strength * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
         change, is_singular = _solved(gram, penalty, strength, cross)
         bias = residual - (mean[:, None, :] @ change).squeeze(1)
@@ -140,7 +156,7 @@ class NormalEquations(Equations):
         """See `Equations.error`."""
         weight, bias = change.weight, change.bias
         explained = (self.cross.mT * weight).sum() + (self.residuals * bias).sum()
-        square = ((weight @ self.gram) * weight).sum() + self.n_rows * bias.square().sum()
+        square = ((weight @ self._gram) * weight).sum() + self.n_rows * bias.square().sum()
         mixed = (weight @ self.inputs[:, :, None]).squeeze(2).mul(bias).sum()
         return self.square + float(square + 2 * mixed - 2 * explained)
 

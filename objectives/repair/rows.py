@@ -98,11 +98,36 @@ class LinearLayer:
             torch.where(by_group[:, :, None], own.weight(), 0.0), torch.where(by_group, own.bias(), 0.0)
         )
 
-    def live_inputs(self, inputs: Tensor) -> Tensor:
-        """(inputs,) of bool: which input channels are anywhere other than zero."""
+    def input_extremes(self, inputs: Tensor) -> Tensor:
+        """(2, inputs): the least and the largest value of each input channel; NaN of one that has any."""
         dimension = 1 if isinstance(self.module, nn.Conv2d) else inputs.ndim - 1
         axes = [axis for axis in range(inputs.ndim) if axis != dimension]
-        return (inputs.amax(dim=axes) != 0) | (inputs.amin(dim=axes) != 0)
+        return torch.stack([inputs.amin(dim=axes), inputs.amax(dim=axes)])
+
+    def pruned_outputs(self, module: Linear, inputs: Tensor, kept: Tensor, live: Tensor) -> Tensor:
+        """What a layer of this form gives, with zeros in place of its pruned outputs; only live inputs are read.
+
+        Args:
+            module: its values.
+            inputs: (N, *input_shape).
+            kept: (outputs,) of bool.
+            live: (inputs,) of bool: others are zero.
+        """
+        if self.n_groups > 1 or bool(kept.all() & live.all()):
+            return self.silenced(module, kept)(inputs)  # type: ignore[no-any-return]
+        outputs = inputs.new_zeros((len(inputs), *self.output_shape))
+        if not bool(kept.any()):
+            return outputs
+        if not bool(live.any()):
+            live = torch.arange(len(live), device=live.device) == 0
+        weight, bias = module.weight[kept][:, live], None if module.bias is None else module.bias[kept]
+        if isinstance(module, nn.Conv2d):
+            outputs[:, kept] = nn.functional.conv2d(
+                inputs[:, live], weight, bias, module.stride, module.padding, module.dilation
+            )
+        else:
+            outputs[..., kept] = nn.functional.linear(inputs[..., live], weight, bias)
+        return outputs
 
     def columns_of(self, channels: Tensor) -> Tensor:
         """(columns,) of bool: the columns of some input channels, of a layer without groups."""

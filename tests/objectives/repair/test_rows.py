@@ -54,12 +54,25 @@ def test_columns_of_live_inputs(case):
         pytest.skip("groups have all their columns")
     channel = inputs.movedim(1 if isinstance(layer.module, nn.Conv2d) else -1, 0)[2]
     channel.zero_()
-    live = layer.live_inputs(inputs)
+    live = (layer.input_extremes(inputs) != 0).any(dim=0)
     assert live.tolist() == [True, True, False, True]
     positions = torch.arange(3 * layer.n_places)
     rows = layer.inputs_at(inputs, positions)
     assert torch.equal(rows[:, :, layer.columns_of(live)], layer.inputs_at(inputs, positions, live))
     assert not bool(rows[:, :, ~layer.columns_of(live)].any())
+
+
+@pytest.mark.parametrize("n_kept", [0, 2, None])
+@pytest.mark.parametrize("n_live", [0, 2, None])
+def test_pruned_outputs_are_those_of_the_silenced_layer(case, n_kept, n_live):
+    layer, inputs, _ = case
+    inputs = inputs.clone()
+    channels = inputs.movedim(1 if isinstance(layer.module, nn.Conv2d) else -1, 0)
+    live, kept = torch.arange(len(channels)) < (n_live or 99), torch.arange(layer.n_outputs) < (n_kept or 99)
+    live, kept = live & (n_live != 0), kept & (n_kept != 0)
+    channels[~live] = 0
+    made = layer.pruned_outputs(layer.module, inputs, kept, live)
+    torch.testing.assert_close(made, layer.silenced(layer.module, kept)(inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_silenced_outputs_are_zero(case):
