@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -613,8 +614,8 @@ def prune(
     """Prune a network with an exported composite, and write the smaller network.
 
     The document's network and images are used where no option says otherwise. What is left is refitted to the unpruned
-    network's outputs on the reference images, unless --repair says otherwise. slim.pt2 is a program that loads and runs
-    with torch alone.
+    network's outputs on the reference images, unless --repair says otherwise or it is fine-tuned. slim.pt2 is a program
+    that loads and runs with torch alone.
 
     With --elastic the result is one network of several sizes that share their weights: the smallest is pruned, and
     with --grow-epochs repaired and trained first, then larger ones are grown around it, which stays as it is.
@@ -649,6 +650,8 @@ def prune(
             "The levels of an elastic network share weights, which a repair fits to the smallest alone until larger "
             "ones are trained around it; add `--grow-epochs N`, or leave `--repair` out."
         )
+    usual = "none" if trains else "refit"  # what is trained was searched for as the document says
+    configuration = replace(configuration, repair=configuration.repair or usual)
     with make_progress("AUC", console) as progress:
         if elastic is not None:
             from hpo.elastic import Growing, make_elastic
@@ -657,7 +660,7 @@ def prune(
 
             levels = parse_levels(elastic)
 
-            repair = NO_REPAIR if trains else configuration.repair_spec(default="refit")
+            repair = NO_REPAIR if trains else configuration.repair_spec()
             growing = Growing(grow_epochs, grow_learning_rate or LEARNING_RATE, grow_images, repair)
             ranker = _ranker(heuristic, None, False, None, None) if content is None else content.composite
             progress.phase("Loading network and images")
@@ -676,7 +679,6 @@ def prune(
             progress.phase("Loading network and images")
             model, task = load_model_and_task(configuration, given)
             progress.phase("Pruning")
-            is_default = configuration.repair is None and configuration.repair_strength is None
             report = run(
                 model,
                 task,
@@ -686,7 +688,7 @@ def prune(
                 output=o,
                 device=configuration.device,
                 batch_size=configuration.batch_size,
-                repair=None if is_default else configuration.repair_spec(default="refit"),
+                repair=configuration.repair_spec(),
             )
             result, parts = report.to_json(), prune_parts(report)
     if as_json:

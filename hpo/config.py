@@ -746,8 +746,8 @@ class LaunchConfiguration:
     repair: str | None = _option(
         "objective",
         "Give pruned networks accuracy back from the reference images: bn matches each channel's mean and deviation, "
-        "refit fits the remaining weights to the unpruned network's outputs. Networks that are fine-tuned are repaired "
-        "before each training.",
+        "refit fits the remaining weights to the unpruned network's outputs. What a step has pruned "
+        "is repaired before it is fine-tuned, not after.",
         read=_choice(tuple(REPAIRS)),
         metavar="|".join(REPAIRS),
         shown="none; of `hpo prune` the document's, else refit, or none of what is fine-tuned",

@@ -489,13 +489,13 @@ def elastic_parts(report: "ElasticReport") -> "list[Table | str]":
             f"{level.latency_after_switch_ms:.2f} ms",
         )
     growth = report.growth
-    is_repaired = growth is not None and growth["repair"] != "none"
+    is_repaired = report.repair != "none"
     grown = (
         "Nothing was trained after pruning."
         if growth is None
         else f"Grown in {growth['n_epochs']} epoch{'' if growth['n_epochs'] == 1 else 's'} a level on "
         f"{growth['n_images']} images at a learning rate of {growth['learning_rate']:g}"
-        f"{', the smallest level repaired by ' + growth['repair'] + ' before' if is_repaired else ''}; "
+        f"{', the smallest level repaired by ' + report.repair + ' before' if is_repaired else ''}; "
         f"ungrown is a level's accuracy before{' both' if is_repaired else ''}."
     )
     measured_on = f"Accuracy on {report.images['n_images']} {report.images['set']} images"

@@ -108,8 +108,9 @@ class ObjectiveOptions:
         attribution: `shared` attributes many composites together, `zennit` one at a time; their scores agree to
             rounding, as those of two devices do, so neither is part of a study's identity.
         attribution_memory: bytes that the shared engine may take.
-        repair: of every pruned network before it is measured, unless a composite brings its own; of one that is
-            fine-tuned before it is trained, towards the outputs of the network that it was pruned from.
+        repair: of every pruned network before it is measured, unless a composite brings its own. Where the procedure
+            fine-tunes, of what a step has pruned before it is trained, towards the outputs of the network that it was
+            pruned from.
         checkpoints: directory for checkpoints of fine-tuning, made where it is missing; an evaluation that was killed
             goes on from them, one that ends removes its own. None keeps none.
     """

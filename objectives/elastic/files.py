@@ -15,6 +15,7 @@ from objectives.elastic.model import ElasticModel
 from objectives.errors import ModelError, SlimFileError
 from objectives.network import CanonicalNetwork
 from objectives.pruning.slim_files import build_original, kept_indices, masks_of, read_state, write_state
+from objectives.repair.repairer import with_biases
 from search_spaces.choices import Components
 from search_spaces.reasons import message_of
 
@@ -109,6 +110,9 @@ def load_elastic(path: str | Path, network: nn.Module | CanonicalNetwork | None 
             raise SlimFileError(f"{str(path)!r} was made for a network without the {width} components of {name!r}.")
     if widths:
         raise SlimFileError(f"{str(path)!r} was made for a network with components in {next(iter(widths))!r}.")
+    # A repair gives a bias to layers that had none.
+    biased = (name.removesuffix(".bias") for name in state if name.endswith(".bias"))
+    network = with_biases(network, network.layers.keys() & set(biased))
     try:
         model = ElasticModel(network, [masks_of(kept, network.components) for kept in kept_by_level])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -24,13 +24,15 @@ from objectives.elastic.files import Origin, save_elastic
 from objectives.elastic.model import ElasticModel
 from objectives.elastic.rebuild import rebuild
 from objectives.errors import OptionError, TrainingError
+from objectives.network import CanonicalNetwork
 from objectives.objective import Objective
 from objectives.pruning.evaluation import correct_predictions
 from objectives.pruning.prune import differences
 from objectives.pruning.ranking import Masks, n_pruned_by
 from objectives.pruning.slim_files import new_directory
-from objectives.pruning.slimming import depends_on_images
+from objectives.pruning.slimming import depends_on_images, draft
 from objectives.pruning.structured import coupled_masks
+from objectives.pruning.trained import TrainedWeights
 from objectives.training import Epoch, TrainingOptions, train
 from search_spaces.choices import ImageSet
 from search_spaces.criteria import Ranker
@@ -60,7 +62,7 @@ class Growth:
 
     def to_json(self) -> dict[str, Any]:
         """Number of images, and all options."""
-        return {"n_images": len(self.images), **asdict(self.options), "repair": str(self.repair)}
+        return {"n_images": len(self.images), **asdict(self.options)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class ElasticReport:
         procedure: how pruning proceeded, with its options.
         n_components: of the whole network.
         growth: number of images and options of the training; None without.
+        repair: of the smallest level before its training, here or by the procedure.
         images: which images accuracy was measured on, and how many.
         size_bytes: of the weights of all levels together.
         warnings: what the user should know, a sentence each.
@@ -88,6 +91,7 @@ class ElasticReport:
     procedure: str
     n_components: int
     growth: dict[str, Any] | None
+    repair: str
     images: dict[str, Any]
     size_bytes: int
     warnings: tuple[str, ...]
@@ -181,10 +185,11 @@ def prune_elastic(
         if growth is not None:
             ungrown = report.accuracies()
             if trained is None:
-                model = ElasticModel(objective.repaired(masks[-1], growth.repair), masks)
+                model = ElasticModel(_with_repaired_core(objective, masks[-1], growth.repair), masks)
                 report = replace(report, model=model)
             _grow(model, growth, output, trained is None, on_epoch)
-        content = report.measured(growth, ungrown, output)
+        repair = NO_REPAIR if growth is None else growth.repair
+        content = report.measured(growth, ungrown, objective.repair(ranker) if trained is not None else repair, output)
         save_elastic(model, directory / "elastic.safetensors", report.origin())
         (directory / "report.json").write_text(json.dumps(content.to_json(), indent=2) + "\n")
     return content
@@ -231,6 +236,13 @@ def _coupled(objective: Objective, ranker: Ranker, shares: Sequence[float]) -> S
         shares,
         by_group=objective.ranking_scope == "layer",
     )
+
+
+def _with_repaired_core(objective: Objective, masks: Masks, repair: RepairSpec) -> CanonicalNetwork:
+    """The network whose core is repaired; all that masks prune has its original weights."""
+    # In an order of their own dead rows of groups that aren't wholly dead keep their weights.
+    core = draft(objective.repaired(masks, repair), masks, orders={}).written()
+    return TrainedWeights.of(core, masks).on(objective.network)
 
 
 def _grow(
@@ -285,7 +297,9 @@ class _Elastic:
             procedure=self.procedure,
         )
 
-    def measured(self, growth: Growth | None, ungrown: tuple[float, ...] | None, output: Path) -> ElasticReport:
+    def measured(
+        self, growth: Growth | None, ungrown: tuple[float, ...] | None, repair: RepairSpec, output: Path
+    ) -> ElasticReport:
         images = self._images()
         return ElasticReport(
             sparsities=self.sparsities,
@@ -295,6 +309,7 @@ class _Elastic:
             procedure=self.procedure,
             n_components=self.objective.n_components,
             growth=None if growth is None else growth.to_json(),
+            repair=str(repair),
             images={"set": self._image_set(), "n_images": len(images)},
             size_bytes=sum(tensor.nbytes for tensor in self.model.state_dict().values()),
             warnings=tuple(self._warnings()),

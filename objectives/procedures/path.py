@@ -44,6 +44,7 @@ class PruningPath:
 
         Raises:
             RelevanceError: the composite's relevance can't be used at a step on the way.
+            RepairError: the network of one can't be repaired before its fine-tuning.
             TrainingError: fine-tuning diverged at one.
             OutOfMemoryError: the device has no room for a single image, or a batch of a training.
         """
@@ -54,6 +55,7 @@ class PruningPath:
 
         Raises:
             RelevanceError: as `masks`.
+            RepairError: likewise.
             TrainingError: likewise.
             OutOfMemoryError: likewise.
         """
@@ -65,6 +67,7 @@ class PruningPath:
 
         Raises:
             RelevanceError: as `masks`.
+            RepairError: likewise.
             TrainingError: likewise.
             OutOfMemoryError: likewise.
         """

@@ -3,7 +3,7 @@
 The network is pruned to a core in steps of equal shares, each of which is trained before what is left is ranked anew
 (with one step: one-shot). Then the network of any smaller rate is rebuilt around it: components that were pruned last
 return to their places with their original weights, and are trained while the core's weights stay as they are. Beyond
-the core components go in the order of the last ranking, and nothing is trained.
+the core components go in the order of the last ranking, and nothing is trained or repaired.
 
 The paper leaves open at which sizes, how long and how fast: the core's share, the steps' and the training are options;
 the learning rate falls along a cosine, which the paper found best. It trains on its whole training set, here it is the

@@ -46,7 +46,9 @@ class Pruning(Protocol):
     def fine_tuned(
         self, masks: Masks, weights: TrainedWeights | None, options: TrainingOptions
     ) -> TrainedWeights | None:
-        """Weights of a pruned network after training on the reference images, or of a split on all of P.
+        """Weights of a pruned network after repair, if there is any, and training.
+
+        It is trained on the reference images, or of a split on all of P.
 
         Args:
             masks: of the pruned network.
@@ -55,6 +57,7 @@ class Pruning(Protocol):
             options: of the training.
 
         Raises:
+            RepairError: it can't be repaired.
             TrainingError: the training diverged.
             OutOfMemoryError: the device has no room for a batch.
         """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from objectives.fingerprints import state_fingerprint
 from objectives.network import CanonicalNetwork
@@ -26,7 +26,7 @@ class TrainedWeights:
 
     Attributes:
         masks: that the slim network was made with.
-        state: its parameters by name; they aren't changed.
+        state: its parameters by name, with the biases that layers without inputs emit; they aren't changed.
         fingerprint: hexadecimal digest of both.
     """
 
@@ -35,9 +35,12 @@ class TrainedWeights:
     fingerprint: str
 
     @classmethod
-    def of(cls, slim_network: nn.Module, masks: Masks) -> TrainedWeights:
+    def of(cls, slim_network: fx.GraphModule, masks: Masks) -> TrainedWeights:
         """The weights that a slim network has now; copies."""
         state = {name: parameter.detach().clone() for name, parameter in slim_network.named_parameters()}
+        for node in slim_network.graph.nodes:
+            if node.op == "get_attr" and (name := node.meta.get("parameter")) is not None and name.endswith(".bias"):
+                state[name] = slim_network.get_buffer(str(node.target)).detach().flatten().clone()
         kept = np.packbits(torch.cat([mask.cpu() for mask in masks.values()]).numpy()).tobytes()
         digest = hashlib.blake2b(kept + state_fingerprint(state).encode(), digest_size=16)
         return cls(masks, state, digest.hexdigest())
@@ -60,7 +63,7 @@ class TrainedWeights:
         layers: dict[str, nn.Module] = {}
         for node in network.module.graph.nodes:
             name = str(node.target)
-            if node.op != "call_module" or f"{name}.weight" not in self.state:
+            if node.op != "call_module" or not {f"{name}.weight", f"{name}.bias"} & self.state.keys():
                 continue
             layer = copy.deepcopy(network.module.get_submodule(name))
             for key in ("weight", "bias"):
@@ -80,6 +83,7 @@ class TrainedWeights:
         Returns:
             Parameter of the larger one -> bool of its shape, true where the smaller one has it.
         """
+        network = with_biases(network, self.biased)
         stored = stored_channels(network, self.masks)
         layers: dict[str, nn.Module] = {}
         for node in network.module.graph.nodes:

@@ -97,7 +97,8 @@ class RepairPass(fx.Interpreter, ABC):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
             module = self.new_layer(name, inputs, live, None if shortcut is None else self.env[shortcut])
             self.repaired[name] = module
-        return inputs.map(lambda index: layer.pruned_outputs(module, inputs.parts[index], kept, live))
+        pruned = layer.pruned(module, kept, live)
+        return inputs.map(lambda index: pruned(inputs.parts[index]))
 
     def _heads(self, node: fx.Node, outputs: Chunks) -> Chunks:
         """Heads' outputs side by side, those of pruned heads zero."""

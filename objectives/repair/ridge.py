@@ -73,7 +73,7 @@ class NormalEquations(Equations):
     """Sums over rows.
 
     Attributes:
-        upper: (groups, columns, columns), of x x' on the diagonal and above; undefined below.
+        upper: (groups, columns, columns), of x x' on the diagonal and above; below undefined, or all of it.
         cross: (groups, columns, outputs), of x e'.
         inputs: (groups, columns), of x.
         residuals: (groups, outputs), of e.
@@ -133,7 +133,8 @@ class NormalEquations(Equations):
     @functools.cached_property
     def _gram(self) -> Tensor:
         """(groups, columns, columns), of x x'; asked for when all rows are there."""
-        return self.upper.triu() + self.upper.triu(1).mT
+        self.upper.copy_(self.upper.triu() + self.upper.triu(1).mT)
+        return self.upper
 
     @functools.cached_property
     def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,30 +105,38 @@ class LinearLayer:
         axes = [axis for axis in range(inputs.ndim) if axis != dimension]
         return torch.stack([inputs.amin(dim=axes), inputs.amax(dim=axes)])
 
-    def pruned_outputs(self, module: Linear, inputs: Tensor, kept: Tensor, live: Tensor) -> Tensor:
-        """What a layer of this form gives, with zeros in place of its pruned outputs; only live inputs are read.
+    def pruned(self, module: Linear, kept: Tensor, live: Tensor) -> Callable[[Tensor], Tensor]:
+        """What a layer of this form computes with zeros in place of its pruned outputs; only live inputs are read.
 
         Args:
             module: its values.
-            inputs: (N, *input_shape).
             kept: (outputs,) of bool.
             live: (inputs,) of bool: others are zero.
+
+        Returns:
+            (N, *input_shape) -> (N, *output_shape).
         """
-        if self.n_groups > 1 or bool(kept.all() & live.all()):
-            return self.silenced(module, kept)(inputs)  # type: ignore[no-any-return]
-        outputs = inputs.new_zeros((len(inputs), *self.output_shape))
+        keeps_all, reads_all = bool(kept.all()), bool(live.all())
+        if self.n_groups > 1 or (keeps_all and reads_all):
+            return module if keeps_all else self.silenced(module, kept)
         if not bool(kept.any()):
-            return outputs
-        if not bool(live.any()):
-            live = torch.arange(len(live), device=live.device) == 0
-        weight, bias = module.weight[kept][:, live], None if module.bias is None else module.bias[kept]
-        if isinstance(module, nn.Conv2d):
-            outputs[:, kept] = nn.functional.conv2d(
-                inputs[:, live], weight, bias, module.stride, module.padding, module.dilation
-            )
-        else:
-            outputs[..., kept] = nn.functional.linear(inputs[..., live], weight, bias)
-        return outputs
+            return lambda inputs: inputs.new_zeros((len(inputs), *self.output_shape))
+        rows = kept.nonzero().flatten()
+        columns = live.nonzero().flatten() if bool(live.any()) else torch.zeros_like(rows[:1])
+        weight, bias = module.weight[rows][:, columns], None if module.bias is None else module.bias[rows]
+        axis = 1 if isinstance(module, nn.Conv2d) else -1
+
+        def compute(inputs: Tensor) -> Tensor:
+            read = inputs if reads_all else inputs.index_select(axis, columns)
+            if isinstance(module, nn.Conv2d):
+                few = nn.functional.conv2d(read, weight, bias, module.stride, module.padding, module.dilation)
+            else:
+                few = nn.functional.linear(read, weight, bias)
+            if keeps_all:
+                return few
+            return inputs.new_zeros((len(inputs), *self.output_shape)).index_copy_(axis, rows, few)
+
+        return compute
 
     def columns_of(self, channels: Tensor) -> Tensor:
         """(columns,) of bool: the columns of some input channels, of a layer without groups."""

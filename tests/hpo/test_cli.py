@@ -423,6 +423,11 @@ def test_what_is_repaired_before_it_is_trained_is_exported_and_replayed(tmp_path
     network, images = load_slim(tmp_path / "slim" / "slim.safetensors"), torch.rand(2, 1, 8, 8)
     program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
     torch.testing.assert_close(network(images), program(images))
+    path.write_text(json.dumps(content | {"repair": {"method": "none", "strength": None}}))
+    assert refused("prune", path, "--rate", 0.5, "-o", tmp_path / "b", "--repair-strength", 1) == (
+        "Repair none takes no strength, but got 1.0; choose bn or refit."
+    )
+    path.write_text(json.dumps(content))
     shown = hpo("prune", path, "--rate", 0.5, "-o", tmp_path / "shown").stdout
     assert re.search(r"Before each training repaired by refit, strength [\d.]+, on \d+ reference\s+images\.", shown)
 
@@ -532,6 +537,15 @@ def test_prune_grows_an_elastic_network_of_a_heuristic(tmp_path):
     assert f"{grown}, the smallest level repaired by refit before;" in result.stdout
     assert "Growing level 0 (3 of 3 done)" in result.stderr
     assert rest[-3:] == ["Wrote:", *(f"  {tmp_path / 'elastic' / n}" for n in ("elastic.safetensors", "report.json"))]
+
+
+def test_a_strength_alone_is_the_usual_repairs(document, tmp_path):
+    made = hpo(
+        "prune", document, *ELASTIC, "--grow-epochs", 1, "--repair-strength", 0.1, "-o", tmp_path / "a", "--json"
+    )
+    assert json.loads(made.stdout)["repair"] == "refit(0.1)"
+    made = hpo("prune", document, "--rate", 0.4, "--repair-strength", 0.1, "-o", tmp_path / "b", "--json")
+    assert json.loads(made.stdout)["repair"]["strength"] == 0.1
 
 
 def test_prune_replays_prune_and_grow(document, tmp_path):

@@ -6,15 +6,19 @@ import pytest
 import safetensors.torch
 import torch
 
+from objectives.canonization import canonize
 from objectives.datasets import load_task
-from objectives.elastic.files import load_elastic
+from objectives.elastic.files import load_elastic, save_elastic
 from objectives.elastic.model import ElasticModel
-from objectives.elastic.prune import Growth, parse_levels, prune_elastic
+from objectives.elastic.prune import Growth, _with_repaired_core, parse_levels, prune_elastic
 from objectives.errors import OptionError, SlimFileError, TrainingError
+from objectives.memory import Batches
 from objectives.models import load_model
 from objectives.objective import Objective, ObjectiveOptions
 from objectives.pruning.fine_tuning import fine_tuned
 from objectives.pruning.slimming import cost, slim
+from objectives.pruning.trained import TrainedWeights
+from objectives.repair.repairer import Repairer
 from objectives.training import TrainingOptions
 from search_spaces.criteria import CriterionSpec
 from search_spaces.heuristics import HEURISTICS
@@ -92,12 +96,49 @@ def test_a_core_may_be_repaired_before_it_grows(objective, growth, tmp_path):
         for each in (growth, replace(growth, repair=repair))
     )
     assert plain.ungrown_accuracies == repaired.ungrown_accuracies
-    assert (plain.growth["repair"], repaired.growth["repair"]) == ("none", "refit(0.1)")
+    assert (plain.repair, repaired.repair) == ("none", "refit(0.1)")
     masks = objective.ranking(COMPOSITE).masks(objective.n_components // 2)
     expected = fine_tuned(objective.repairer.repaired(masks, repair), masks, growth.images, OPTIONS)
     core = load_elastic(tmp_path / "refit(0.1)" / "elastic.safetensors").at(2)
     for name, value in core.named_parameters():
         torch.testing.assert_close(value, expected.state[name], rtol=0, atol=1e-6)
+
+
+def test_what_returns_to_a_repaired_core_has_its_original_weights(objective):
+    masks = objective.ranking(COMPOSITE).masks(objective.n_components // 2)
+    for repair in (RepairSpec("bn"), RepairSpec("refit", 0.1)):
+        made = _with_repaired_core(objective, masks, repair)
+        expected = slim(objective.repaired(masks, repair), masks)
+        assert torch.equal(slim(made, masks)(objective.references.images), expected(objective.references.images))
+        for name, layer in objective.network.module.named_modules():
+            if name in masks and not bool(masks[name].all()):
+                pruned = ~masks[name]
+                assert torch.equal(made.module.get_submodule(name).weight[pruned], layer.weight[pruned])
+                assert torch.equal(made.module.get_submodule(name).bias[pruned], layer.bias[pruned])
+
+
+def test_a_bias_that_a_repair_has_added_is_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, bias=False),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 3, bias=False),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(128, 10),
+    ).eval()
+    network, images = canonize(module, (1, 8, 8)), torch.rand(4, 1, 8, 8)
+    masks = {name: torch.arange(width) % 2 > 0 for name, width in network.components.items()}
+    repaired = Repairer(network, images, Batches("a test", 4)).repaired(masks, RepairSpec("refit", 0.1))
+    core = slim(repaired, masks)
+    model = ElasticModel(
+        TrainedWeights.of(core, masks).on(network),
+        [{name: torch.ones_like(mask) for name, mask in masks.items()}, masks],
+    )
+    save_elastic(model, tmp_path / "elastic.safetensors")
+    loaded = load_elastic(tmp_path / "elastic.safetensors", network)
+    loaded.set_level(1)
+    torch.testing.assert_close(loaded(images), core(images))
 
 
 def test_a_killed_growing_goes_on_and_ends_with_the_same_file(objective, growth, tmp_path):

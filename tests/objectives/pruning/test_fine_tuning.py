@@ -154,6 +154,32 @@ def test_weights_of_one_network_are_never_taken_for_anothers(prunable):
     assert evaluator.measure(masks, repair=RepairSpec("refit"), weights=two) is trained
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_bias_without_inputs_returns_to_its_place(prunable, with_bias):
+    """A repair changes what a layer emits that hears nothing, or gives it a bias."""
+    subject = prunable("cifar_resnet20")
+    masks = dict(subject.ranking().masks(100))
+    masks["layer2.1.conv1"] = torch.zeros_like(masks["layer2.1.conv1"])
+    network, name = subject.canonical, "layer2.1.conv2"
+    if not with_bias:
+        layer = copy.copy(network.module.get_submodule(name))
+        layer._parameters = {"weight": layer.weight, "bias": None}
+        network = with_layers(network, {name: layer})
+    repairer = Repairer(network, subject.images, Batches("a test", 4))
+    repaired = slim(repairer.repaired(masks, RepairSpec("refit", 0.1)), masks)
+    weights = TrainedWeights.of(repaired, masks)
+    assert f"{name}.bias" in weights.state
+    assert f"{name}.weight" not in weights.state
+    again = slim(weights.on(network), masks)
+    torch.testing.assert_close(again(subject.images), repaired(subject.images), rtol=1e-12, atol=1e-12)
+    larger = dict(subject.ranking().masks(50))
+    images = images_of(subject)
+    core = fine_tuned(repairer.repaired(masks, RepairSpec("refit", 0.1)), masks, images, OPTIONS)
+    start = core.on(network)
+    grown = fine_tuned(start, larger, images, OPTIONS, frozen=core).on(network)
+    assert torch.equal(slim(grown, masks)(subject.images), slim(start, masks)(subject.images))
+
+
 def test_a_bias_that_a_repair_has_added_returns_to_its_place(prunable):
     """Of a layer without one, and in the core of a larger network."""
     subject = prunable("cifar_resnet20")
