@@ -541,10 +541,10 @@ class Objective:
             RepairError: a layer can't be repaired.
             OutOfMemoryError: the device has no room for a single image.
         """
-        network, repairer = self.network, self.repairer
-        if weights is not None:
-            network = weights.on(network)
-            repairer = repairer.on(zeroed(network, weights.masks))
+        network = self.network if weights is None else weights.on(self.network)
+        if not repair:
+            return network
+        repairer = self.repairer if weights is None else self.repairer.on(zeroed(network, weights.masks))
         return with_layers(network, repairer.layers(masks, repair))
 
     def evaluate(self, composite: Ranker, images: ImageSet = "search") -> Evaluation:

@@ -335,8 +335,7 @@ def test_prune_and_grow_trains_unless_told_otherwise():
     given = {"procedure": "prune_and_grow", "core_share": "0.5", "finetune_learning_rate": "0.01"}
     spec = resolve(given).procedure_spec()
     assert spec == PruneAndGrow(0.5, finetune_learning_rate=0.01)
-    with pytest.raises(ConfigurationError, match=r"leave `--procedure prune_and_grow` or `--repair bn` out"):
-        resolve({"procedure": "prune_and_grow", "repair": "bn"})
+    assert resolve({"procedure": "prune_and_grow", "repair": "bn"}).repair_spec() == RepairSpec("bn")
     with pytest.raises(ConfigurationError, match=r"^`--core-share` must be a share of at least 0\.0001 and below 1"):
         resolve({"procedure": "prune_and_grow", "core_share": "1"})
 
