@@ -60,10 +60,6 @@ class Growth:
     options: TrainingOptions
     repair: RepairSpec = NO_REPAIR
 
-    def to_json(self) -> dict[str, Any]:
-        """Number of images, and all options."""
-        return {"n_images": len(self.images), **asdict(self.options)}
-
 
 @dataclass(frozen=True, slots=True)
 class ElasticReport:
@@ -308,7 +304,7 @@ class _Elastic:
             ranker=self.ranker.label,
             procedure=self.procedure,
             n_components=self.objective.n_components,
-            growth=None if growth is None else growth.to_json(),
+            growth=None if growth is None else {"n_images": len(growth.images), **asdict(growth.options)},
             repair=str(repair),
             images={"set": self._image_set(), "n_images": len(images)},
             size_bytes=sum(tensor.nbytes for tensor in self.model.state_dict().values()),
