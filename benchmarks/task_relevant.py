@@ -10,7 +10,7 @@ to F (new subclasses) or to P and F (new classes). Repetitions differ in initial
 their order in pre-training; the four arms of one share them. The figure is accuracy after adaptation on evaluation
 images, its area over parameters the metric; means with 95 % t intervals over repetitions, and paired differences.
 
-Smaller than the paper: CIFAR ResNet-20 instead of ResNet-50 and, by default, 300 of the data pack's 1,000 training
+Smaller than the paper: CIFAR ResNet-20 instead of ResNet-50 and, by default, 200 of the data pack's 1,000 training
 images a class and few epochs. An arm that is measured stays in `benchmarks/results/task_relevant.json` and isn't
 measured again; a run that was killed goes on from checkpoints in the cache directory.
 """
@@ -54,12 +54,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--network", default="cifar_resnet20", help="of timm, trained from scratch")
     parser.add_argument("--size", type=int, help="pixels of an image; by default the network's own")
     parser.add_argument("--data", help="CIFAR-10 as of `hpo launch`; by default the data pack's")
-    parser.add_argument("--images-per-class", type=int, default=300, help="for training, validation included")
-    parser.add_argument("--evaluation-images", type=int, default=4943)
+    parser.add_argument("--images-per-class", type=int, default=200, help="for training, validation included")
+    parser.add_argument("--evaluation-images", type=int, default=2000)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=10, choices=range(1, 11))
     parser.add_argument("--pretraining-epochs", type=int, default=30, help="at most, on T and P")
-    parser.add_argument("--epochs", type=int, default=8, help="at most, of every retraining and adaptation")
+    parser.add_argument("--epochs", type=int, default=6, help="at most, of every retraining and adaptation")
     parser.add_argument("--patience", type=int, default=3, help="epochs without a better validation accuracy")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--pretraining-learning-rate", type=float, default=1e-3)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from objectives.attribution.operations import Activation, ResidualSum
 from objectives.errors import RepairError
 from objectives.pruning.ranking import Masks
-from objectives.repair.chunks import Chunks
+from objectives.repair.chunks import Chunks, Stored
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
-from objectives.repair.rows import Linear
+from objectives.repair.rows import Linear, LinearLayer
+from objectives.steps import POOLS
 
 __all__ = ["RepairPass"]
 
@@ -63,7 +65,7 @@ class RepairPass(fx.Interpreter, ABC):
 
         Args:
             name: of the layer.
-            inputs: in the pruned network.
+            inputs: in the pruned network; of a layer without groups those that live alone.
             live: (inputs,) of bool: which input channels are anywhere other than zero.
             shortcut: what will be added to the outputs, of a layer that ends a branch.
         """
@@ -83,22 +85,49 @@ class RepairPass(fx.Interpreter, ABC):
             value = self._chunk_by_chunk(n)
             return self._heads(n, value) if n.op == "call_module" and n.target in self.masks else value
         name = str(n.target)
-        (inputs,), _ = self.fetch_args_kwargs_from_env(n)
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
-        module = layer.module
+        (source,) = n.all_input_nodes
+        inputs: Chunks = self.env[source]
         is_reached = n in self._reached or shortcut in self._reached
         if not is_reached and bool(kept.all()):
-            return inputs.map(lambda index: module(inputs.parts[index]))
+            return inputs.map(lambda index: layer.module(inputs.parts[index]))
         self._reached.add(n)
+        inputs = inputs if layer.n_groups == 1 else inputs.full()
         extremes = torch.stack([layer.input_extremes(part) for part in inputs])
-        live = (extremes != 0).any(dim=1).any(dim=0)
+        lives = (extremes != 0).any(dim=1).any(dim=0)
+        live = lives if inputs.stored is None else inputs.stored.among_all(lives)
+        if layer.n_groups == 1:
+            inputs = inputs.narrowed(lives, layer.axis)
+        module = layer.module
         if is_reached and name in self.network.repairable and bool(kept.any()):
             if not bool(extremes.isfinite().all()):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
-            module = self.new_layer(name, inputs, live, None if shortcut is None else self.env[shortcut])
+            module = self.new_layer(name, inputs, live, None if shortcut is None else self._full(shortcut))
             self.repaired[name] = module
-        pruned = layer.pruned(module, kept, live)
-        return inputs.map(lambda index: pruned(inputs.parts[index]))
+        return self.outputs(layer, module, kept, inputs)
+
+    def _full(self, node: fx.Node) -> Chunks:
+        """A value that has been computed, with all its channels; it is kept so."""
+        value: Chunks = self.env[node].full()
+        self.env[node] = value
+        return value
+
+    def outputs(self, layer: LinearLayer, module: Linear, kept: Tensor, inputs: Chunks) -> Chunks:
+        """What a layer with a module's values computes, its pruned outputs zero."""
+        if not bool(kept.any()):
+            return inputs.map(
+                lambda index: inputs.parts[index].new_zeros(len(inputs.parts[index]), *layer.output_shape)
+            )
+        if layer.n_groups > 1:
+            silenced = module if bool(kept.all()) else layer.silenced(module, kept)
+            return inputs.map(lambda index: silenced(inputs.parts[index]))
+        stored = None if bool(kept.all()) else Stored(kept.nonzero().flatten(), len(kept), layer.axis)
+        compute = layer.between(
+            module,
+            None if stored is None else stored.channels,
+            None if inputs.stored is None else inputs.stored.channels,
+        )
+        return inputs.map(lambda index: compute(inputs.parts[index]), stored)
 
     def _heads(self, node: fx.Node, outputs: Chunks) -> Chunks:
         """Heads' outputs side by side, those of pruned heads zero."""
@@ -112,12 +141,18 @@ class RepairPass(fx.Interpreter, ABC):
 
     def _chunk_by_chunk(self, node: fx.Node) -> Any:
         """What a step gives for each chunk; of no images, at once."""
-        args, keywords = self.fetch_args_kwargs_from_env(node)
         if node.op == "placeholder" or node.op == "output":
             return super().run_node(node)
-        chunked = [self.env[source] for source in node.all_input_nodes if isinstance(self.env[source], Chunks)]
-        if not chunked:
+        sources = [source for source in node.all_input_nodes if isinstance(self.env[source], Chunks)]
+        if not sources:
             return super().run_node(node)
+        module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ResidualSum) and len(sources) == 2:
+            return self.env[sources[0]].plus(self.env[sources[1]])
+        # Each channel by itself, and zeros stay zeros.
+        stored = self.env[sources[0]].stored if isinstance(module, Activation) or node.target in POOLS else None
+        chunked = [self.env[source] if stored is not None else self._full(source) for source in sources]
+        args, keywords = self.fetch_args_kwargs_from_env(node)
 
         def step(index: int) -> Any:
             def part(value: Any) -> Any:
@@ -126,4 +161,4 @@ class RepairPass(fx.Interpreter, ABC):
             here = fx.node.map_aggregate(args, part), fx.node.map_aggregate(keywords, part)
             return getattr(self, node.op)(node.target, *here)
 
-        return chunked[0].map(step)
+        return chunked[0].map(step, stored)

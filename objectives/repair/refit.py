@@ -78,10 +78,10 @@ class Refit(RepairPass):
         # Of a group some outputs may be pruned: there is nothing to explain.
         kept = self.kept(name).view(layer.n_groups, -1)[groups][:, None, outputs]
         sums = torch.zeros_like(bias)
+        # Of a layer without groups the inputs that live are all there are.
+        channels = None if layer.n_groups == 1 else fitted.channels
         for positions, wanted in self._wanted(name, shortcut):
-            rows = inputs.read(
-                positions, layer.n_places, lambda part, at: layer.inputs_at(part, at, fitted.channels), dim=1
-            )
+            rows = inputs.read(positions, layer.n_places, lambda part, at: layer.inputs_at(part, at, channels), dim=1)
             sums += wanted.sum(dim=1)
             residuals = wanted[groups][:, :, outputs] - torch.baddbmm(old_bias[:, None, :], rows, old_weight.mT)
             residuals = residuals if bool(kept.all()) else torch.where(kept, residuals, 0.0)

@@ -99,44 +99,44 @@ class LinearLayer:
             torch.where(by_group[:, :, None], own.weight(), 0.0), torch.where(by_group, own.bias(), 0.0)
         )
 
+    @property
+    def axis(self) -> int:
+        """Of the channels, in inputs and outputs, the batch dimension included."""
+        return 1 if isinstance(self.module, nn.Conv2d) else len(self.output_shape)
+
     def input_extremes(self, inputs: Tensor) -> Tensor:
         """(2, inputs): the least and the largest value of each input channel; NaN of one that has any."""
-        dimension = 1 if isinstance(self.module, nn.Conv2d) else inputs.ndim - 1
-        axes = [axis for axis in range(inputs.ndim) if axis != dimension]
+        axes = [axis for axis in range(inputs.ndim) if axis != self.axis]
         return torch.stack([inputs.amin(dim=axes), inputs.amax(dim=axes)])
 
-    def pruned(self, module: Linear, kept: Tensor, live: Tensor) -> Callable[[Tensor], Tensor]:
-        """What a layer of this form computes with zeros in place of its pruned outputs; only live inputs are read.
+    def between(self, module: Linear, rows: Tensor | None, columns: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What a layer of this form computes of some outputs from some inputs, where its other inputs are zero.
 
         Args:
-            module: its values.
-            kept: (outputs,) of bool.
-            live: (inputs,) of bool: others are zero.
+            module: its values; of a layer without groups.
+            rows: (outputs,) indices, at least one; all by default.
+            columns: (inputs,) indices; likewise.
 
         Returns:
-            (N, *input_shape) -> (N, *output_shape).
+            Inputs with these channels -> outputs with those.
         """
-        keeps_all, reads_all = bool(kept.all()), bool(live.all())
-        if self.n_groups > 1 or (keeps_all and reads_all):
-            return module if keeps_all else self.silenced(module, kept)
-        if not bool(kept.any()):
-            return lambda inputs: inputs.new_zeros((len(inputs), *self.output_shape))
-        rows = kept.nonzero().flatten()
-        columns = live.nonzero().flatten() if bool(live.any()) else torch.zeros_like(rows[:1])
-        weight, bias = module.weight[rows][:, columns], None if module.bias is None else module.bias[rows]
-        axis = 1 if isinstance(module, nn.Conv2d) else -1
+        weight: Tensor = module.weight if rows is None else module.weight[rows]
+        weight = weight if columns is None else weight[:, columns]
+        bias = module.bias if module.bias is None or rows is None else module.bias[rows]
+        if weight.shape[1] == 0:
+            return self._constant(weight.new_zeros(len(weight)) if bias is None else bias)
+        if isinstance(module, nn.Conv2d):
+            stride, padding, dilation = module.stride, module.padding, module.dilation
+            return lambda inputs: nn.functional.conv2d(inputs, weight, bias, stride, padding, dilation)
+        return lambda inputs: nn.functional.linear(inputs, weight, bias)
 
-        def compute(inputs: Tensor) -> Tensor:
-            read = inputs if reads_all else inputs.index_select(axis, columns)
-            if isinstance(module, nn.Conv2d):
-                few = nn.functional.conv2d(read, weight, bias, module.stride, module.padding, module.dilation)
-            else:
-                few = nn.functional.linear(read, weight, bias)
-            if keeps_all:
-                return few
-            return inputs.new_zeros((len(inputs), *self.output_shape)).index_copy_(axis, rows, few)
-
-        return compute
+    def _constant(self, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        """What a layer computes that reads nothing: (outputs,) for any number of images."""
+        shape = list(self.output_shape)
+        shape[self.axis - 1] = len(bias)
+        if isinstance(self.module, nn.Conv2d):
+            bias = bias[:, None, None]
+        return lambda inputs: bias.expand(len(inputs), *shape)
 
     def columns_of(self, channels: Tensor) -> Tensor:
         """(columns,) of bool: the columns of some input channels, of a layer without groups."""
@@ -150,9 +150,9 @@ class LinearLayer:
         """(groups, P, columns) in float64: what the weights are multiplied with at some positions.
 
         Args:
-            inputs: (N, *input_shape).
+            inputs: (N, *input_shape); of a layer without groups some channels are enough.
             positions: (P,), ascending.
-            channels: (inputs,) of bool: only the columns of these; of a layer with groups, whole groups.
+            channels: (inputs,) of bool: only the columns of these; whole groups of a layer that has some.
         """
         image, place = positions // self.n_places, positions % self.n_places
         if isinstance(self.module, nn.Linear):
@@ -160,24 +160,22 @@ class LinearLayer:
             return (rows if channels is None else rows[:, channels]).double()[None]
         first, end = int(image[0]), int(image[-1]) + 1
         part = inputs[first:end] if channels is None else inputs[first:end, channels]
-        padding = _padding(self.module)
-        padded = (nn.functional.pad(part, padding) if any(padding) else part).movedim(1, -1)
-        steps, width = self.module.stride, self.output_shape[2]
-        across, down = place % width * steps[1], place // width * steps[0]
-        offsets_down, offsets_across = (
+        n_inputs = part.shape[1]
+        # Channels last: of each pixel they are read together.
+        left, right, top, bottom = _padding(self.module)
+        height, width = part.shape[2] + top + bottom, part.shape[3] + left + right
+        pixels = part.new_zeros(len(part), height, width, n_inputs)
+        pixels[:, top : height - bottom, left : width - right] = part.movedim(1, -1)
+        steps, row = self.module.stride, self.output_shape[2]
+        corners = ((image - first) * height + place // row * steps[0]) * width + place % row * steps[1]
+        down, across = (
             torch.arange(size, device=inputs.device) * dilation
             for size, dilation in zip(self.module.kernel_size, self.module.dilation, strict=True)
         )
-        # (P, height, width, inputs)
-        patches = padded[
-            (image - first)[:, None, None],
-            down[:, None, None] + offsets_down[:, None],
-            across[:, None, None] + offsets_across,
-        ]
-        n_positions, height, width, n_inputs = patches.shape
-        in_group = n_inputs if self.n_groups == 1 else self.module.weight.shape[1]
-        n_groups = 1 if self.n_groups == 1 else n_inputs // in_group
-        grouped = patches.reshape(n_positions, height * width, n_groups, in_group)
+        offsets = (down[:, None] * width + across).flatten()
+        patches = pixels.flatten(0, 2).index_select(0, (corners[:, None] + offsets).flatten())
+        n_groups = 1 if self.n_groups == 1 else n_inputs // int(self.module.weight.shape[1])
+        grouped = patches.view(len(positions), len(offsets), n_groups, n_inputs // n_groups)
         return grouped.permute(2, 0, 1, 3).flatten(2).double()
 
 

@@ -4,10 +4,10 @@ On one pruned network, half of whose components are gone at random, every layer 
 and its error is taken on that fifth. The equations without some images are sums of the others' (closed form): nothing
 is computed again.
 
-Of a convolutional network, what is chosen has the least error of all layers, each in relation to what pruning does to
-it. Of a transformer each layer has its own: the first ones can follow the references closely, the classifier, which
-sees every image once, hardly at all (on the CIFAR ViT 0.1 and 10). In a convolutional network that loses more than it
-gains: what each layer of a MobileNetV2 likes best together prunes worse than one strength for all.
+Of a convolutional network, what is chosen has the least error of all layers (of many, of some), each in relation to
+what pruning does to it. Of a transformer each layer has its own: the first ones can follow the references closely, the
+classifier, which sees every image once, hardly at all (on the CIFAR ViT 0.1 and 10). In a convolutional network that
+loses more than it gains: what each layer of a MobileNetV2 likes best together prunes worse than one strength for all.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from objectives.pruning.ranking import Masks
+from objectives.repair.chunks import Chunks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.refit import Refit
 from objectives.repair.ridge import Equations, left_out_errors
+from objectives.repair.rows import Linear
 
 __all__ = ["STRENGTHS", "choose_strength"]
 
@@ -28,6 +30,8 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Those that are tried, in relation to the mean of the Gram matrix's diagonal."""
 
 _N_PARTS = 5
+# Of a convolutional network, spread evenly over its depth; the others go on with what was best before them.
+_N_LAYERS = 24
 
 
 def choose_strength(
@@ -65,12 +69,22 @@ class _Choice(Refit):
         self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int, n_parts: int
     ) -> None:
         super().__init__(network, targets, masks, batch_size, STRENGTHS[-1])
-        self.n_parts = n_parts
+        self.n_parts_asked = n_parts
         self.errors = [0.0] * len(STRENGTHS)
         self.best: dict[str, float] = {}
+        names = [name for name in network.layers if name in network.repairable]
+        step = 1 if network.is_transformer else -(-len(names) // _N_LAYERS)
+        self.asked = frozenset(names[::step])
+
+    def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
+        """See `RepairPass.new_layer`."""
+        self.n_parts = self.n_parts_asked if name in self.asked else 1
+        return super().new_layer(name, inputs, live, shortcut)
 
     def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """See `Refit.chosen`."""
+        if name not in self.asked:
+            return next(reversed(self.best.values()), STRENGTHS[-1])
         unrepaired = sum(part.square for part in parts)
         if unrepaired == 0:
             return STRENGTHS[-1]
