@@ -650,7 +650,7 @@ def prune(
             "The levels of an elastic network share weights, which a repair fits to the smallest alone until larger "
             "ones are trained around it; add `--grow-epochs N`, or leave `--repair` out."
         )
-    usual = "none" if trains else "refit"  # what is trained was searched for as the document says
+    usual = configuration.procedure_spec().usual_repair
     configuration = replace(configuration, repair=configuration.repair or usual)
     with make_progress("AUC", console) as progress:
         if elastic is not None:

@@ -51,6 +51,11 @@ class _Named:
         """Whether pruned networks are trained, so that they have other weights than the unpruned one."""
         return False
 
+    @property
+    def usual_repair(self) -> str:
+        """Of `REPAIRS`: the method with which `hpo prune` repairs where nobody says how; what is trained needs none."""
+        return "none" if self.fine_tunes else "refit"
+
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.name}({options})" if options else self.name

@@ -56,7 +56,7 @@ def open_folder(argument: str, labels: LabelSet) -> SourcePair:
         DataError: A directory is missing or empty, `val` has a class that `train` lacks, or a folder's name stands for
             no output.
     """
-    return _open(argument, labels, _Layout("folder", "CLASS"))
+    return _open(argument, labels, _Layout("folder", has_domains=False))
 
 
 @register_source("domains")
@@ -66,22 +66,27 @@ def open_domains(argument: str, labels: LabelSet) -> SourcePair:
     Raises:
         DataError: Likewise.
     """
-    return _open(argument, labels, _Layout("domains", "DOMAIN/CLASS"))
+    return _open(argument, labels, _Layout("domains", has_domains=True))
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How folders are nested: the source's name, and what comes below train and val."""
+    """How folders are nested: the source's name, and whether folders of classes lie in those of domains."""
 
     name: str
-    below: str
+    has_domains: bool
+
+    @property
+    def below(self) -> str:
+        """What comes below train and val."""
+        return "DOMAIN/CLASS" if self.has_domains else "CLASS"
 
     def __str__(self) -> str:
         return f"--data {self.name}:DIR reads DIR/train/{self.below}/* and DIR/val/{self.below}/*"
 
     def files(self, directory: Path) -> dict[str | None, dict[str, list[Path]]]:
         """Image files by domain and class, all sorted; without domains under None."""
-        if self.name == "folder":
+        if not self.has_domains:
             return {None: self._classes(directory)}
         domains: dict[str | None, dict[str, list[Path]]] = {
             folder.name: self._classes(folder) for folder in self._folders(directory)

@@ -206,8 +206,9 @@ def prune(
             "`--coupled` out."
         )
     if repair is None:
-        searched = RepairSpec.from_json(document.repair)
-        repair = searched if document.procedure_spec.fine_tunes else RepairSpec("refit")
+        procedure = document.procedure_spec
+        # What is trained was searched for as the document says.
+        repair = RepairSpec.from_json(document.repair) if procedure.fine_tunes else RepairSpec(procedure.usual_repair)
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure_spec,

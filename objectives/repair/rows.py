@@ -174,8 +174,9 @@ class LinearLayer:
         )
         offsets = (down[:, None] * width + across).flatten()
         patches = pixels.flatten(0, 2).index_select(0, (corners[:, None] + offsets).flatten())
-        n_groups = 1 if self.n_groups == 1 else n_inputs // int(self.module.weight.shape[1])
-        grouped = patches.view(len(positions), len(offsets), n_groups, n_inputs // n_groups)
+        if self.n_groups == 1:
+            return patches.view(1, len(positions), -1).double()
+        grouped = patches.view(len(positions), len(offsets), -1, int(self.module.weight.shape[1]))
         return grouped.permute(2, 0, 1, 3).flatten(2).double()
 
 
