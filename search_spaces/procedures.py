@@ -53,7 +53,7 @@ class _Named:
 
     @property
     def usual_repair(self) -> str:
-        """Of `REPAIRS`: the method with which `hpo prune` repairs where nobody says how; what is trained needs none."""
+        """Of `REPAIRS`: how `hpo prune` repairs unless its user says so or, of what is trained, a document does."""
         return "none" if self.fine_tunes else "refit"
 
     def __str__(self) -> str:

@@ -90,11 +90,9 @@ class Chunks:
 
     def plus(self, other: Chunks) -> Chunks:
         """The sum of two values of the same shape."""
-        if self.stored is None and other.stored is None:
-            return self.map(lambda index: self.parts[index] + other.parts[index])
         whole, few = (self, other) if self.stored is None else (other.full(), self)
-        stored = few.stored
-        assert stored is not None, "one of them isn't whole"
+        if (stored := few.stored) is None:
+            return whole.map(lambda index: whole.parts[index] + few.parts[index])
         return whole.map(lambda index: whole.parts[index].index_add(stored.axis, stored.channels, few.parts[index]))
 
     def read(self, positions: Tensor, n_places: int, read: Callable[[Tensor, Tensor], Tensor], dim: int = 0) -> Tensor:

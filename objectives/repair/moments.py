@@ -46,10 +46,10 @@ class MatchMoments(RepairPass):
     def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
         """See `RepairPass.new_layer`."""
         layer, wanted = self.network.layers[name], self.targets[name].moments
-        outputs = self.outputs(layer, layer.module, torch.ones(layer.n_outputs, dtype=torch.bool), inputs)
+        compute = layer.module if inputs.stored is None else layer.between(layer.module, None, inputs.stored.channels)
         sums = MomentSums()
-        for part in outputs:
-            sums.add(layer.outputs_by_position(part))
+        for part in inputs:
+            sums.add(layer.outputs_by_position(compute(part)))
         here = sums.moments()
         if not bool(here.variance.isfinite().all()):
             raise RepairError(f"The layer {name!r} can't be repaired: its outputs on the references aren't finite.")

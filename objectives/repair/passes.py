@@ -86,25 +86,25 @@ class RepairPass(fx.Interpreter, ABC):
             return self._heads(n, value) if n.op == "call_module" and n.target in self.masks else value
         name = str(n.target)
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
+        rows = kept.nonzero().flatten()
         (source,) = n.all_input_nodes
-        inputs: Chunks = self.env[source]
+        inputs: Chunks = self.env[source] if layer.n_groups == 1 else self._full(source)
         is_reached = n in self._reached or shortcut in self._reached
-        if not is_reached and bool(kept.all()):
+        if not is_reached and len(rows) == len(kept):
             return inputs.map(lambda index: layer.module(inputs.parts[index]))
         self._reached.add(n)
-        inputs = inputs if layer.n_groups == 1 else inputs.full()
         extremes = torch.stack([layer.input_extremes(part) for part in inputs])
         lives = (extremes != 0).any(dim=1).any(dim=0)
         live = lives if inputs.stored is None else inputs.stored.among_all(lives)
         if layer.n_groups == 1:
             inputs = inputs.narrowed(lives, layer.axis)
         module = layer.module
-        if is_reached and name in self.network.repairable and bool(kept.any()):
+        if is_reached and name in self.network.repairable and len(rows) > 0:
             if not bool(extremes.isfinite().all()):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
             module = self.new_layer(name, inputs, live, None if shortcut is None else self._full(shortcut))
             self.repaired[name] = module
-        return self.outputs(layer, module, kept, inputs)
+        return self._outputs(layer, module, rows, inputs)
 
     def _full(self, node: fx.Node) -> Chunks:
         """A value that has been computed, with all its channels; it is kept so."""
@@ -112,21 +112,17 @@ class RepairPass(fx.Interpreter, ABC):
         self.env[node] = value
         return value
 
-    def outputs(self, layer: LinearLayer, module: Linear, kept: Tensor, inputs: Chunks) -> Chunks:
-        """What a layer with a module's values computes, its pruned outputs zero."""
-        if not bool(kept.any()):
-            return inputs.map(
-                lambda index: inputs.parts[index].new_zeros(len(inputs.parts[index]), *layer.output_shape)
-            )
+    def _outputs(self, layer: LinearLayer, module: Linear, rows: Tensor, inputs: Chunks) -> Chunks:
+        """What a layer with a module's values computes, its outputs but for some rows zero."""
+        if len(rows) == 0:
+            shape = layer.output_shape
+            return Chunks(tuple(part.new_zeros(len(part), *shape) for part in inputs), inputs.firsts)
+        stored = None if len(rows) == layer.n_outputs else Stored(rows, layer.n_outputs, layer.axis)
         if layer.n_groups > 1:
-            silenced = module if bool(kept.all()) else layer.silenced(module, kept)
+            silenced = module if stored is None else layer.silenced(module, stored.among_all(torch.ones_like(rows) > 0))
             return inputs.map(lambda index: silenced(inputs.parts[index]))
-        stored = None if bool(kept.all()) else Stored(kept.nonzero().flatten(), len(kept), layer.axis)
-        compute = layer.between(
-            module,
-            None if stored is None else stored.channels,
-            None if inputs.stored is None else inputs.stored.channels,
-        )
+        columns = None if inputs.stored is None else inputs.stored.channels
+        compute = layer.between(module, None if stored is None else rows, columns)
         return inputs.map(lambda index: compute(inputs.parts[index]), stored)
 
     def _heads(self, node: fx.Node, outputs: Chunks) -> Chunks:

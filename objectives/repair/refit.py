@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,6 @@ class Refit(RepairPass):
         super().__init__(network, targets, masks, batch_size)
         self.strength = strength
         self.n_rows = n_rows
-        self.n_parts = 1
 
     def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
         """See `RepairPass.new_layer`."""
@@ -72,16 +72,15 @@ class Refit(RepairPass):
                 len(targets.positions),
                 targets.positions.device,
             )
-            for _ in range(self.n_parts)
+            for _ in range(self.n_parts(name))
         ]
         old_weight, old_bias = weight[groups][:, outputs][:, :, columns], bias[groups][:, outputs]
         # Of a group some outputs may be pruned: there is nothing to explain.
         kept = self.kept(name).view(layer.n_groups, -1)[groups][:, None, outputs]
         sums = torch.zeros_like(bias)
-        # Of a layer without groups the inputs that live are all there are.
-        channels = None if layer.n_groups == 1 else fitted.channels
+        read = partial(layer.inputs_at, channels=fitted.channels)
         for positions, wanted in self._wanted(name, shortcut):
-            rows = inputs.read(positions, layer.n_places, lambda part, at: layer.inputs_at(part, at, channels), dim=1)
+            rows = inputs.read(positions, layer.n_places, read, dim=1)
             sums += wanted.sum(dim=1)
             residuals = wanted[groups][:, :, outputs] - torch.baddbmm(old_bias[:, None, :], rows, old_weight.mT)
             residuals = residuals if bool(kept.all()) else torch.where(kept, residuals, 0.0)
@@ -103,6 +102,10 @@ class Refit(RepairPass):
         bias[fitted.silent] = (sums / len(targets.positions))[fitted.silent]
         return layer.replaced(weight, bias)
 
+    def n_parts(self, name: str) -> int:
+        """Into how many parts a layer's rows fall, image by image."""
+        return 1
+
     def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """The strength for a layer."""
         return self.strength[name] if isinstance(self.strength, Mapping) else self.strength
@@ -112,7 +115,7 @@ class Refit(RepairPass):
         layer, targets, kept = self.network.layers[name], self.targets[name], self.kept(name)
         if layer.n_groups == 1:
             one = torch.ones(1, dtype=torch.bool, device=targets.positions.device)
-            return _Fitted(one, kept, layer.columns_of(live), live, ~one)
+            return _Fitted(one, kept, layer.columns_of(live), None, ~one)
         hears = live.view(layer.n_groups, -1).any(dim=1)
         groups = hears & kept.view(layer.n_groups, -1).any(dim=1)
         outputs, columns = (
@@ -141,12 +144,12 @@ class _Fitted:
         groups: (groups,).
         outputs: (outputs,) of each of these groups.
         columns: (columns,) of each of these groups.
-        channels: (inputs,), those of these columns in these groups.
+        channels: (inputs,), those of these groups; None of a layer without groups, which has those that live alone.
         silent: (groups,), of which all inputs are zero, so that the bias is all there is to fit.
     """
 
     groups: Tensor
     outputs: Tensor
     columns: Tensor
-    channels: Tensor
+    channels: Tensor | None
     silent: Tensor

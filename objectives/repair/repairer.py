@@ -70,7 +70,7 @@ class Repairer:
     def images(self) -> Tensor:
         """The references that are used: all, or as many as there is memory for, drawn by a fixed seed."""
         references = self._references
-        # Of the original's step two branches and one value more are alive at a time.
+        # A step reads and writes, a branch waits beside it, and of what is read some channels may be copied.
         bytes_each = 3 * largest_step(self.network.module.graph) * references.element_size()
         n_images = max(1, min(len(references), _BYTES_KEPT // bytes_each))
         if n_images == len(references):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from objectives.network import channel_axis
+
 __all__ = ["Linear", "LinearLayer"]
 
 Linear = nn.Conv2d | nn.Linear
@@ -102,7 +104,7 @@ class LinearLayer:
     @property
     def axis(self) -> int:
         """Of the channels, in inputs and outputs, the batch dimension included."""
-        return 1 if isinstance(self.module, nn.Conv2d) else len(self.output_shape)
+        return channel_axis(self.output_shape)
 
     def input_extremes(self, inputs: Tensor) -> Tensor:
         """(2, inputs): the least and the largest value of each input channel; NaN of one that has any."""
@@ -150,14 +152,13 @@ class LinearLayer:
         """(groups, P, columns) in float64: what the weights are multiplied with at some positions.
 
         Args:
-            inputs: (N, *input_shape); of a layer without groups some channels are enough.
+            inputs: (N, *input_shape); of a layer without groups some channels give their columns.
             positions: (P,), ascending.
-            channels: (inputs,) of bool: only the columns of these; whole groups of a layer that has some.
+            channels: (inputs,) of bool, of a layer with groups: whole groups to give alone.
         """
         image, place = positions // self.n_places, positions % self.n_places
         if isinstance(self.module, nn.Linear):
-            rows = inputs.reshape(len(inputs), self.n_places, -1)[image, place]
-            return (rows if channels is None else rows[:, channels]).double()[None]
+            return inputs.reshape(len(inputs), self.n_places, -1)[image, place].double()[None]
         first, end = int(image[0]), int(image[-1]) + 1
         part = inputs[first:end] if channels is None else inputs[first:end, channels]
         n_inputs = part.shape[1]

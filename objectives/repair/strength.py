@@ -1,13 +1,14 @@
 """The strength of the refit's penalty, chosen on the reference images by leaving some of them out.
 
-On one pruned network, half of whose components are gone at random, every layer is fitted without a fifth of the images
-and its error is taken on that fifth. The equations without some images are sums of the others' (closed form): nothing
-is computed again.
+On one pruned network, half of whose components are gone at random, layers are fitted without a fifth of the images and
+their error is taken on that fifth. The equations without some images are sums of the others' (closed form): nothing is
+computed again.
 
-Of a convolutional network, what is chosen has the least error of all layers (of many, of some), each in relation to
-what pruning does to it. Of a transformer each layer has its own: the first ones can follow the references closely, the
-classifier, which sees every image once, hardly at all (on the CIFAR ViT 0.1 and 10). In a convolutional network that
-loses more than it gains: what each layer of a MobileNetV2 likes best together prunes worse than one strength for all.
+Of a convolutional network at most 24 layers are asked, and what is chosen has the least error of them all, each in
+relation to what pruning does to it. Of a transformer each layer has its own: the first ones can follow the references
+closely, the classifier, which sees every image once, hardly at all (on the CIFAR ViT 0.1 and 10). In a convolutional
+network that loses more than it gains: what each layer of a MobileNetV2 likes best together prunes worse than one
+strength for all.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from objectives.pruning.ranking import Masks
-from objectives.repair.chunks import Chunks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.refit import Refit
 from objectives.repair.ridge import Equations, left_out_errors
-from objectives.repair.rows import Linear
 
 __all__ = ["STRENGTHS", "choose_strength"]
 
@@ -30,7 +29,7 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Those that are tried, in relation to the mean of the Gram matrix's diagonal."""
 
 _N_PARTS = 5
-# Of a convolutional network, spread evenly over its depth; the others go on with what was best before them.
+# Of a convolutional network, at most, spread evenly over its depth; others go on with what was best before them.
 _N_LAYERS = 24
 
 
@@ -59,31 +58,30 @@ def choose_strength(
 
 
 def _best(errors: Sequence[float]) -> float:
-    return STRENGTHS[min(range(len(STRENGTHS)), key=errors.__getitem__)]
+    """The strength with the least error, of equals the largest."""
+    return STRENGTHS[min(reversed(range(len(STRENGTHS))), key=errors.__getitem__)]
 
 
 class _Choice(Refit):
-    """A pass that goes on with what is best for each layer, and adds up what all strengths are worth."""
+    """A pass that goes on with what is best for each layer that is asked, and adds up what all strengths are worth."""
 
     def __init__(
         self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int, n_parts: int
     ) -> None:
         super().__init__(network, targets, masks, batch_size, STRENGTHS[-1])
-        self.n_parts_asked = n_parts
+        names = [name for name in network.layers if name in network.repairable]
+        n_asked = len(names) if network.is_transformer else min(len(names), _N_LAYERS)
+        self.parts = dict.fromkeys((names[(i + 1) * len(names) // n_asked - 1] for i in range(n_asked)), n_parts)
         self.errors = [0.0] * len(STRENGTHS)
         self.best: dict[str, float] = {}
-        names = [name for name in network.layers if name in network.repairable]
-        step = 1 if network.is_transformer else -(-len(names) // _N_LAYERS)
-        self.asked = frozenset(names[::step])
 
-    def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
-        """See `RepairPass.new_layer`."""
-        self.n_parts = self.n_parts_asked if name in self.asked else 1
-        return super().new_layer(name, inputs, live, shortcut)
+    def n_parts(self, name: str) -> int:
+        """See `Refit.n_parts`; one of a layer that isn't asked."""
+        return self.parts.get(name, 1)
 
     def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """See `Refit.chosen`."""
-        if name not in self.asked:
+        if name not in self.parts:
             return next(reversed(self.best.values()), STRENGTHS[-1])
         unrepaired = sum(part.square for part in parts)
         if unrepaired == 0:

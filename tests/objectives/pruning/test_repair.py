@@ -5,20 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from objectives.canonization import canonize
 from objectives.errors import RepairError
 from objectives.memory import Batches
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import slim
+from objectives.repair.chunks import Chunks
 from objectives.repair.moments import MatchMoments
 from objectives.repair.order import order
 from objectives.repair.original import observe
 from objectives.repair.own import repaired
 from objectives.repair.refit import Refit
 from objectives.repair.repairer import Repairer, with_layers
-from objectives.repair.strength import STRENGTHS
+from objectives.repair.ridge import KernelEquations, NormalEquations
+from objectives.repair.strength import STRENGTHS, choose_strength
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 NETWORKS = ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "inception", "cifar_resnet20"]
@@ -198,6 +200,83 @@ def test_groups_that_are_silent_or_pruned_take_no_part_in_the_choice_of_a_streng
     grouped = Refit(network, targets, masks, 20, 0.1).repair(references)["grouped"]
     close(grouped.weight, old.weight)
     close(grouped.bias, wanted.mean((0, 2, 3)))
+
+
+def values_of(module, images):
+    """What each step of a graph computes, by name."""
+    values = {}
+
+    class Recorded(fx.Interpreter):
+        def run_node(self, n):
+            values[n.name] = super().run_node(n)
+            return values[n.name]
+
+    Recorded(module).run(images)
+    return values
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "inception"])
+def test_a_pass_computes_what_the_repaired_network_does_though_it_stores_less(name, prunable):
+    subject = prunable(name)
+    ranking, network = subject.ranking(), order(subject.canonical.module)
+    masks = ranking.masks(len(ranking) // 2)
+    targets = observe(network, subject.images, 3, 500, seed=0)
+    values, n_narrow = {}, 0
+
+    class Watched(Refit):
+        def run_node(self, n):
+            nonlocal n_narrow
+            value = super().run_node(n)
+            if isinstance(value, Chunks) and isinstance(value.parts[0], torch.Tensor):
+                n_narrow += value.stored is not None
+                values[n.name] = torch.cat(list(value.full()))
+            return value
+
+    layers = Watched(network, targets, masks, 3, 0.1).repair(subject.images)
+    module = copy.deepcopy(with_layers(subject.canonical, layers).module)
+    for layer, mask in masks.items():
+        factors = mask.view(-1, 1, 1) if isinstance(module.get_submodule(layer), nn.Conv2d) else mask
+        module.get_submodule(layer).register_forward_hook(lambda _, __, output, factors=factors: output * factors)
+    expected = values_of(module, subject.images)
+    assert n_narrow > 5
+    assert len(values) > 15
+    for step, value in values.items():
+        close(value, expected[step])
+
+
+def test_of_many_layers_some_choose_the_strength(prunable, monkeypatch):
+    subject = prunable("cifar_resnet20")
+    masks = subject.ranking().masks(300)
+    network = order(subject.canonical.module)
+    targets = observe(network, subject.images, 8, 200, seed=0)
+    asked, used = [], []
+
+    def errors(parts, strengths):
+        asked.append(len(used))
+        return [float(strength != 0.03) for strength in strengths]
+
+    monkeypatch.setattr("objectives.repair.strength._N_LAYERS", 5)
+    monkeypatch.setattr("objectives.repair.strength.left_out_errors", errors)
+    for kind in (NormalEquations, KernelEquations):
+
+        def solve(equations, strength, own=kind.solve):
+            used.append(strength)
+            return own(equations, strength)
+
+        monkeypatch.setattr(kind, "solve", solve)
+    assert choose_strength(network, targets, subject.images, masks, 8) == 0.03
+    assert len(asked) == 5
+    assert asked[-1] == len(used) - 1 > 15  # the classifier
+    assert used == [10.0] * asked[0] + [0.03] * (len(used) - asked[0])
+    assert asked[0] > 0
+
+
+def test_where_no_layer_that_is_asked_is_reached_the_strength_is_the_largest():
+    canonical = canonize(Grouped().double().eval().requires_grad_(False), (3, 9, 9))
+    masks = {name: torch.ones(width, dtype=torch.bool) for name, width in canonical.components.items()}
+    network, references = order(canonical.module), torch.randn(4, 3, 9, 9, dtype=torch.float64)
+    targets = observe(network, references, 4, 100, seed=0)
+    assert choose_strength(network, targets, references, masks, 4) == STRENGTHS[-1]
 
 
 def test_the_last_layer_of_a_block_makes_up_for_its_shortcut(prunable):

@@ -20,19 +20,20 @@ def test_rows_are_those_of_the_whole(n_images):
     assert doubled.firsts == chunks.firsts
 
 
-def test_some_channels_stand_for_all():
-    whole = torch.randn(5, 4, 2)
-    whole[:, [0, 2]] = 0
+@pytest.mark.parametrize("axis", [1, 2])
+def test_some_channels_stand_for_all(axis):
+    whole = torch.randn(5, 4, 4)
+    whole.index_fill_(axis, torch.tensor([0, 2]), 0)
     chunks = Chunks.of(whole, 2)
-    few = chunks.narrowed(torch.tensor([False, True, True, True]), 1)
-    assert [part.shape[1] for part in few] == [3, 3, 3]
-    fewer = few.narrowed(torch.tensor([True, False, True]), 1)
+    few = chunks.narrowed(torch.tensor([False, True, True, True]), axis)
+    assert [part.shape[axis] for part in few] == [3, 3, 3]
+    fewer = few.narrowed(torch.tensor([True, False, True]), axis)
     assert fewer.stored.among_all(torch.tensor([True, False])).tolist() == [False, True, False, False]
-    other = Chunks.of(torch.randn(5, 4, 2), 2)
+    other = Chunks.of(torch.randn(5, 4, 4), 2)
     for part in (few, fewer):
         assert torch.equal(torch.cat(list(part.full())), whole)
         assert part.full().stored is None
         for total in (part.plus(other), other.plus(part)):
             assert torch.equal(torch.cat(list(total)), whole + torch.cat(list(other)))
         assert torch.equal(torch.cat(list(part.plus(fewer))), 2 * whole)
-    assert chunks.narrowed(torch.ones(4, dtype=torch.bool), 1) is chunks
+    assert chunks.narrowed(torch.ones(4, dtype=torch.bool), axis) is chunks
