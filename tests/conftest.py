@@ -29,8 +29,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_xdist_auto_num_workers():
-    """Two more than there are processors: a third of the time goes into waiting for processes that start and end."""
-    return (os.cpu_count() or 1) + 2
+    """One more than there are processors: a third of the time goes into waiting for processes that start and end."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session", autouse=True)
