@@ -18,7 +18,7 @@ from objectives.pruning.ranking import Masks
 from objectives.repair.chunks import Chunks, Stored
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
-from objectives.repair.rows import Linear, LinearLayer
+from objectives.repair.rows import Linear
 from objectives.steps import POOLS
 
 __all__ = ["RepairPass"]
@@ -104,7 +104,7 @@ class RepairPass(fx.Interpreter, ABC):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
             module = self.new_layer(name, inputs, live, None if shortcut is None else self._full(shortcut))
             self.repaired[name] = module
-        return self._outputs(layer, module, rows, inputs)
+        return self._outputs(name, module, rows, inputs)
 
     def _full(self, node: fx.Node) -> Chunks:
         """A value that has been computed, with all its channels; it is kept so."""
@@ -112,14 +112,15 @@ class RepairPass(fx.Interpreter, ABC):
         self.env[node] = value
         return value
 
-    def _outputs(self, layer: LinearLayer, module: Linear, rows: Tensor, inputs: Chunks) -> Chunks:
-        """What a layer with a module's values computes, its outputs but for some rows zero."""
+    def _outputs(self, name: str, module: Linear, rows: Tensor, inputs: Chunks) -> Chunks:
+        """What a layer with a module's values computes, its outputs but for the kept rows zero."""
+        layer = self.network.layers[name]
         if len(rows) == 0:
             shape = layer.output_shape
             return Chunks(tuple(part.new_zeros(len(part), *shape) for part in inputs), inputs.firsts)
         stored = None if len(rows) == layer.n_outputs else Stored(rows, layer.n_outputs, layer.axis)
         if layer.n_groups > 1:
-            silenced = module if stored is None else layer.silenced(module, stored.among_all(torch.ones_like(rows) > 0))
+            silenced = module if stored is None else layer.silenced(module, self.kept(name))
             return inputs.map(lambda index: silenced(inputs.parts[index]))
         columns = None if inputs.stored is None else inputs.stored.channels
         compute = layer.between(module, None if stored is None else rows, columns)

@@ -71,17 +71,18 @@ class _Choice(Refit):
         super().__init__(network, targets, masks, batch_size, STRENGTHS[-1])
         names = [name for name in network.layers if name in network.repairable]
         n_asked = len(names) if network.is_transformer else min(len(names), _N_LAYERS)
-        self.parts = dict.fromkeys((names[(i + 1) * len(names) // n_asked - 1] for i in range(n_asked)), n_parts)
+        self.asked = frozenset(names[(i + 1) * len(names) // n_asked - 1] for i in range(n_asked))
+        self.n_parts_asked = n_parts
         self.errors = [0.0] * len(STRENGTHS)
         self.best: dict[str, float] = {}
 
     def n_parts(self, name: str) -> int:
         """See `Refit.n_parts`; one of a layer that isn't asked."""
-        return self.parts.get(name, 1)
+        return self.n_parts_asked if name in self.asked else 1
 
     def chosen(self, name: str, parts: Sequence[Equations]) -> float:
         """See `Refit.chosen`."""
-        if name not in self.parts:
+        if name not in self.asked:
             return next(reversed(self.best.values()), STRENGTHS[-1])
         unrepaired = sum(part.square for part in parts)
         if unrepaired == 0:
