@@ -379,50 +379,32 @@ def test_dynamic_pruning_is_evaluated_and_replayed(document, tmp_path):
     assert json.loads(report)["exact"]["parameters"] == evaluated["parameters"][1]
 
 
-def test_fine_tuning_is_studied_exported_and_replayed(tmp_path, monkeypatch):
+def test_repair_and_training_are_studied_exported_and_replayed(tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
     training = {"finetune_epochs": 2, "finetune_learning_rate": 0.01, "finetune_batch_size": 4}
     options = [part for name, value in training.items() for part in (f"--{name.replace('_', '-')}", value)]
-    procedure = ["--procedure", "iterative", "--step-share", "0.5", *QUICK]
-    hpo("launch", "--study", "tuned", "--exact", "--n-trials", 1, *procedure, *options)
+    procedure = ["--procedure", "iterative", "--step-share", "0.5", "--repair", "refit", *QUICK]
+    hpo("launch", "--study", "repaired", "--exact", "--n-trials", 1, *procedure, *options)
     path = tmp_path / "best.json"
-    hpo("export", "tuned", "-o", path)
+    hpo("export", "repaired", "-o", path)
     content = json.loads(path.read_text())
     assert content["procedure_options"] == {"step_share": 0.5, **training}
+    assert content["repair"] == {"method": "refit", "strength": None}
     evaluated = json.loads(hpo("evaluate", "--composite", path, "--json").stdout)
     assert evaluated["accuracies"] == content["curve"]["accuracies"]
     assert evaluated["seconds"]["training"] > 0
+    plain = json.loads(hpo("evaluate", "--composite", path, "--repair", "none", "--json").stdout)
+    assert plain["accuracies"] != evaluated["accuracies"]
     report = json.loads(hpo("prune", path, "--rate", 0.5, "-o", tmp_path / "slim", "--json").stdout)
     assert report["exact"]["accuracy"] == report["masked_accuracy"] == content["confirmation"]["accuracies"][1]
     assert report["procedure"].endswith("finetune_epochs=2, finetune_learning_rate=0.01, finetune_batch_size=4)")
-    assert report["repair"]["method"] == "none"
+    assert (report["repair"]["method"], report["repair"]["accuracy_without"]) == ("refit", None)
     # What was trained is in the file.
-    network, images = load_slim(tmp_path / "slim" / "slim.safetensors"), torch.zeros(2, 1, 8, 8)
+    network, images = load_slim(tmp_path / "slim" / "slim.safetensors"), torch.rand(2, 1, 8, 8)
     program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
     torch.testing.assert_close(network(images), program(images))
     untuned = json.loads(hpo("evaluate", "--composite", path, "--finetune-epochs", 0, "--json").stdout)
     assert untuned["procedure_options"] == {"step_share": 0.5}
-
-
-def test_what_is_repaired_before_it_is_trained_is_exported_and_replayed(tmp_path, monkeypatch):
-    monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
-    training = ["--finetune-epochs", 1, "--finetune-batch-size", 4, "--repair", "refit"]
-    procedure = ["--procedure", "iterative", "--step-share", "0.5", *QUICK]
-    hpo("launch", "--study", "repaired", "--exact", "--n-trials", 1, *procedure, *training)
-    path = tmp_path / "best.json"
-    hpo("export", "repaired", "-o", path)
-    content = json.loads(path.read_text())
-    assert content["repair"] == {"method": "refit", "strength": None}
-    evaluated = json.loads(hpo("evaluate", "--composite", path, "--json").stdout)
-    assert evaluated["accuracies"] == content["curve"]["accuracies"]
-    plain = json.loads(hpo("evaluate", "--composite", path, "--repair", "none", "--json").stdout)
-    assert plain["accuracies"] != evaluated["accuracies"]
-    report = json.loads(hpo("prune", path, "--rate", 0.5, "-o", tmp_path / "slim", "--json").stdout)
-    assert report["exact"]["accuracy"] == content["confirmation"]["accuracies"][1]
-    assert (report["repair"]["method"], report["repair"]["accuracy_without"]) == ("refit", None)
-    network, images = load_slim(tmp_path / "slim" / "slim.safetensors"), torch.rand(2, 1, 8, 8)
-    program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
-    torch.testing.assert_close(network(images), program(images))
     path.write_text(json.dumps(content | {"repair": {"method": "none", "strength": None}}))
     assert refused("prune", path, "--rate", 0.5, "-o", tmp_path / "b", "--repair-strength", 1) == (
         "Repair none takes no strength, but got 1.0; choose bn or refit."

@@ -60,11 +60,9 @@ def refused(*arguments):
     return line.removeprefix("Error: ")
 
 
-@pytest.mark.parametrize("components", [None, "all"])
-def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_path, monkeypatch, components):
+def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
-    chosen = [] if components is None else ["--components", components]
-    launch = ["launch", "--study", "vit", "--exact", *model, *QUICK, *chosen]
+    launch = ["launch", "--study", "vit", "--exact", *model, *QUICK]
     hpo(*launch, "--n-trials", 2)
     resumed = hpo(*launch, "--n-trials", 3, "--space", "vit")  # the space that the network had by default
     assert "3 of 3 trials, 10 heuristics" in resumed.stdout
@@ -74,28 +72,24 @@ def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_
     path = tmp_path / "best.json"
     hpo("export", "vit", "-o", path)
     document = load_document(path)
-    assert document.components == (components or "mlp")
-    assert document.ranking == ("kind" if components == "all" else "global")
+    assert (document.components, document.ranking) == ("mlp", "global")
     assert document.composite.attention in ("AttnLRP", "CP", "ZPlus")
 
     evaluated = json.loads(hpo("evaluate", "--composite", path, "--checkpoint", checkpoint, "--json").stdout)
     stored = json.loads(hpo("show", status["best"]["number"], "--json").stdout)
     assert evaluated["accuracies"] == stored["curve"]["accuracies"]
 
-    other = "heads" if components != "heads" else "mlp"
-    message = f"The document was made for `--components {components or 'mlp'}`, but got {other}; leave the option out."
-    assert refused("evaluate", "--composite", path, "--checkpoint", checkpoint, "--components", other) == message
+    message = "The document was made for `--components mlp`, but got heads; leave the option out."
+    assert refused("evaluate", "--composite", path, "--checkpoint", checkpoint, "--components", "heads") == message
 
     report = tmp_path / "slim"
     options = "--repair", "none", "--coupled", "--checkpoint", checkpoint
     hpo("prune", path, "--rate", "0.6", *options, "-o", report)
     figures = json.loads((report / "report.json").read_text())
     assert figures["exact"]["accuracy"] == figures["masked_accuracy"] == figures["coupled"]["accuracy"]
-    # Of heads both remove the same rows, but only the exact network the norm (48 values) before a block's lost heads;
-    # of neurons only the exact network those that write to the stream.
-    fewer = figures["coupled"]["parameters"] - figures["exact"]["parameters"]
-    assert fewer in range(0, 4 * 48 + 1, 48) if components == "heads" else fewer > 0
-    assert figures["coupled"]["parameters"] < figures["unpruned"]["parameters"]
+    # Only the exact network loses the neurons that write to the stream.
+    sizes = [figures[network]["parameters"] for network in ("exact", "coupled", "unpruned")]
+    assert sizes == sorted(set(sizes))
     images = torch.rand(3, 1, 8, 8)
     slim = load_slim(report / "slim.safetensors")
     torch.testing.assert_close(torch.export.load(report / "slim.pt2").module()(images), slim(images))
@@ -103,16 +97,20 @@ def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_
     torch.testing.assert_close(coupled(images), slim(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("components", "asked"), [("mlp", ("--repair", "refit")), ("all", ("--space", "vit+repair"))])
-def test_a_study_with_repair_is_launched_exported_and_pruned(
-    model, checkpoint, tmp_path, monkeypatch, components, asked
+@pytest.mark.parametrize(
+    "asked", [("--repair", "refit"), ("--space", "vit+repair")], ids=["repair of all", "searched repair"]
+)
+def test_a_study_of_all_components_with_repair_is_launched_exported_and_pruned(
+    model, checkpoint, tmp_path, monkeypatch, asked
 ):
     monkeypatch.setenv("HPO_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
-    hpo("launch", "--study", "vit", "--exact", *model, *QUICK, "--components", components, *asked, "--n-trials", 2)
+    hpo("launch", "--study", "vit", "--exact", *model, *QUICK, "--components", "all", *asked, "--n-trials", 2)
     path, report = tmp_path / "best.json", tmp_path / "slim"
     hpo("export", "vit", "-o", path)
-    repair = load_document(path).repair
-    assert repair == {"method": "refit", "strength": None} or components == "all"
+    document = load_document(path)
+    assert (document.components, document.ranking) == ("all", "kind")
+    repair = document.repair
+    assert repair == {"method": "refit", "strength": None} or "--repair" not in asked
     evaluated = json.loads(hpo("evaluate", "--composite", path, "--checkpoint", checkpoint, "--json").stdout)
     best = json.loads(hpo("status", "vit", "--json").stdout)["best"]["number"]
     assert evaluated["accuracies"] == json.loads(hpo("show", best, "--json").stdout)["curve"]["accuracies"]

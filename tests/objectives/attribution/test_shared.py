@@ -97,17 +97,13 @@ def test_every_network_and_rule_gives_zennits_scores_and_masks(classifier):
         assert differing_masks(expected, given, 1e-10) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("alexnet", 64), ("vgg11_bn", 32), ("resnet18", 32), ("resnet50", 32), ("mobilenet_v2", 32)]
-)
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 64), ("resnet50", 32), ("mobilenet_v2", 32)])
 def test_torchvisions_networks(name, size, lively):
     torch.manual_seed(0)
-    options = {"init_weights": False} if name.startswith("vgg") else {}
-    network = torchvision.models.get_model(name, weights=None, num_classes=5, **options)
-    if name in ("alexnet", "vgg11_bn"):  # its dense layers would take a gigabyte in float64
+    network = torchvision.models.get_model(name, weights=None, num_classes=5)
+    if name == "alexnet":  # its dense layers would take half a gigabyte in float64
         network.avgpool = nn.AdaptiveAvgPool2d(1)
-        width = 256 if name == "alexnet" else 512
-        network.classifier = nn.Sequential(nn.Linear(width, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 5))
+        network.classifier = nn.Sequential(nn.Linear(256, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 5))
     canonical = canonize(lively(network), (3, size, size))
     zennit, engine = engines(canonical, torch.randn(2, 3, size, size).double(), torch.tensor([1, 4]))
     for composite in VARIED[1:3]:

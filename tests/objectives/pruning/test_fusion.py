@@ -13,12 +13,10 @@ aten = torch.ops.aten
 MOVES = {aten.index_select.default, aten.index_add.default, aten.index_copy.default}
 NETWORKS = [
     "cifar_resnet20",
-    "efficientnet_b0",
     "inception",
     "mobilenetv2_100",
     "mobilenetv3_small_100",
     "regnety_002",
-    "resnet50",
     "seresnet18",
     "vgg11_bn",
 ]

@@ -31,7 +31,7 @@ from search_spaces.documents import CompositeDocument
 from search_spaces.heuristics import HEURISTICS
 from search_spaces.repairs import RepairSpec
 
-NETWORKS = ["cifar_resnet20", "mobilenetv3_small_100", "regnety_002"]
+NETWORKS = ["cifar_resnet20", "mobilenetv3_small_100"]
 SIZE = 256 * 1024
 
 
@@ -242,7 +242,7 @@ def test_files_that_are_no_slim_networks(tmp_path):
         load_coupled(tmp_path / "text", nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "regnety_002"])
+@pytest.mark.parametrize("name", ["resnet18", "regnety_002"])
 def test_a_coupled_network_comes_back(tmp_path, name):
     network = _network(name)
     canonical = canonize(network, (3, 32, 32))

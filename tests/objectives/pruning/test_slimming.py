@@ -11,7 +11,7 @@ from objectives.pruning.rates import DEFAULT_RATES, n_pruned, parse_rates
 from objectives.pruning.slimming import Cost, cost, depends_on_images, slim
 
 SMALL = ["cifar_resnet20", "inception", "mobilenetv3_small_100", "regnety_002", "resnet18", "seresnet18"]
-LARGE = ["efficientnet_b0", "mobilenetv2_100", "resnet50", "vgg11_bn", "vgg16_bn"]
+LARGE = ["efficientnet_b0", "mobilenetv2_100", "resnet50", "vgg11_bn"]
 RATES = parse_rates(DEFAULT_RATES)
 TOLERANCE = 1e-9
 

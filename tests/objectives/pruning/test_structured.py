@@ -10,8 +10,6 @@ from objectives.pruning.masking import masked
 from objectives.pruning.structured import prune_coupled
 
 NETWORKS = [
-    "efficientnet_b0",
-    "mobilenetv2_100",
     "mobilenetv3_small_100",
     "regnety_002",
     "resnet18",
@@ -31,7 +29,7 @@ def test_counts_widths_and_a_network_that_runs(prunable, name):
     subject = prunable(name)
     canonical = subject.canonical
     n_components = sum(canonical.components.values())
-    for n_pruned in (n_components // 10, n_components // 2, n_components):
+    for n_pruned in (n_components // 2, n_components):
         result = prune_coupled(subject.network, canonical, _scores(canonical), n_pruned)
         widths = {layer: result.network.get_submodule(layer).weight.shape[0] for layer in canonical.components}
         assert result.widths == widths
