@@ -327,6 +327,7 @@ def evaluate(
     hpo compare --criteria best.json,epsilon-abs,zplus --n-subsets 20 --seeds 0,1,2 -o composites
     hpo compare --criteria best,epsilon-abs,taylor --study digits --images confirmation -o best-of-digits
     hpo compare --criteria zplus,weight,taylor --procedure iterative --finetune-epochs 3 -o tuned
+    hpo compare --criteria epsilon-abs,weight --procedure task_relevant --splits splits.toml --seeds 0,1,2,3,4 -o task
     """
 )
 @_comparison(
@@ -339,16 +340,14 @@ def evaluate(
 @_comparison(
     "--n-subsets",
     type=int,
-    default=5,
-    show_default=True,
+    show_default="5",
     metavar="N",
-    help="Random subsets of the classes.",
+    help="Random subsets of the classes; none of them where --splits says what each class is for.",
 )
 @_comparison(
     "--classes-per-subset",
     type=int,
-    default=3,
-    show_default=True,
+    show_default="3",
     metavar="K",
     help="Classes of each subset; the network keeps their outputs alone.",
 )
@@ -357,7 +356,7 @@ def evaluate(
     default="0",
     show_default=True,
     metavar="A,B,...",
-    help="Seeds of the references and the split; every subset runs with each.",
+    help="Seeds of the references and the split, and of a network that is trained on one; every subset runs with each.",
 )
 @_comparison(
     "--subset-seed",
@@ -395,8 +394,8 @@ def compare(
     ctx: click.Context,
     /,
     criteria: str,
-    n_subsets: int,
-    classes_per_subset: int,
+    n_subsets: int | None,
+    classes_per_subset: int | None,
     seeds: str,
     subset_seed: int,
     study: str | None,
@@ -411,7 +410,7 @@ def compare(
     """Compare criteria over random subsets of the classes and seeds, run by run.
 
     In each run all criteria prune the same network with the same references and are measured on the same images. With
-    --classes, subsets are drawn from these. A comparison that was interrupted goes on; more criteria, subsets and seeds
+    --classes, subsets are drawn from these; with --splits, runs differ in their seed alone. A comparison that was interrupted goes on; more criteria, subsets and seeds
     may be added to one.
     """
     console = start_logging(verbose)

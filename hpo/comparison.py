@@ -2,7 +2,8 @@
 
 A run is a subset of the classes and a seed of the references and the split. Every criterion prunes the same network,
 restricted to the subset's outputs, with the same references, and is measured on the same images, so that criteria are
-compared run by run, as in the paper's Figures 8 to 10. A folder keeps what is computed:
+compared run by run, as in the paper's Figures 8 to 10. Where a task's split says what each class is for, a run is a
+seed alone, also of a new network's weights (Avé et al. 2025, section 4). A folder keeps what is computed:
 
 ==================  ==================================================================================================
 `rows.jsonl`        the settings, then a row a run and criterion; written whole after each of them, and gone on with
@@ -58,6 +59,8 @@ __all__ = [
 _ROWS = "rows.jsonl"
 _LOCK = ".lock"
 _FORMAT = "pruning-hpo/comparison/1"
+_N_SUBSETS = 5
+_CLASSES_PER_SUBSET = 3
 # What decides a row's figures, beside the network, the subset and the seed.
 _SETTINGS = (
     "data",
@@ -96,7 +99,7 @@ class Run:
     """What all criteria are compared on at a time.
 
     Attributes:
-        classes: Outputs of the network that the task keeps, ascending.
+        classes: Outputs of the network that the task keeps, ascending; none where a task's split names them.
         seed: Of the references and the split.
     """
 
@@ -104,7 +107,8 @@ class Run:
     seed: int
 
     def __str__(self) -> str:
-        return f"classes {','.join(map(str, self.classes))}, seed {self.seed}"
+        seed = f"seed {self.seed}"
+        return f"classes {','.join(map(str, self.classes))}, {seed}" if self.classes else seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,8 @@ class Runs:
     """Which runs a comparison has: every subset with every seed.
 
     Attributes:
-        n_subsets: Distinct subsets of the classes.
-        classes_per_subset: Size of each.
+        n_subsets: Distinct subsets of the classes; None are 5.
+        classes_per_subset: Size of each; None is 3.
         seeds: Of references and split, at least one.
         subset_seed: Of the draw of subsets, and of the bootstrap.
 
@@ -121,23 +125,43 @@ class Runs:
         ConfigurationError: A number is out of range.
     """
 
-    n_subsets: int = 5
-    classes_per_subset: int = 3
+    n_subsets: int | None = None
+    classes_per_subset: int | None = None
     seeds: tuple[int, ...] = (0,)
     subset_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n_subsets < 1:
+        if self.n_subsets is not None and self.n_subsets < 1:
             raise ConfigurationError(f"`--n-subsets` must be at least 1, but got {self.n_subsets}.")
-        if self.classes_per_subset < 2:
+        if self.classes_per_subset is not None and self.classes_per_subset < 2:
             raise ConfigurationError(f"`--classes-per-subset` must be at least 2, but got {self.classes_per_subset}.")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ConfigurationError(f"`--seeds` must name numbers from 0 on, each once, but got {list(self.seeds)}.")
 
     def of(self, classes: Sequence[int]) -> list[Run]:
         """All runs over these classes, subset by subset."""
-        subsets = draw_subsets(classes, self.classes_per_subset, self.n_subsets, seed=self.subset_seed)
+        n_subsets = _N_SUBSETS if self.n_subsets is None else self.n_subsets
+        subsets = draw_subsets(classes, self.size, n_subsets, seed=self.subset_seed)
         return [Run(subset, seed) for subset in subsets for seed in self.seeds]
+
+    def of_split(self) -> list[Run]:
+        """A run a seed, of a task whose split says what each class is for.
+
+        Raises:
+            ConfigurationError: Subsets of the classes are asked for.
+        """
+        for option, value in (("n-subsets", self.n_subsets), ("classes-per-subset", self.classes_per_subset)):
+            if value is not None:
+                raise ConfigurationError(
+                    f"`--{option} {value}` draws subsets of the classes, but `--splits` says what each class is for; "
+                    "leave it out, and choose runs by `--seeds`."
+                )
+        return [Run((), seed) for seed in self.seeds]
+
+    @property
+    def size(self) -> int:
+        """Classes of each subset."""
+        return _CLASSES_PER_SUBSET if self.classes_per_subset is None else self.classes_per_subset
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +362,7 @@ def compare_criteria(
 
     Args:
         configuration: Network, images, procedure and metric; of its classes, or of all that have images, the subsets
-            are drawn.
+            are drawn, but with a split.
         contestants: At least two; the others are compared to the first.
         runs: Which there are.
         folder: To write to; made where it is missing.
@@ -347,23 +371,20 @@ def compare_criteria(
         images: To measure accuracy on.
 
     Raises:
-        ConfigurationError: There are too few classes, a split says what they are for, or a composite was found with
-            other layer groups.
+        ConfigurationError: There are too few classes, subsets of a split's classes are asked for, or a composite was
+            found with other layer groups.
         ComparisonFileError: The folder holds something else, is used by another comparison, or cannot be written.
         ObjectiveError: The network or the images cannot be used.
     """
     from hpo.problem import load_network
     from objectives.datasets import known_classes
 
-    if configuration.splits is not None:
-        raise ConfigurationError(
-            "`hpo compare` draws subsets of the classes, but `--splits` says what each class is for; take "
-            "`hpo launch --baselines`, which ranks by the same criteria."
-        )
+    every = [] if configuration.splits is None else runs.of_split()
     progress.phase("Loading network and images")
     model = load_network(configuration)
-    classes = known_classes(configuration.data, model, classes=configuration.classes, class_map=configuration.class_map)
-    every = runs.of(classes)
+    chosen, class_map = configuration.classes, configuration.class_map
+    classes = known_classes(configuration.data, model, classes=chosen, class_map=class_map) if not every else ()
+    every = every or runs.of(classes)
     settings = _settings(configuration, model, classes, runs, layer_groups, images)
     with _RowsFile.opened(folder, settings) as file:
         wanted = [(run, contestant) for run in every for contestant in contestants]
@@ -393,6 +414,8 @@ def _load(
 ) -> "LoadedProblem":
     from hpo.problem import load_problem
 
+    if configuration.splits is not None:  # a network that is to be trained has other weights in each run
+        return load_problem(replace(configuration, seed=run.seed), layer_groups)
     return load_problem(replace(configuration, classes=run.classes, seed=run.seed), layer_groups, model=model)
 
 
@@ -471,11 +494,11 @@ def _settings(
 ) -> dict[str, Any]:
     """What all rows of a folder share; more criteria, subsets and seeds may be added to them."""
     procedure = configuration.procedure_spec()
+    subsets: dict[str, Any] = {"classes": list(classes), "classes_per_subset": runs.size}
     settings = {
+        **(subsets if configuration.splits is None else {"split": configuration.splits.to_json()}),
         "model": {"name": model.name, "options": dict(model.options), "fingerprint": model.fingerprint},
         "preprocessing": model.preprocessing.to_json(),
-        "classes": list(classes),
-        "classes_per_subset": runs.classes_per_subset,
         "subset_seed": runs.subset_seed,
         "layer_groups": layer_groups,
         "images": images,

@@ -136,6 +136,24 @@ def test_evaluate_shows_the_task_before_adaptation(splits):
     assert float(before[5]) > 0.9
 
 
+def test_criteria_are_compared_over_seeds(splits, tmp_path):
+    """Each seed has a network of its own, which the criteria share, and more seeds may be added."""
+    given = ["compare", *QUICK, "--splits", f"{splits}:odd", "--criteria", "epsilon-abs,weight", "-o", tmp_path / "c"]
+    hpo(*given, "--seeds", 3)
+    compared = json.loads(hpo(*given, "--seeds", "3,4", "--json").stdout)
+    assert (compared["metric"], compared["n_runs"], compared["n_compared"]) == ("auc_parameters", 2, 2)
+    settings, *rows = map(json.loads, (tmp_path / "c" / "rows.jsonl").read_text().splitlines())
+    assert settings["settings"]["split"]["F"] == ["2", "3"]
+    assert [(row["seed"], row["criterion"], row["classes"]) for row in rows] == [
+        (seed, criterion, []) for seed in (3, 4) for criterion in ("epsilon-abs", "weight")
+    ]
+    unpruned = [row["accuracies"][0] for row in rows]
+    assert unpruned[0] == unpruned[1]
+    assert unpruned[2] == unpruned[3]
+    line = refused(*(f"{splits}:new" if each == f"{splits}:odd" else each for each in given))
+    assert line.startswith(f"{str(tmp_path / 'c')!r} holds a comparison of other settings: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -155,8 +173,8 @@ def test_evaluate_shows_the_task_before_adaptation(splits):
             "The class '4' in T of a split has 1 training images, too few to train on and to hold out for validation;",
         ),
         (
-            ["compare", *QUICK, "--splits", "{}:new", "--criteria", "epsilon-abs,weight", "-o", "nowhere"],
-            "`hpo compare` draws subsets of the classes, but `--splits` says what each class is for; take",
+            ["compare", *QUICK, "--splits", "{}:new", "--criteria", "zplus,weight", "--n-subsets", "2", "-o", "nowhere"],
+            "`--n-subsets 2` draws subsets of the classes, but `--splits` says what each class is for; leave it out, and",
         ),
     ],
 )
