@@ -410,8 +410,8 @@ def compare(
     """Compare criteria over random subsets of the classes and seeds, run by run.
 
     In each run all criteria prune the same network with the same references and are measured on the same images. With
-    --classes, subsets are drawn from these; with --splits, runs differ in their seed alone. A comparison that was interrupted goes on; more criteria, subsets and seeds
-    may be added to one.
+    --classes, subsets are drawn from these; with --splits, runs differ in their seed alone. A comparison that was
+    interrupted goes on; more criteria, subsets and seeds may be added to one.
     """
     console = start_logging(verbose)
     from hpo.comparison import Runs, compare_criteria, parse_seeds

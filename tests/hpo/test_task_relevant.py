@@ -173,8 +173,8 @@ def test_criteria_are_compared_over_seeds(splits, tmp_path):
             "The class '4' in T of a split has 1 training images, too few to train on and to hold out for validation;",
         ),
         (
-            ["compare", *QUICK, "--splits", "{}:new", "--criteria", "zplus,weight", "--n-subsets", "2", "-o", "nowhere"],
-            "`--n-subsets 2` draws subsets of the classes, but `--splits` says what each class is for; leave it out, and",
+            ["compare", *QUICK, "--splits", "{}:new", "--criteria", "zplus,weight", "--n-subsets", "2", "-o", "c"],
+            "`--n-subsets 2` draws subsets of the classes, but `--splits` says what each class is for; leave it out,",
         ),
     ],
 )
