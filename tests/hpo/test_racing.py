@@ -17,8 +17,8 @@ from hpo.trials import best, composite_of, role
 from search_spaces.spaces import DiscreteSpace, load_space
 from storage.errors import StudyIdentityError
 
-ALL = ("Epsilon", "ZPlus", "AlphaBeta", "Gamma")
-WIDE = DiscreteSpace("wide", {"LLR": ALL, "MLL": ALL, "HLL": ALL, "FCL": ("Epsilon", "ZPlus")}, abs=(False,))
+ALL, TWO = ("Epsilon", "ZPlus", "AlphaBeta", "Gamma"), ("Epsilon", "ZPlus")
+WIDE = DiscreteSpace("wide", {"LLR": ALL, "MLL": ALL, "HLL": TWO, "FCL": TWO}, abs=(False,))
 
 
 def search_trials(study):

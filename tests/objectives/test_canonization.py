@@ -212,7 +212,6 @@ def test_copy_of_a_network_of_ones_own_computes_the_same(tiny, images, compute):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("densenet121", r"^The batch norm 'features\.denseblock1\.denselayer1\.norm1' doesn't follow a convolution"),
         ("resnetv2_50", r"^The batch norm 'stages\.0\.blocks\.0\.norm1' doesn't follow a convolution"),
         ("convnext_atto", r"^The step 'permute' in module 'stem\.1' has no relevance rule here"),
         (

@@ -113,7 +113,6 @@ def test_regnet_has_four_stages():
     [
         ("mobilenetv2_100", 64, ["blocks.5", "blocks.6", "conv_head"]),
         ("mobilenetv2_100", 224, ["blocks.5", "blocks.6", "conv_head"]),
-        ("efficientnet_b0", 224, ["blocks.5", "blocks.6", "conv_head"]),
         ("mobilenetv3_small_100", 224, ["blocks.4", "blocks.5", "conv_head"]),
     ],
 )
