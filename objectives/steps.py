@@ -35,6 +35,7 @@ __all__ = [
     "name_of",
     "out_of_place",
     "overwrites",
+    "pads_with_zeros",
     "place_of",
     "scope_of",
 ]
@@ -157,6 +158,11 @@ def is_alias(node: fx.Node) -> bool:
 def is_whole(node: fx.Node) -> bool:
     """Whether a slice leaves nothing out."""
     return bool(node.meta["val"].shape == arguments_of(node)[0].meta["val"].shape)
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """Whether a step puts zeros around its first argument, along as many dimensions as its second argument says."""
+    return node.target in PADS and {*node.args[2:], *node.kwargs.values()} <= {"constant", None, 0}
 
 
 def keeps_dtype(node: fx.Node) -> bool:

@@ -32,7 +32,7 @@ from objectives.attribution.operations import (
 )
 from objectives.network import CanonicalNetwork, channel_axis, n_channels, shape_of
 from objectives.pruning.ranking import Masks
-from objectives.steps import FLATTENS, PADS, PARTS, POOLS, SQUEEZES
+from objectives.steps import FLATTENS, PARTS, POOLS, SQUEEZES, pads_with_zeros
 
 __all__ = ["Convolution", "Cost", "Draft", "cost", "depends_on_images", "draft", "like", "slim", "stored_channels"]
 
@@ -505,7 +505,7 @@ class _Slimmer:
             if node.target in FLATTENS and self._is_flatten(node, value):
                 self._flatten(node, value)
                 return
-            if self._pads_zeros(node, value):
+            if pads_with_zeros(node) and len(value.shape) == 3:
                 self._pad(node, value)
                 return
             if self._squeezes_space(node, value):
@@ -528,10 +528,6 @@ class _Slimmer:
             return False
         dimensions: Any = node.args[1] if node.target is aten.squeeze.dims else node.args[1:]
         return all(_is_spatial(dimension, value) for dimension in dimensions)
-
-    def _pads_zeros(self, node: fx.Node, value: _Value) -> bool:
-        fills = {*node.args[2:], *node.kwargs.values()}
-        return node.target in PADS and len(value.shape) == 3 and fills <= {"constant", None, 0}
 
     def _is_flatten(self, node: fx.Node, value: _Value) -> bool:
         return value.axis == 1 and len(shape_of(node)) == 1 and math.prod(shape_of(node)) == math.prod(value.shape)

@@ -19,7 +19,7 @@ from objectives.repair.chunks import Chunks, Stored
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.rows import Linear
-from objectives.steps import POOLS
+from objectives.steps import POOLS, arguments_of, pads_with_zeros
 
 __all__ = ["RepairPass"]
 
@@ -65,7 +65,7 @@ class RepairPass(fx.Interpreter, ABC):
 
         Args:
             name: of the layer.
-            inputs: in the pruned network; of a layer without groups those that live alone.
+            inputs: in the pruned network; of a layer that takes some, those that live alone.
             live: (inputs,) of bool: which input channels are anywhere other than zero.
             shortcut: what will be added to the outputs, of a layer that ends a branch.
         """
@@ -88,7 +88,7 @@ class RepairPass(fx.Interpreter, ABC):
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
         rows = kept.nonzero().flatten()
         (source,) = n.all_input_nodes
-        inputs: Chunks = self.env[source] if layer.n_groups == 1 else self._full(source)
+        inputs: Chunks = self.env[source] if layer.takes_some else self._full(source)
         is_reached = n in self._reached or shortcut in self._reached
         if not is_reached and len(rows) == len(kept):
             return inputs.map(lambda index: layer.module(inputs.parts[index]))
@@ -96,7 +96,7 @@ class RepairPass(fx.Interpreter, ABC):
         extremes = torch.stack([layer.input_extremes(part) for part in inputs])
         lives = (extremes != 0).any(dim=1).any(dim=0)
         live = lives if inputs.stored is None else inputs.stored.among_all(lives)
-        if layer.n_groups == 1:
+        if layer.takes_some:
             inputs = inputs.narrowed(lives, layer.axis)
         module = layer.module
         if is_reached and name in self.network.repairable and len(rows) > 0:
@@ -119,7 +119,7 @@ class RepairPass(fx.Interpreter, ABC):
             shape = layer.output_shape
             return Chunks(tuple(part.new_zeros(len(part), *shape) for part in inputs), inputs.firsts)
         stored = None if len(rows) == layer.n_outputs else Stored(rows, layer.n_outputs, layer.axis)
-        if layer.n_groups > 1:
+        if not layer.takes_some:
             silenced = module if stored is None else layer.silenced(module, self.kept(name))
             return inputs.map(lambda index: silenced(inputs.parts[index]))
         columns = None if inputs.stored is None else inputs.stored.channels
@@ -147,7 +147,8 @@ class RepairPass(fx.Interpreter, ABC):
         if isinstance(module, ResidualSum) and len(sources) == 2:
             return self.env[sources[0]].plus(self.env[sources[1]])
         # Each channel by itself, and zeros stay zeros.
-        stored = self.env[sources[0]].stored if isinstance(module, Activation) or node.target in POOLS else None
+        is_by_channel = isinstance(module, Activation) or node.target in POOLS or _pads_images(node)
+        stored = self.env[sources[0]].stored if is_by_channel else None
         chunked = [self.env[source] if stored is not None else self._full(source) for source in sources]
         args, keywords = self.fetch_args_kwargs_from_env(node)
 
@@ -159,3 +160,8 @@ class RepairPass(fx.Interpreter, ABC):
             return getattr(self, node.op)(node.target, *here)
 
         return chunked[0].map(step, stored)
+
+
+def _pads_images(node: fx.Node) -> bool:
+    """Whether a step puts zeros around each channel of an image."""
+    return pads_with_zeros(node) and len(arguments_of(node)[1]) <= 4

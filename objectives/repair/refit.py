@@ -78,7 +78,10 @@ class Refit(RepairPass):
         # Of a group some outputs may be pruned: there is nothing to explain.
         kept = self.kept(name).view(layer.n_groups, -1)[groups][:, None, outputs]
         sums = torch.zeros_like(bias)
-        read = partial(layer.inputs_at, channels=fitted.channels)
+        channels = fitted.channels
+        if channels is not None and inputs.stored is not None:
+            channels = channels[inputs.stored.channels]
+        read = partial(layer.inputs_at, channels=channels)
         for positions, wanted in self._wanted(name, shortcut):
             rows = inputs.read(positions, layer.n_places, read, dim=1)
             sums += wanted.sum(dim=1)

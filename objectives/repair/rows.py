@@ -21,6 +21,9 @@ __all__ = ["Linear", "LinearLayer"]
 
 Linear = nn.Conv2d | nn.Linear
 
+# Pixels are read one by one where so many times as many lie between them: else their channels are laid side by side.
+_SPARSE = 4
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearLayer:
@@ -48,6 +51,16 @@ class LinearLayer:
     def n_groups(self) -> int:
         """Groups of the convolution; 1 for others."""
         return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output reads one input channel, which no other output reads."""
+        return 1 < self.n_groups == self.n_outputs == self.n_groups * self.module.weight.shape[1]
+
+    @property
+    def takes_some(self) -> bool:
+        """Whether its outputs can be computed from some of its input channels, where the others are zero."""
+        return self.n_groups == 1 or self.is_depthwise
 
     @property
     def n_columns(self) -> int:
@@ -115,13 +128,15 @@ class LinearLayer:
         """What a layer of this form computes of some outputs from some inputs, where its other inputs are zero.
 
         Args:
-            module: its values; of a layer without groups.
-            rows: (outputs,) indices, at least one; all by default.
+            module: its values; of a layer that takes some of its inputs.
+            rows: (outputs,) indices, ascending, at least one; all by default.
             columns: (inputs,) indices; likewise.
 
         Returns:
             Inputs with these channels -> outputs with those.
         """
+        if isinstance(module, nn.Conv2d) and self.is_depthwise:
+            return self._between_depthwise(module, rows, columns)
         weight: Tensor = module.weight if rows is None else module.weight[rows]
         weight = weight if columns is None else weight[:, columns]
         bias = module.bias if module.bias is None or rows is None else module.bias[rows]
@@ -131,6 +146,30 @@ class LinearLayer:
             stride, padding, dilation = module.stride, module.padding, module.dilation
             return lambda inputs: nn.functional.conv2d(inputs, weight, bias, stride, padding, dilation)
         return lambda inputs: nn.functional.linear(inputs, weight, bias)
+
+    def _between_depthwise(
+        self, module: nn.Conv2d, rows: Tensor | None, columns: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        every = torch.arange(self.n_outputs, device=module.weight.device)
+        rows, columns = every if rows is None else rows, every if columns is None else columns
+        bias = module.weight.new_zeros(self.n_outputs) if module.bias is None else module.bias.detach()
+        constant = self._constant(bias[rows])
+        hear = torch.isin(rows, columns)
+        if not bool(hear.any()):
+            return constant
+        computed = rows[hear]
+        places = torch.searchsorted(columns, computed)
+        weight, bias = module.weight[computed], bias[computed]
+        stride, padding, dilation = module.stride, module.padding, module.dilation
+
+        def compute(inputs: Tensor) -> Tensor:
+            heard = inputs if len(places) == inputs.shape[1] else inputs.index_select(1, places)
+            outputs = nn.functional.conv2d(heard, weight, bias, stride, padding, dilation, len(computed))
+            if len(computed) == len(rows):
+                return outputs
+            return constant(inputs).index_copy(1, hear.nonzero().flatten(), outputs)
+
+        return compute
 
     def _constant(self, bias: Tensor) -> Callable[[Tensor], Tensor]:
         """What a layer computes that reads nothing: (outputs,) for any number of images."""
@@ -152,33 +191,45 @@ class LinearLayer:
         """(groups, P, columns) in float64: what the weights are multiplied with at some positions.
 
         Args:
-            inputs: (N, *input_shape); of a layer without groups some channels give their columns.
+            inputs: (N, *input_shape); of a layer that takes some channels, some give their columns.
             positions: (P,), ascending.
-            channels: (inputs,) of bool, of a layer with groups: whole groups to give alone.
+            channels: (inputs,) of bool, of a layer with groups: whole groups of these inputs to give alone.
         """
         image, place = positions // self.n_places, positions % self.n_places
         if isinstance(self.module, nn.Linear):
             return inputs.reshape(len(inputs), self.n_places, -1)[image, place].double()[None]
         first, end = int(image[0]), int(image[-1]) + 1
-        part = inputs[first:end] if channels is None else inputs[first:end, channels]
-        n_inputs = part.shape[1]
-        # Channels last: of each pixel they are read together.
+        patches = self._patches(inputs[first:end], image - first, place, channels)
+        if self.n_groups == 1:
+            return patches.view(1, len(positions), -1).double()
+        grouped: Tensor = patches.unflatten(2, (-1, int(self.module.weight.shape[1])))
+        return grouped.permute(2, 0, 1, 3).flatten(2).double()
+
+    def _patches(self, inputs: Tensor, image: Tensor, place: Tensor, channels: Tensor | None) -> Tensor:
+        """(P, pixels of a patch, channels) of (N, inputs, H, W), with zeros beyond its edges."""
+        assert isinstance(self.module, nn.Conv2d), "a dense layer has no patches"
         left, right, top, bottom = _padding(self.module)
-        height, width = part.shape[2] + top + bottom, part.shape[3] + left + right
-        pixels = part.new_zeros(len(part), height, width, n_inputs)
-        pixels[:, top : height - bottom, left : width - right] = part.movedim(1, -1)
-        steps, row = self.module.stride, self.output_shape[2]
-        corners = ((image - first) * height + place // row * steps[0]) * width + place % row * steps[1]
+        n_images, _, height, width = inputs.shape
         down, across = (
             torch.arange(size, device=inputs.device) * dilation
             for size, dilation in zip(self.module.kernel_size, self.module.dilation, strict=True)
         )
-        offsets = (down[:, None] * width + across).flatten()
-        patches = pixels.flatten(0, 2).index_select(0, (corners[:, None] + offsets).flatten())
-        if self.n_groups == 1:
-            return patches.view(1, len(positions), -1).double()
-        grouped = patches.view(len(positions), len(offsets), -1, int(self.module.weight.shape[1]))
-        return grouped.permute(2, 0, 1, 3).flatten(2).double()
+        steps, n_across = self.module.stride, self.output_shape[2]
+        # (P, pixels), in the padded image.
+        y = (place // n_across * steps[0])[:, None] + down.repeat_interleave(len(across))
+        x = (place % n_across * steps[1])[:, None] + across.repeat(len(down))
+        if _SPARSE * y.numel() < n_images * height * width:
+            y, x = y - top, x - left
+            is_inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            pixel = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+            values: Tensor = inputs.flatten(2)[image[:, None], :, pixel]
+            return torch.where(is_inside[:, :, None], values if channels is None else values[:, :, channels], 0.0)
+        inputs = inputs if channels is None else inputs[:, channels]
+        height, width = height + top + bottom, width + left + right
+        pixels = inputs.new_zeros(n_images, height, width, inputs.shape[1])
+        pixels[:, top : height - bottom, left : width - right] = inputs.movedim(1, -1)
+        patches = pixels.flatten(0, 2).index_select(0, ((image[:, None] * height + y) * width + x).flatten())
+        return patches.view(*y.shape, -1)
 
 
 def _padding(convolution: nn.Conv2d) -> list[int]:

@@ -13,7 +13,9 @@ LAYERS = {
     "valid": (nn.Conv2d(4, 6, 2, padding="valid", bias=False), (4, 6, 7)),
     "pointwise": (nn.Conv2d(4, 6, 1), (4, 3, 3)),
     "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 5)),
-    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, stride=2), (4, 7, 7)),
+    "two of each channel": (nn.Conv2d(4, 8, 3, groups=4, stride=2), (4, 7, 7)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, stride=2, padding=1), (4, 7, 7)),
+    "depthwise without biases": (nn.Conv2d(4, 4, 2, groups=4, bias=False), (4, 2, 2)),
     "dense": (nn.Linear(4, 6), (4,)),
     "tokens": (nn.Linear(4, 6), (5, 4)),
 }
@@ -37,6 +39,17 @@ def test_rows_times_weights_are_the_outputs(case):
     made = (rows @ layer.weight().mT + layer.bias()[:, None, :]).movedim(0, 1).flatten(1)
     torch.testing.assert_close(made, layer.outputs_at(outputs, positions), rtol=1e-12, atol=1e-12)
     assert torch.equal(layer.outputs_by_position(outputs)[positions], layer.outputs_at(outputs, positions))
+
+
+def test_few_positions_are_read_as_all_are(case):
+    """Pixels far from one another are read in another way."""
+    layer, inputs, _ = case
+    few = torch.tensor([0, layer.n_places - 1, 3 * layer.n_places - 1]).unique()
+    assert torch.equal(layer.inputs_at(inputs, few), layer.inputs_at(inputs, torch.arange(3 * layer.n_places))[:, few])
+    if layer.n_groups > 1:
+        groups = torch.arange(layer.n_groups) % 2 == 1
+        some = layer.inputs_at(inputs, few, layer.inputs_of(groups))
+        assert torch.equal(some, layer.inputs_at(inputs, few)[groups])
 
 
 def test_a_layer_takes_new_values(case):
@@ -68,15 +81,18 @@ def test_columns_of_live_inputs(case):
 @pytest.mark.parametrize("n_live", [0, 2, None])
 def test_some_outputs_of_some_inputs(case, n_kept, n_live):
     layer, inputs, _ = case
-    if layer.n_groups > 1:
-        pytest.skip("groups are computed wholly")
+    if not layer.takes_some:
+        pytest.skip("these groups are computed wholly")
     rows, columns = (None if n is None else torch.arange(n) + 1 for n in (n_kept, n_live))
     axis = layer.axis
     few = inputs if columns is None else inputs.index_select(axis, columns)
     whole = torch.zeros_like(inputs).index_copy_(axis, torch.arange(4) if columns is None else columns, few)
     wanted = layer.module(whole)
     wanted = wanted if rows is None else wanted.index_select(axis, rows)
-    made = layer.between(layer.module, rows, columns)(few)
+    compute = layer.between(layer.module, rows, columns)
+    made = compute(few)
+    one_by_one = [compute(few[image : image + 1]) for image in range(3)]  # each in memory of its own
+    torch.testing.assert_close(torch.cat(one_by_one), made, rtol=1e-12, atol=1e-12)
     assert made.shape == wanted.shape
     torch.testing.assert_close(made, wanted, rtol=1e-12, atol=1e-12)
 
