@@ -962,6 +962,8 @@ def _checked(configuration: LaunchConfiguration) -> LaunchConfiguration:
                 f"{configuration.procedure}; leave one out."
             )
     _check_splits(configuration)
+    if configuration.repair is not None:
+        configuration.repair_spec()  # refuses a strength that it doesn't take
     trains = configuration.finetune_epochs or configuration.procedure in _ALWAYS_TRAIN
     for name in _OF_FINE_TUNING:
         if getattr(configuration, name) is not None and not trains:

@@ -6,6 +6,7 @@ import pytest
 from hpo.config import OPTIONS, LaunchConfiguration, resolve
 from hpo.errors import ConfigurationError
 from objectives.pruning.rates import PruningRatesError
+from search_spaces.errors import RepairSpecError
 from search_spaces.procedures import Iterative, OneShot, PruneAndGrow, TaskRelevant
 from search_spaces.repairs import RepairSpec
 from search_spaces.task_splits import TaskSplit
@@ -298,6 +299,11 @@ def test_a_repair_that_is_given_has_no_strength_of_a_documents(tmp_path, repair,
     assert resolve(given, file, saved).repair_spec() == RepairSpec(repair)
     assert resolve({}, None, saved).repair_spec() == RepairSpec("refit", 0.1)
     assert resolve({"repair_strength": 2.0}, None, saved).repair_spec() == RepairSpec("refit", 2.0)
+
+
+def test_a_strength_without_a_repair_is_refused_before_anything_is_loaded():
+    with pytest.raises(RepairSpecError, match=r"^Repair none takes no strength, but got 1\.0; choose bn or refit\.$"):
+        resolve({"repair": "none", "repair_strength": 1.0})
 
 
 def test_a_configuration_is_frozen():
