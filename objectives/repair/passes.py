@@ -1,6 +1,7 @@
 """One pass through a pruned network in which each layer is repaired before it computes.
 
 So the inputs of every layer are those of the network as it is repaired up to there. All values are in chunks of images.
+What wholly pruned layers alone would read isn't computed.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ class RepairPass(fx.Interpreter, ABC):
         Raises:
             RepairError: a layer's values aren't finite.
         """
+        self._images = Chunks.of(images, self.batch_size)
+        self._read = self._steps_that_are_read()
         with torch.no_grad():
-            self.run(Chunks.of(images, self.batch_size))
+            self.run(self._images)
         return self.repaired
 
     @abstractmethod
@@ -77,8 +80,23 @@ class RepairPass(fx.Interpreter, ABC):
         device = layer.module.weight.device
         return torch.ones(layer.n_outputs, dtype=torch.bool, device=device) if mask is None else mask.to(device)
 
+    def _steps_that_are_read(self) -> set[fx.Node]:
+        """Those that the logits follow from; a wholly pruned layer reads nothing."""
+        read: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or any(user in read and not self._is_gone(user) for user in node.users):
+                read.add(node)
+        return read
+
+    def _is_gone(self, node: fx.Node) -> bool:
+        """Whether it is a layer of which nothing is kept."""
+        is_layer = node.op == "call_module" and node.target in self.network.layers
+        return is_layer and not bool(self.kept(str(node.target)).any())
+
     def run_node(self, n: fx.Node) -> Any:
         """One step; a layer is repaired first."""
+        if n not in self._read:
+            return None
         if not self._reached.isdisjoint(n.all_input_nodes):
             self._reached.add(n)
         if n.op != "call_module" or n.target not in self.network.layers:
@@ -86,6 +104,10 @@ class RepairPass(fx.Interpreter, ABC):
             return self._heads(n, value) if n.op == "call_module" and n.target in self.masks else value
         name = str(n.target)
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
+        if self._is_gone(n):
+            self._reached.add(n)
+            parts = self._images.parts
+            return self._images.map(lambda index: parts[index].new_zeros(len(parts[index]), *layer.output_shape))
         rows = kept.nonzero().flatten()
         (source,) = n.all_input_nodes
         inputs: Chunks = self.env[source] if layer.takes_some else self._full(source)
@@ -99,7 +121,7 @@ class RepairPass(fx.Interpreter, ABC):
         if layer.takes_some:
             inputs = inputs.narrowed(lives, layer.axis)
         module = layer.module
-        if is_reached and name in self.network.repairable and len(rows) > 0:
+        if is_reached and name in self.network.repairable:
             if not bool(extremes.isfinite().all()):
                 raise RepairError(f"The layer {name!r} can't be repaired: its inputs on the references aren't finite.")
             module = self.new_layer(name, inputs, live, None if shortcut is None else self._full(shortcut))
@@ -115,9 +137,6 @@ class RepairPass(fx.Interpreter, ABC):
     def _outputs(self, name: str, module: Linear, rows: Tensor, inputs: Chunks) -> Chunks:
         """What a layer with a module's values computes, its outputs but for the kept rows zero."""
         layer = self.network.layers[name]
-        if len(rows) == 0:
-            shape = layer.output_shape
-            return Chunks(tuple(part.new_zeros(len(part), *shape) for part in inputs), inputs.firsts)
         stored = None if len(rows) == layer.n_outputs else Stored(rows, layer.n_outputs, layer.axis)
         if not layer.takes_some:
             silenced = module if stored is None else layer.silenced(module, self.kept(name))

@@ -159,6 +159,22 @@ def test_dead_inputs_leave_a_fitted_bias():
     close(small[1], small[0])
 
 
+@pytest.mark.parametrize("repair", [REFIT, BN], ids=str)
+def test_what_a_wholly_pruned_layer_would_read_is_left_as_it_is(repair):
+    network = linear_network()
+    canonical = canonize(network, (3, 9, 9))
+    references = torch.randn(20, 3, 9, 9, dtype=torch.float64)
+    masks = {name: torch.ones(width, dtype=torch.bool) for name, width in canonical.components.items()}
+    masks["first"][:3] = False
+    masks["second"][:] = False
+    repairer = Repairer(canonical, references, Batches("a test", 7))
+    assert set(repairer.layers(masks, repair)) == {"fc"}
+    small = slim(repairer.repaired(masks, repair), masks)(references)
+    close(small[1], small[0])
+    if repair is REFIT:
+        close(small[0], network(references).mean(0))
+
+
 class Grouped(nn.Module):
     """A convolution in four groups behind another one."""
 
