@@ -49,7 +49,7 @@ class MatchMoments(RepairPass):
         compute = layer.module if inputs.stored is None else layer.between(layer.module, None, inputs.stored.channels)
         sums = MomentSums()
         for part in inputs:
-            sums.add(layer.outputs_by_position(compute(part)))
+            sums.add(compute(part), layer.axis)
         here = sums.moments()
         if not bool(here.variance.isfinite().all()):
             raise RepairError(f"The layer {name!r} can't be repaired: its outputs on the references aren't finite.")

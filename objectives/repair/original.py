@@ -24,24 +24,28 @@ class Moments:
 
 
 class MomentSums:
-    """Sums over positions, from which moments are made; in float64."""
+    """Moments of values that are added one after the other, joined in float64 (Chan et al. 1983)."""
 
     def __init__(self) -> None:
         self._n_positions = 0
-        self._total: Tensor | float = 0.0
-        self._square: Tensor | float = 0.0
+        self._mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
 
-    def add(self, outputs: Tensor) -> None:
-        """Takes (positions, outputs) in."""
-        rows = outputs.double()
-        self._n_positions += len(rows)
-        self._total = self._total + rows.sum(dim=0)
-        self._square = self._square + rows.square().sum(dim=0)
+    def add(self, outputs: Tensor, axis: int) -> None:
+        """Takes a value in whose channels lie along an axis."""
+        others = [each for each in range(outputs.ndim) if each != axis]
+        mean = outputs.mean(dim=others, keepdim=True)
+        squares = (outputs - mean).square().sum(dim=others).double()
+        n_here = outputs.numel() // len(squares)
+        n_positions = self._n_positions + n_here
+        step = mean.double().flatten() - self._mean
+        self._squares = self._squares + squares + step.square() * (self._n_positions * n_here / n_positions)
+        self._mean = self._mean + step * (n_here / n_positions)
+        self._n_positions = n_positions
 
     def moments(self) -> Moments:
         """Of all that has been added."""
-        mean, square = torch.as_tensor(self._total) / self._n_positions, torch.as_tensor(self._square)
-        return Moments(mean, (square / self._n_positions - mean.square()).clamp(min=0))
+        return Moments(torch.as_tensor(self._mean), torch.as_tensor(self._squares) / self._n_positions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +116,7 @@ class _Observer(fx.Interpreter):
         value = super().run_node(n)
         if n.op == "call_module" and n.target in self.positions:
             name = str(n.target)
-            self.sums[name].add(self.network.layers[name].outputs_by_position(value))
+            self.sums[name].add(value, self.network.layers[name].axis)
             if name not in self.network.sums:
                 self._take(name, value)
         elif n.name in self.ended_by:

@@ -100,12 +100,6 @@ class LinearLayer:
             return outputs.flatten(2)[image, :, place]
         return outputs.reshape(len(outputs), self.n_places, -1)[image, place]
 
-    def outputs_by_position(self, outputs: Tensor) -> Tensor:
-        """(positions, outputs) of a value of the output's shape, at all of them."""
-        if isinstance(self.module, nn.Conv2d):
-            outputs = outputs.movedim(1, -1)
-        return outputs.reshape(-1, self.n_outputs)
-
     def silenced(self, module: Linear, kept: Tensor) -> Linear:
         """A layer of this form whose pruned outputs are zero; `kept` is (outputs,) of bool."""
         own = LinearLayer(module, self.output_shape)
