@@ -340,16 +340,14 @@ def evaluate(
 @_comparison(
     "--n-subsets",
     type=int,
-    show_default="5",
     metavar="N",
-    help="Random subsets of the classes; none of them where --splits says what each class is for.",
+    help="Random subsets of the classes; not with --splits.  [default: 5]",
 )
 @_comparison(
     "--classes-per-subset",
     type=int,
-    show_default="3",
     metavar="K",
-    help="Classes of each subset; the network keeps their outputs alone.",
+    help="Classes of each subset; the network keeps their outputs alone.  [default: 3]",
 )
 @_comparison(
     "--seeds",
@@ -364,7 +362,7 @@ def evaluate(
     default=0,
     show_default=True,
     metavar="N",
-    help="Seed of the draw of subsets.",
+    help="Seed of the draw of subsets, and of the bootstrap.",
 )
 @click.option("--study", metavar="NAME", help="Study that `best` is of; may be left out where there is only one.")
 @_storage

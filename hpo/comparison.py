@@ -61,7 +61,7 @@ _LOCK = ".lock"
 _FORMAT = "pruning-hpo/comparison/1"
 _N_SUBSETS = 5
 _CLASSES_PER_SUBSET = 3
-# What decides a row's figures, beside the network, the subset and the seed.
+# What decides a row's figures, beside the network and the run.
 _SETTINGS = (
     "data",
     "class_map",
@@ -100,7 +100,7 @@ class Run:
 
     Attributes:
         classes: Outputs of the network that the task keeps, ascending; none where a task's split names them.
-        seed: Of the references and the split.
+        seed: Of the references and the split, and of a network that is trained on one.
     """
 
     classes: tuple[int, ...]
@@ -113,12 +113,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Which runs a comparison has: every subset with every seed.
+    """Which runs a comparison has: every subset with every seed, or with a task's split every seed.
 
     Attributes:
-        n_subsets: Distinct subsets of the classes; None are 5.
-        classes_per_subset: Size of each; None is 3.
-        seeds: Of references and split, at least one.
+        n_subsets: Distinct subsets of the classes; None where the usual number will do.
+        classes_per_subset: Size of each; likewise.
+        seeds: Of references and split, and of a network that is trained on one; at least one.
         subset_seed: Of the draw of subsets, and of the bootstrap.
 
     Raises:
@@ -174,6 +174,7 @@ class Row:
         criterion: Its name.
         key: Of what ranks, see `Ranker.key`.
         data: Fingerprint of the run's images.
+        network: Fingerprint of the unpruned network; None in files of earlier versions.
         n_images: Images that accuracy was measured on.
         figures: Every figure of the curve by name; empty where it failed.
         rates: Pruning rates of the curve.
@@ -193,6 +194,7 @@ class Row:
     accuracies: tuple[float, ...]
     seconds: float
     failure: str | None = None
+    network: str | None = None
 
     @property
     def run(self) -> Run:
@@ -362,7 +364,7 @@ def compare_criteria(
 
     Args:
         configuration: Network, images, procedure and metric; of its classes, or of all that have images, the subsets
-            are drawn, but with a split.
+            are drawn, unless there is a split.
         contestants: At least two; the others are compared to the first.
         runs: Which there are.
         folder: To write to; made where it is missing.
@@ -374,17 +376,19 @@ def compare_criteria(
         ConfigurationError: There are too few classes, subsets of a split's classes are asked for, or a composite was
             found with other layer groups.
         ComparisonFileError: The folder holds something else, is used by another comparison, or cannot be written.
-        ObjectiveError: The network or the images cannot be used.
+        ObjectiveError: The network or the images cannot be used, or the network's training on a split diverges.
     """
     from hpo.problem import load_network
     from objectives.datasets import known_classes
 
-    every = [] if configuration.splits is None else runs.of_split()
+    of_split = None if configuration.splits is None else runs.of_split()
     progress.phase("Loading network and images")
     model = load_network(configuration)
-    chosen, class_map = configuration.classes, configuration.class_map
-    classes = known_classes(configuration.data, model, classes=chosen, class_map=class_map) if not every else ()
-    every = every or runs.of(classes)
+    classes: Sequence[int] = ()
+    if of_split is None:
+        chosen, class_map = configuration.classes, configuration.class_map
+        classes = known_classes(configuration.data, model, classes=chosen, class_map=class_map)
+    every = runs.of(classes) if of_split is None else of_split
     settings = _settings(configuration, model, classes, runs, layer_groups, images)
     with _RowsFile.opened(folder, settings) as file:
         wanted = [(run, contestant) for run in every for contestant in contestants]
@@ -414,13 +418,13 @@ def _load(
 ) -> "LoadedProblem":
     from hpo.problem import load_problem
 
-    if configuration.splits is not None:  # a network that is to be trained has other weights in each run
+    if configuration.splits is not None:  # a new network has initial weights of its own in each run
         return load_problem(replace(configuration, seed=run.seed), layer_groups)
     return load_problem(replace(configuration, classes=run.classes, seed=run.seed), layer_groups, model=model)
 
 
 def _check(problem: "LoadedProblem", contestants: Sequence[Contestant], known: Sequence[Row], run: Run) -> None:
-    """Refuse composites of other layer groups, and images that are not those of the run's other rows."""
+    """Refuse composites of other layer groups, and images and networks that are not those of the run's other rows."""
     groups = problem.objective.layer_groups
     for contestant in contestants:
         if contestant.layer_groups is not None and differences(dict(contestant.layer_groups), dict(groups)):
@@ -432,6 +436,11 @@ def _check(problem: "LoadedProblem", contestants: Sequence[Contestant], known: S
         if row.data != problem.task.fingerprint:
             raise ComparisonFileError(
                 f"The images of {run} are not those that {row.criterion} was measured on; choose another folder."
+            )
+        if row.network not in (None, problem.model.fingerprint):
+            raise ComparisonFileError(
+                f"The network of {run} was trained anew and is not the one that {row.criterion} pruned; choose another "
+                "folder."
             )
 
 
@@ -475,6 +484,7 @@ def _row(
         criterion=contestant.name,
         key=contestant.ranker.key,
         data=problem.task.fingerprint,
+        network=problem.model.fingerprint,
         n_images=0 if evaluation is None else len(evaluation.image_auc),
         figures={} if evaluation is None else dict(evaluation.figures),
         rates=problem.objective.options.rates,

@@ -321,7 +321,7 @@ class _Run:
         loss = float(losses.sum()) / len(self.images)
         state = self.network.state_dict().values()
         is_finite = math.isfinite(loss) and all(bool(value.isfinite().all()) for value in state)
-        if not is_finite:
+        if not (is_finite and self._gives_finite_logits()):
             raise TrainingError(
                 f"The training diverged in epoch {number} of {self.options.n_epochs} (loss {loss:.4g}) at a learning "
                 f"rate of {self.options.learning_rate:g}; use a smaller one."
@@ -379,6 +379,13 @@ class _Run:
                 self.parameters[name].copy_(torch.where(mask, self.parameters[name], value))
         self.schedule.step()
         return loss.detach() * len(batch)
+
+    def _gives_finite_logits(self) -> bool:
+        """Whether it does on one batch: finite weights may be too large to compute with."""
+        self.network.eval()
+        with torch.no_grad():
+            logits: Tensor = self.network(self.images.images[: self.options.batch_size].to(self.device))
+        return bool(logits.isfinite().all())
 
     def _accuracy(self) -> float | None:
         if self.validation is None:

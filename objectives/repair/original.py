@@ -14,6 +14,9 @@ from objectives.repair.rows import LinearLayer
 
 __all__ = ["MomentSums", "Moments", "Targets", "observe"]
 
+# Of a mean's square: less than this is no variance of float32.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
@@ -44,8 +47,9 @@ class MomentSums:
         self._n_positions = n_positions
 
     def moments(self) -> Moments:
-        """Of all that has been added."""
-        return Moments(torch.as_tensor(self._mean), torch.as_tensor(self._squares) / self._n_positions)
+        """Of all that has been added; a variance that is next to nothing beside the mean is rounding, and none."""
+        mean, variance = torch.as_tensor(self._mean), torch.as_tensor(self._squares) / self._n_positions
+        return Moments(mean, torch.where(variance > _ROUNDING * mean.square(), variance, 0.0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

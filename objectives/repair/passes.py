@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from objectives.attribution.operations import Activation, ResidualSum
 from objectives.errors import RepairError
+from objectives.network import shape_of
 from objectives.pruning.ranking import Masks
 from objectives.repair.chunks import Chunks, Stored
 from objectives.repair.order import OrderedNetwork
@@ -183,4 +184,4 @@ class RepairPass(fx.Interpreter, ABC):
 
 def _pads_images(node: fx.Node) -> bool:
     """Whether a step puts zeros around each channel of an image."""
-    return pads_with_zeros(node) and len(arguments_of(node)[1]) <= 4
+    return pads_with_zeros(node) and len(arguments_of(node)[1]) <= 4 and len(shape_of(node)) == 3

@@ -147,7 +147,7 @@ class _Fitted:
         groups: (groups,).
         outputs: (outputs,) of each of these groups.
         columns: (columns,) of each of these groups.
-        channels: (inputs,), those of these groups; None of a layer without groups, which has those that live alone.
+        channels: (inputs,) of the whole layer, those of these groups; None of a layer without groups.
         silent: (groups,), of which all inputs are zero, so that the bias is all there is to fit.
     """
 

@@ -21,7 +21,8 @@ __all__ = ["Linear", "LinearLayer"]
 
 Linear = nn.Conv2d | nn.Linear
 
-# Pixels are read one by one where so many times as many lie between them: else their channels are laid side by side.
+# Patches are gathered pixel by pixel where the images have more than so many times their pixels; else the images are
+# laid out channels last.
 _SPARSE = 4
 
 
@@ -144,24 +145,22 @@ class LinearLayer:
     def _between_depthwise(
         self, module: nn.Conv2d, rows: Tensor | None, columns: Tensor | None
     ) -> Callable[[Tensor], Tensor]:
+        """See `between`; what is kept without its input is constant."""
         every = torch.arange(self.n_outputs, device=module.weight.device)
         rows, columns = every if rows is None else rows, every if columns is None else columns
-        bias = module.weight.new_zeros(self.n_outputs) if module.bias is None else module.bias.detach()
-        constant = self._constant(bias[rows])
-        hear = torch.isin(rows, columns)
-        if not bool(hear.any()):
+        biases = LinearLayer(module, self.output_shape).bias().flatten()
+        constant = self._constant(biases[rows])
+        places = torch.isin(rows, columns).nonzero().flatten()
+        if len(places) == 0:
             return constant
-        computed = rows[hear]
-        places = torch.searchsorted(columns, computed)
-        weight, bias = module.weight[computed], bias[computed]
+        varying = rows[places]
+        sources, weight, bias = torch.searchsorted(columns, varying), module.weight[varying], biases[varying]
         stride, padding, dilation = module.stride, module.padding, module.dilation
 
         def compute(inputs: Tensor) -> Tensor:
-            heard = inputs if len(places) == inputs.shape[1] else inputs.index_select(1, places)
-            outputs = nn.functional.conv2d(heard, weight, bias, stride, padding, dilation, len(computed))
-            if len(computed) == len(rows):
-                return outputs
-            return constant(inputs).index_copy(1, hear.nonzero().flatten(), outputs)
+            read = inputs if len(sources) == len(columns) else inputs.index_select(1, sources)
+            outputs = nn.functional.conv2d(read, weight, bias, stride, padding, dilation, len(varying))
+            return outputs if len(places) == len(rows) else constant(inputs).index_copy(1, places, outputs)
 
         return compute
 

@@ -72,6 +72,7 @@ def test_every_subset_runs_with_every_seed():
     runs = Runs(2, 2, (0, 7)).of((1, 2, 3))
     assert [run.seed for run in runs] == [0, 7, 0, 7]
     assert runs[0].classes == runs[1].classes != runs[2].classes
+    assert [len(run.classes) for run in Runs().of(range(10))] == [3] * 5  # as --help says
 
 
 @pytest.mark.usefixtures("_own_cache")

@@ -147,9 +147,14 @@ def test_criteria_are_compared_over_seeds(splits, tmp_path):
     assert [(row["seed"], row["criterion"], row["classes"]) for row in rows] == [
         (seed, criterion, []) for seed in (3, 4) for criterion in ("epsilon-abs", "weight")
     ]
-    unpruned = [row["accuracies"][0] for row in rows]
-    assert unpruned[0] == unpruned[1]
-    assert unpruned[2] == unpruned[3]
+    for what in ("data", "network"):
+        of_rows = [row[what] for row in rows]
+        assert of_rows[0] == of_rows[1] != of_rows[2] == of_rows[3]
+    file = tmp_path / "c" / "rows.jsonl"
+    file.write_text(file.read_text().replace(rows[0]["network"], "0" * 32))  # as a GPU might have trained it
+    assert refused(*given, "--seeds", "3", "--criteria", "zplus,weight") == (
+        "The network of seed 3 was trained anew and is not the one that epsilon-abs pruned; choose another folder."
+    )
     line = refused(*(f"{splits}:new" if each == f"{splits}:odd" else each for each in given))
     assert line.startswith(f"{str(tmp_path / 'c')!r} holds a comparison of other settings: ")
 

@@ -97,9 +97,7 @@ def test_a_study_is_launched_resumed_exported_and_pruned(model, checkpoint, tmp_
     torch.testing.assert_close(coupled(images), slim(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "asked", [("--repair", "refit"), ("--space", "vit+repair")], ids=["repair of all", "searched repair"]
-)
+@pytest.mark.parametrize("asked", [("--repair", "refit"), ("--space", "vit+repair")], ids=["refit", "searched"])
 def test_a_study_of_all_components_with_repair_is_launched_exported_and_pruned(
     model, checkpoint, tmp_path, monkeypatch, asked
 ):

@@ -48,9 +48,9 @@ def test_state_dict_keys_are_the_checkpoints(data_pack):
     assert own == {key for key in state if not key.endswith("num_batches_tracked")}
 
 
-@pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.9136), (56, 0.9324)])
+@pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.923), (56, 0.929)])
 def test_real_networks_reach_their_accuracy(data_pack, depth, accuracy):
-    """That of all 4,943 images, on 1,000 of them."""
+    """Measured on these 1,000 images; of all 4,943 they classify 0.9136 and 0.9324."""
     model = load_model(f"cifar_resnet{depth}", checkpoint=data_pack / "weights" / f"cifar10_resnet{depth}.safetensors")
     assert model.label_names == CIFAR10_CLASSES
     assert model.preprocessing.size == (32, 32)
@@ -59,4 +59,4 @@ def test_real_networks_reach_their_accuracy(data_pack, depth, accuracy):
     task = load_task(f"npz:{files}", model, confirmation_share=0, evaluation_images=1000, references_per_class=1)
     with torch.inference_mode():
         predicted = torch.cat([model.network(batch).argmax(1) for batch in task.search.images.split(500)])
-    assert (predicted == task.search.labels).double().mean().item() == pytest.approx(accuracy, abs=0.02)
+    assert (predicted == task.search.labels).double().mean().item() == pytest.approx(accuracy, abs=0.0011)

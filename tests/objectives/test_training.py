@@ -158,6 +158,11 @@ def test_a_training_that_diverges_says_when_and_why(learning_rate):
         train(network(batch_norm=False), images(30), TrainingOptions(9, 8, learning_rate))
 
 
+def test_weights_that_are_finite_but_give_no_finite_logits_have_diverged():
+    with pytest.raises(TrainingError, match=r"diverged in epoch 1 of 1 \(loss [\d.]+\) at a learning rate of 1e\+30"):
+        train(network(batch_norm=False), images(8), TrainingOptions(1, 8, 1e30))
+
+
 def test_a_training_without_progress_ends_and_keeps_the_best_weights():
     module, validation = network(), images(20, seed=2)
     seen = []

@@ -306,7 +306,7 @@ def cifar(data_pack):
 
 def test_the_real_network_reaches_its_accuracy(cifar):
     objective = Objective(*cifar, ObjectiveOptions(rates=(0.0, 0.5)))
-    assert objective.unpruned_accuracy == pytest.approx(0.7257, abs=0.03)  # that of all 4,943 images
+    assert objective.unpruned_accuracy == pytest.approx(0.735, abs=0.0011)  # of all 4,943 images 0.7257
     assert objective.component_widths == {
         f"blocks.{block}.mlp.{name}": width for block in range(4) for name, width in (("fc1", 256), ("fc2", 128))
     }

@@ -315,6 +315,5 @@ def test_imagenet_networks_take_wordnet_folders_and_names(data_pack):
         logits = torch.cat([model.network(batch) for batch in task.search.images.split(30)])
     top1 = (logits.argmax(1) == torch.tensor(task.classes)[task.search.labels]).double().mean().item()
     ten_way = (logits[:, list(task.classes)].argmax(1) == task.search.labels).double().mean().item()
-    # Of all 245 images 0.7061 and 0.9755.
-    assert top1 > 0.55
-    assert ten_way > 0.9
+    # Measured on these images, of which one may be rounded otherwise; of all 245 it is 0.7061 and 0.9755.
+    assert (top1, ten_way) == pytest.approx((0.75, 1.0), abs=0.017)

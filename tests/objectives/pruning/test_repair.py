@@ -23,7 +23,7 @@ from objectives.repair.ridge import KernelEquations, NormalEquations
 from objectives.repair.strength import STRENGTHS, choose_strength
 from search_spaces.repairs import NO_REPAIR, RepairSpec
 
-NETWORKS = ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "inception", "cifar_resnet20"]
+NETWORKS = ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "inception", "padded", "cifar_resnet20"]
 REFIT, BN = RepairSpec("refit", 0.1), RepairSpec("bn", 0.1)
 
 
@@ -231,7 +231,7 @@ def values_of(module, images):
     return values
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "inception"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenetv3_small_100", "inception", "padded"])
 def test_a_pass_computes_what_the_repaired_network_does_though_it_stores_less(name, prunable):
     subject = prunable(name)
     ranking, network = subject.ranking(), order(subject.canonical.module)
