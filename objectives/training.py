@@ -202,8 +202,8 @@ def train(
         How it went.
 
     Raises:
-        TrainingError: the loss or a weight isn't finite after an epoch (the network is left with such weights), or no
-            parameter reaches the logits.
+        TrainingError: the loss or a weight isn't finite after an epoch, or the weights are too large to compute with at
+            the end (the network is left with such weights), or no parameter reaches the logits.
         OptionError: `options.patience` without validation images.
         OutOfMemoryError: the device has no room for a batch.
     """
@@ -309,7 +309,15 @@ class _Run:
         """Puts the weights that are kept into the network."""
         if self.best:
             self.network.load_state_dict(self.best)
+        if not self._gives_finite_logits():
+            raise self._diverged(self.kept, self.epochs[self.kept - 1].loss)
         return TrainingResult(tuple(self.epochs), self.kept)
+
+    def _diverged(self, number: int, loss: float) -> TrainingError:
+        return TrainingError(
+            f"The training diverged in epoch {number} of {self.options.n_epochs} (loss {loss:.4g}) at a learning rate "
+            f"of {self.options.learning_rate:g}; use a smaller one."
+        )
 
     # An epoch.
 
@@ -320,12 +328,8 @@ class _Run:
         losses = self._steps(number)
         loss = float(losses.sum()) / len(self.images)
         state = self.network.state_dict().values()
-        is_finite = math.isfinite(loss) and all(bool(value.isfinite().all()) for value in state)
-        if not (is_finite and self._gives_finite_logits()):
-            raise TrainingError(
-                f"The training diverged in epoch {number} of {self.options.n_epochs} (loss {loss:.4g}) at a learning "
-                f"rate of {self.options.learning_rate:g}; use a smaller one."
-            )
+        if not (math.isfinite(loss) and all(bool(value.isfinite().all()) for value in state)):
+            raise self._diverged(number, loss)
         accuracy = self._accuracy()
         epoch = Epoch(number, self.options.n_epochs, loss, accuracy, time.perf_counter() - start)
         self.epochs.append(epoch)
