@@ -32,15 +32,15 @@ class MatchMoments(RepairPass):
         network: the original.
         targets: of each layer.
         masks: kept components.
-        batch_size: images of a chunk.
+        images: those that the targets were observed on.
         strength: k above.
     """
 
     def __init__(
-        self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int, strength: float
+        self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, images: Chunks, strength: float
     ) -> None:
         # A layer is matched by itself: what the sum behind it lacks isn't its business.
-        super().__init__(replace(network, shortcuts={}), targets, masks, batch_size)
+        super().__init__(replace(network, shortcuts={}), targets, masks, images)
         self.strength = strength
 
     def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:

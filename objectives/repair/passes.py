@@ -35,32 +35,29 @@ class RepairPass(fx.Interpreter, ABC):
         network: the original.
         targets: of each layer.
         masks: kept components.
-        batch_size: images of a chunk.
+        images: those that the targets were observed on.
     """
 
-    def __init__(self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int) -> None:
+    def __init__(self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, images: Chunks) -> None:
         super().__init__(network.module)
         self.extra_traceback = False  # or it would be added to the messages of our errors
         self.network = network
         self.targets = targets
         self.masks = masks
-        self.batch_size = batch_size
+        self.images = images
         self.repaired: dict[str, Linear] = {}
+        self._gone = {name for name in network.layers if not bool(self.kept(name).any())}
         self._reached: set[fx.Node] = set()
+        self._read = self._steps_that_are_read()
 
-    def repair(self, images: Tensor) -> dict[str, Linear]:
+    def repair(self) -> dict[str, Linear]:
         """The layers that have changed, by name.
-
-        Args:
-            images: those that the targets were observed on.
 
         Raises:
             RepairError: a layer's values aren't finite.
         """
-        self._images = Chunks.of(images, self.batch_size)
-        self._read = self._steps_that_are_read()
         with torch.no_grad():
-            self.run(self._images)
+            self.run(self.images)
         return self.repaired
 
     @abstractmethod
@@ -85,14 +82,10 @@ class RepairPass(fx.Interpreter, ABC):
         """Those that the logits follow from; a wholly pruned layer reads nothing."""
         read: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
-            if node.op == "output" or any(user in read and not self._is_gone(user) for user in node.users):
+            readers = [user for user in node.users if not (user.op == "call_module" and user.target in self._gone)]
+            if node.op == "output" or not read.isdisjoint(readers):
                 read.add(node)
         return read
-
-    def _is_gone(self, node: fx.Node) -> bool:
-        """Whether it is a layer of which nothing is kept."""
-        is_layer = node.op == "call_module" and node.target in self.network.layers
-        return is_layer and not bool(self.kept(str(node.target)).any())
 
     def run_node(self, n: fx.Node) -> Any:
         """One step; a layer is repaired first."""
@@ -105,10 +98,10 @@ class RepairPass(fx.Interpreter, ABC):
             return self._heads(n, value) if n.op == "call_module" and n.target in self.masks else value
         name = str(n.target)
         layer, kept, shortcut = self.network.layers[name], self.kept(name), self.network.shortcuts.get(name)
-        if self._is_gone(n):
+        if name in self._gone:
             self._reached.add(n)
-            parts = self._images.parts
-            return self._images.map(lambda index: parts[index].new_zeros(len(parts[index]), *layer.output_shape))
+            parts = self.images.parts
+            return self.images.map(lambda index: parts[index].new_zeros(len(parts[index]), *layer.output_shape))
         rows = kept.nonzero().flatten()
         (source,) = n.all_input_nodes
         inputs: Chunks = self.env[source] if layer.takes_some else self._full(source)

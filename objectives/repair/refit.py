@@ -39,7 +39,7 @@ class Refit(RepairPass):
         network: the original.
         targets: of each layer.
         masks: kept components.
-        batch_size: images of a chunk.
+        images: those that the targets were observed on.
         strength: of the penalty; of each layer's, where they differ.
         n_rows: added up at once.
     """
@@ -49,11 +49,11 @@ class Refit(RepairPass):
         network: OrderedNetwork,
         targets: Mapping[str, Targets],
         masks: Masks,
-        batch_size: int,
+        images: Chunks,
         strength: float | Mapping[str, float],
         n_rows: int = _ROWS,
     ) -> None:
-        super().__init__(network, targets, masks, batch_size)
+        super().__init__(network, targets, masks, images)
         self.strength = strength
         self.n_rows = n_rows
 

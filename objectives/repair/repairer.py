@@ -18,6 +18,7 @@ from objectives.memory import Batches
 from objectives.network import CanonicalNetwork
 from objectives.pruning.fusion import images_cached, largest_step
 from objectives.pruning.ranking import Masks
+from objectives.repair.chunks import Chunks
 from objectives.repair.moments import MatchMoments
 from objectives.repair.order import OrderedNetwork, order
 from objectives.repair.original import Targets, observe
@@ -29,7 +30,7 @@ from search_spaces.repairs import RepairSpec
 
 __all__ = ["Repairer", "with_biases", "with_layers"]
 
-METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, int, Any], RepairPass]] = {
+METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, Chunks, Any], RepairPass]] = {
     "bn": MatchMoments,
     "refit": Refit,
 }
@@ -120,10 +121,12 @@ class Repairer:
         key = f"{repair.method} {strength!r} {[mask.tolist() for mask in masks.values()]}"
         if key not in self._repaired:
             method = METHODS[repair.method]
-            self._repaired[key] = self.batches.run(
-                lambda size: method(self._ordered, self._targets, masks, size, strength).repair(self.images),
-                self._at_most,
-            )
+
+            def repaired(batch_size: int) -> dict[str, Linear]:
+                images = Chunks.of(self.images, batch_size)
+                return method(self._ordered, self._targets, masks, images, strength).repair()
+
+            self._repaired[key] = self.batches.run(repaired, self._at_most)
             self._forget()
         self._repaired.move_to_end(key)
         return self._repaired[key]

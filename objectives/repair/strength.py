@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from objectives.pruning.ranking import Masks
+from objectives.repair.chunks import Chunks
 from objectives.repair.order import OrderedNetwork
 from objectives.repair.original import Targets
 from objectives.repair.refit import Refit
@@ -49,8 +50,8 @@ def choose_strength(
     """
     if len(images) == 1:
         return STRENGTHS[-1]
-    choice = _Choice(network, targets, masks, batch_size, min(_N_PARTS, len(images)))
-    choice.repair(images)
+    choice = _Choice(network, targets, masks, Chunks.of(images, batch_size), min(_N_PARTS, len(images)))
+    choice.repair()
     if network.is_transformer:
         names = (name for name in network.layers if name in network.repairable)
         return {name: choice.best.get(name, STRENGTHS[-1]) for name in names}
@@ -66,9 +67,9 @@ class _Choice(Refit):
     """A pass that goes on with what is best for each layer that is asked, and adds up what all strengths are worth."""
 
     def __init__(
-        self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, batch_size: int, n_parts: int
+        self, network: OrderedNetwork, targets: Mapping[str, Targets], masks: Masks, images: Chunks, n_parts: int
     ) -> None:
-        super().__init__(network, targets, masks, batch_size, STRENGTHS[-1])
+        super().__init__(network, targets, masks, images, STRENGTHS[-1])
         names = [name for name in network.layers if name in network.repairable]
         n_asked = len(names) if network.is_transformer else min(len(names), _N_LAYERS)
         self.asked = frozenset(names[(i + 1) * len(names) // n_asked - 1] for i in range(n_asked))

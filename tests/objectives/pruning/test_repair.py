@@ -106,7 +106,7 @@ def test_chunks_and_batches_make_no_difference(name, prunable):
     logits = []
     for batch_size, n_rows in ((4, 10_000), (1, 37)):
         targets = observe(network, subject.images, batch_size, n_positions=300, seed=0)
-        layers = Refit(network, targets, masks, batch_size, 0.1, n_rows).repair(subject.images)
+        layers = Refit(network, targets, masks, Chunks.of(subject.images, batch_size), 0.1, n_rows).repair()
         logits.append(slim(with_layers(subject.canonical, layers), masks)(subject.images))
     close(*logits, tolerance=1e-8)
 
@@ -213,7 +213,7 @@ def test_groups_that_are_silent_or_pruned_take_no_part_in_the_choice_of_a_streng
     assert float((grouped.weight[[4, 5]] - old.weight[[4, 5]]).abs().max()) > 0.01
     close(grouped.bias[:3], wanted[:, :3].mean((0, 2, 3)))
     masks["first"][:] = False
-    grouped = Refit(network, targets, masks, 20, 0.1).repair(references)["grouped"]
+    grouped = Refit(network, targets, masks, Chunks.of(references, 20), 0.1).repair()["grouped"]
     close(grouped.weight, old.weight)
     close(grouped.bias, wanted.mean((0, 2, 3)))
 
@@ -248,7 +248,7 @@ def test_a_pass_computes_what_the_repaired_network_does_though_it_stores_less(na
                 values[n.name] = torch.cat(list(value.full()))
             return value
 
-    layers = Watched(network, targets, masks, 3, 0.1).repair(subject.images)
+    layers = Watched(network, targets, masks, Chunks.of(subject.images, 3), 0.1).repair()
     module = copy.deepcopy(with_layers(subject.canonical, layers).module)
     for layer, mask in masks.items():
         factors = mask.view(-1, 1, 1) if isinstance(module.get_submodule(layer), nn.Conv2d) else mask
@@ -319,7 +319,7 @@ def test_the_last_layer_of_a_block_makes_up_for_its_shortcut(prunable):
     wanted = the_sum(subject.canonical.module)
     error = {}
     for name, ordered, own in (("sum", network, targets), ("alone", alone, targets_alone)):
-        layers = Refit(ordered, own, masks, 4, 1e-4).repair(subject.images)
+        layers = Refit(ordered, own, masks, Chunks.of(subject.images, 4), 1e-4).repair()
         assert last in layers
         pruned = with_layers(subject.canonical, layers).module
         shared = pruned.get_submodule("layer1.0.conv2")  # with the network of all tests
@@ -330,7 +330,7 @@ def test_the_last_layer_of_a_block_makes_up_for_its_shortcut(prunable):
     # A shortcut that lacks channels is made up for by a layer whose inputs alone aren't touched, too.
     masks = subject.ranking().masks(0)
     masks["conv1"][:] = False
-    assert "layer1.0.conv2" in Refit(network, targets, masks, 4, 1e-4).repair(subject.images)
+    assert "layer1.0.conv2" in Refit(network, targets, masks, Chunks.of(subject.images, 4), 1e-4).repair()
 
 
 def test_moments_are_those_of_the_original(prunable):
@@ -338,7 +338,7 @@ def test_moments_are_those_of_the_original(prunable):
     network = order(subject.canonical.module)
     targets = observe(network, subject.images, 3, 10, seed=0)
     masks = subject.ranking().masks(len(subject.ranking()) // 4)
-    layers = MatchMoments(network, targets, masks, 2, 1e-9).repair(subject.images)
+    layers = MatchMoments(network, targets, masks, Chunks.of(subject.images, 2), 1e-9).repair()
     small = with_layers(subject.canonical, layers).module
     name = next(iter(layers))
     seen = {}

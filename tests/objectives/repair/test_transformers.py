@@ -9,6 +9,7 @@ from objectives.canonization import canonize
 from objectives.memory import Batches
 from objectives.pruning.masking import masked
 from objectives.pruning.slimming import slim
+from objectives.repair.chunks import Chunks
 from objectives.repair.order import order
 from objectives.repair.original import observe
 from objectives.repair.own import repaired
@@ -87,7 +88,7 @@ def test_chunks_and_batches_make_no_difference(transformer):
     logits = []
     for batch_size, n_rows in ((6, 10_000), (1, 37)):
         targets = observe(network, references, batch_size, n_positions=60, seed=0)
-        layers = Refit(network, targets, masks, batch_size, 0.1, n_rows).repair(references)
+        layers = Refit(network, targets, masks, Chunks.of(references, batch_size), 0.1, n_rows).repair()
         logits.append(slim(with_layers(canonical, layers), masks)(transformer.images))
     close(*logits, tolerance=1e-8)
 
