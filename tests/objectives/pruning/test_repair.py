@@ -203,7 +203,7 @@ def test_groups_that_are_silent_or_pruned_take_no_part_in_the_choice_of_a_streng
             seen[name] = sum(part.square for part in parts)
             return super().chosen(name, parts)
 
-    layers = Watched(network, targets, masks, 20, 0.1).repair(references)
+    layers = Watched(network, targets, masks, Chunks.of(references, 20), 0.1).repair()
     grouped, old = layers["grouped"], canonical.module.get_submodule("grouped")
     inputs = canonical.module.get_submodule("first")(references).relu() * masks["first"][None, :, None, None]
     wanted = old(canonical.module.get_submodule("first")(references).relu())
