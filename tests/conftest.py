@@ -1,4 +1,5 @@
 import functools
+import gc
 import os
 import signal
 import sqlite3
@@ -21,6 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Read when torch is imported; the tests run in several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Networks and graphs are many objects that live as long as their tests, and are searched for garbage again and again.
+gc.set_threshold(20_000, 20, 20)
 
 
 # A shell that starts the tests in the background lets them and their children ignore Ctrl-C, which some are about.
