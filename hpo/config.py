@@ -750,7 +750,7 @@ class LaunchConfiguration:
         "is repaired before it is fine-tuned, not after.",
         read=_choice(tuple(REPAIRS)),
         metavar="|".join(REPAIRS),
-        shown="none; of `hpo prune` the document's, else refit, or none of what is fine-tuned",
+        shown="none; of `hpo prune` the document's where it has one, else refit, or none of what is fine-tuned",
     )
     repair_strength: float | None = _option(
         "objective",

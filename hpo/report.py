@@ -67,6 +67,7 @@ class TrialSummary:
         auc: Area under the curve on the search images.
         heuristic: The heuristic's name, if it is one.
         confirmation_auc: Area under the curve on the confirmation images, if confirmed.
+        repair: Of the networks that it prunes, if it isn't left to the study.
     """
 
     number: int
@@ -75,6 +76,7 @@ class TrialSummary:
     auc: float
     heuristic: str | None
     confirmation_auc: float | None
+    repair: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class StudyReport:
         best = (
             [] if self.best is None else [f"Best: trial {self.best.number}, {self.best.composite} (LLR/MLL/HLL/FCL)."]
         )
-        return [self.headline(), *self.remarks(), *best, self.table(), *filter(None, [self.verdict()])]
+        return [self.headline(), *self.remarks(), *best, self.table(), *filter(None, [self.verdict(), self.caution()])]
 
     def headline(self) -> str:
         """How far the study is, in a line."""
@@ -241,6 +243,17 @@ class StudyReport:
             f"On {self.confirmation.n_images} images that the search never saw, the best composite's AUC differs from "
             f"{rival.heuristic}'s by {difference.difference:+.4f} (95 % interval {difference.low:+.4f} to "
             f"{difference.high:+.4f})."
+        )
+
+    def caution(self) -> str:
+        """That repair has a part in the best composite's lead, in a line; empty where all are repaired alike."""
+        heuristics = str(self.configuration.repair_spec())
+        if self.best is None or not self.heuristics or self.best.repair in (None, heuristics):
+            return ""
+        return (
+            f"The best trial's networks are repaired by {self.best.repair}, the heuristics' by {heuristics}, which has "
+            "a part in the difference; with `--repair METHOD` and a space without repair a study compares all repaired "
+            "alike."
         )
 
     def _cells(self, report: TrialSummary) -> list[str]:
@@ -525,6 +538,7 @@ def _trial_report(trial: FrozenTrial, confirmation_auc: float | None) -> TrialSu
         auc=trial.user_attrs["auc"],
         heuristic=trial.user_attrs.get("heuristic"),
         confirmation_auc=confirmation_auc,
+        repair=None if composite is None or composite.repair is None else str(composite.repair),
     )
 
 

@@ -506,6 +506,7 @@ def load_space(spec: str, *, allow_imports: bool = True) -> SearchSpace:
         return _import_space(spec, allowed=allow_imports)
     raise UnknownSpaceError(
         f"Unknown search space {spec!r}.{did_you_mean(spec, SPACES)} "
+        f"With {_REPAIR_SUFFIX} behind it the repair is searched, too. "
         "A TOML file's name ends in .toml; an import path is package.module:object."
     )
 

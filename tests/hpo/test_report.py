@@ -26,6 +26,19 @@ def test_a_report_counts_and_ranks(report):
     assert report.best.confirmation_auc == report.confirmation.auc
 
 
+def test_a_report_says_that_repair_has_a_part_in_the_lead(report):
+    assert (report.best.repair, report.caution()) == (None, "")
+
+    def caution(own):
+        return dataclasses.replace(report, best=dataclasses.replace(report.best, repair=own)).caution()
+
+    assert caution("none") == ""
+    assert caution("bn(0.3)") == (
+        "The best trial's networks are repaired by bn(0.3), the heuristics' by none, which has a part in the "
+        "difference; with `--repair METHOD` and a space without repair a study compares all repaired alike."
+    )
+
+
 def test_the_headline_names_what_is_not_complete(report):
     states = {**report.n_trials, "complete": 2, "fail": 1, "waiting": 1}
     assert (

@@ -13,6 +13,7 @@ from objectives import load_slim
 from objectives.pruning.slim_files import load_coupled
 from search_spaces.documents import load_document
 from search_spaces.heuristics import TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
+from search_spaces.repairs import RepairSpec
 
 OPTIONS = {
     "img_size": 8,
@@ -110,8 +111,9 @@ def test_a_study_of_all_components_with_repair_is_launched_exported_and_pruned(
     repair = document.repair
     assert repair == {"method": "refit", "strength": None} or "--repair" not in asked
     evaluated = json.loads(hpo("evaluate", "--composite", path, "--checkpoint", checkpoint, "--json").stdout)
-    best = json.loads(hpo("status", "vit", "--json").stdout)["best"]["number"]
-    assert evaluated["accuracies"] == json.loads(hpo("show", best, "--json").stdout)["curve"]["accuracies"]
+    best = json.loads(hpo("status", "vit", "--json").stdout)["best"]
+    assert best["repair"] == (None if "--repair" in asked else str(RepairSpec(**repair)))
+    assert evaluated["accuracies"] == json.loads(hpo("show", best["number"], "--json").stdout)["curve"]["accuracies"]
     assert evaluated["repair"] == repair
 
     said = hpo("prune", path, "--rate", "0.6", "--checkpoint", checkpoint, "-o", report).stdout
