@@ -46,7 +46,7 @@ class RepairPass(fx.Interpreter, ABC):
         self.masks = masks
         self.images = images
         self.repaired: dict[str, Linear] = {}
-        self._gone = {name for name in network.layers if not bool(self.kept(name).any())}
+        self._gone = {name for name, mask in masks.items() if name in network.layers and not bool(mask.any())}
         self._reached: set[fx.Node] = set()
         self._read = self._steps_that_are_read()
 
