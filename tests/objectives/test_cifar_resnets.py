@@ -49,9 +49,10 @@ def test_state_dict_keys_are_the_checkpoints(data_pack):
 
 
 @pytest.mark.parametrize(
-    ("depth", "n_images", "accuracy", "tolerance"), [(20, 4943, 0.9136, 5e-5), (56, 1000, 0.9324, 0.02)]
+    ("depth", "n_images", "accuracy", "tolerance"), [(20, 4943, 0.9136, 5e-5), (56, 1000, 0.929, 0.0011)]
 )
 def test_real_networks_reach_their_accuracy(data_pack, depth, n_images, accuracy, tolerance):
+    """Measured on these images; of all 4,943 ResNet-56 classifies 0.9324."""
     model = load_model(f"cifar_resnet{depth}", checkpoint=data_pack / "weights" / f"cifar10_resnet{depth}.safetensors")
     assert model.label_names == CIFAR10_CLASSES
     assert model.preprocessing.size == (32, 32)
