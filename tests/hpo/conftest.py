@@ -6,10 +6,17 @@ from pathlib import Path
 
 import optuna
 import pytest
+from captured_once import captured_once
 from stand_in import StandInProblem, drive_study
 
 from search_spaces.spaces import DiscreteSpace, SearchSpace
 from storage.store import StudyStore
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _captured_once() -> Iterator[None]:
+    with captured_once():
+        yield
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from captured_once import captured_once
 from timm.models import vgg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -112,6 +113,12 @@ def _captured(
 ) -> Classifier:
     before = snapshot(network)
     return Classifier(name, network, before, canonize(network, tuple(images.shape[1:])), images, labels)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _captured_once() -> Iterator[None]:
+    with captured_once():
+        yield
 
 
 @pytest.fixture(scope="session")
