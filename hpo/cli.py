@@ -74,6 +74,7 @@ def cli() -> None:
     hpo launch --model resnet18 --data folder:flowers --classes 3,7,11 --n-trials 200
     hpo launch --model cifar_resnet20 --checkpoint resnet20.safetensors --data npz:train.npz,eval.npz
     hpo launch --repair refit
+    hpo launch --space cnn+repair
     hpo launch --procedure iterative --step-share 0.1
     hpo launch --procedure iterative --finetune-epochs 5
     hpo launch --procedure dynamic --metric auc_lowest_class
@@ -200,7 +201,7 @@ def show(trial: int, study: str | None, storage: str | None, as_json: bool, verb
 @cli.command(
     examples="""
     hpo evaluate --heuristic epsilon-plus-abs
-    hpo evaluate --heuristic epsilon-abs --repair refit
+    hpo evaluate --heuristic epsilon-abs --repair bn --repair-strength 0.3
     hpo evaluate --heuristic zplus --procedure iterative --ranking layer
     hpo evaluate --rules LLR=Epsilon,MLL=Epsilon,HLL=ZPlus,FCL=Epsilon --abs --epsilon 1e-6 --json
     hpo evaluate --composite best.json --model resnet18 --data folder:flowers

@@ -1,7 +1,8 @@
 """The frame of the command line: help under headings, options from the configuration, errors in a line."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,16 +85,40 @@ class Group(_WithExamples, click.Group):
             raise click.UsageError(f"No such command {name!r}.{did_you_mean(name, self.commands)}", ctx)
         return super().resolve_command(ctx, args)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Tell in one line what is misused."""
+        with _misuse_in_one_line():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exit 1 with one line for an error of the user's, 130 for Ctrl-C."""
+        """Run the command; exit 1 with one line for an error of the user's, 2 for misuse, 130 for Ctrl-C."""
         try:
-            return super().invoke(ctx)
+            with _misuse_in_one_line():
+                return super().invoke(ctx)
         except PruningHPOError as error:
             _log.debug("The error's origin:", exc_info=True)
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+
+
+class _MisuseError(click.ClickException):
+    """Options or arguments that a command doesn't take."""
+
+    exit_code = click.UsageError.exit_code
+
+
+@contextmanager
+def _misuse_in_one_line() -> Iterator[None]:
+    """Turn click's three lines about misuse into one; a group without a command shows its help."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = "hpo" if error.ctx is None else error.ctx.command_path
+        raise _MisuseError(f"{error.format_message()} See `{command} --help`.") from error
 
 
 _HEADINGS: dict[Section, str] = {

@@ -59,12 +59,11 @@ def refused(*arguments, code=1):
     """The one line that a command ends with."""
     result = hpo(*arguments, code=code)
     assert result.stdout == ""
-    if code == 1:
-        *_, line = result.stderr.splitlines()
-        assert line.startswith("Error: ")
-        assert "Traceback" not in result.stderr
-        return line.removeprefix("Error: ")
-    return result.stderr
+    *before, line = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert code == 1 or before == [], "misuse is seen before anything is done"
+    return line.removeprefix("Error: ")
 
 
 @pytest.fixture(scope="module")
@@ -860,4 +859,7 @@ def test_readers_of_no_store_refuse(arguments):
     ],
 )
 def test_usage_errors(arguments, message):
-    assert message in refused(*arguments, code=2)
+    line = refused(*arguments, code=2)
+    assert line.startswith(message) or f": {message}" in line
+    command = arguments[0] if arguments[0] in COMMANDS else ""
+    assert line.endswith(f" See `{f'hpo {command}'.strip()} --help`.")
