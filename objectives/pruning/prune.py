@@ -11,7 +11,6 @@ import bisect
 import copy
 import json
 import logging
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,8 +108,8 @@ class RepairFigures:
     Attributes:
         method: of `search_spaces.repairs.REPAIRS`.
         strength: given, or chosen from the reference images, of a transformer's refit for each layer; None of `none`.
-        n_references: images that it was made with.
-        seconds: that it took; None where it is part of a training.
+        n_references: images that it was made with; 0 of `none`.
+        seconds: that it took once its strength was chosen; None of `none` and where it is part of a training.
         accuracy_without: of the slim network without it, on the report's images; None where the repaired network was
             trained, as without it another training would have followed.
         agreement: of the slim network.
@@ -136,6 +135,7 @@ class PruneReport:
         n_components: of the whole network.
         n_pruned: components removed.
         images: which images accuracy was measured on, and how many.
+        preprocessing: which images every network of the report takes.
         unpruned: the user's network.
         masked_accuracy: of the user's network with the components masked and the same repair; where it is fine-tuned,
             of the fine-tuned one in canonical form.
@@ -152,6 +152,7 @@ class PruneReport:
     n_components: int
     n_pruned: int
     images: dict[str, Any]
+    preprocessing: dict[str, Any]
     unpruned: NetworkFigures
     masked_accuracy: float
     exact: NetworkFigures
@@ -222,7 +223,10 @@ def prune(
     )
     with new_directory(output) as directory:
         objective = Objective(model, task, options, document)
+        _log.info("Ranking components by %s.", document.composite.label)
         path = objective.path(document.composite)
+        if amount.kind == "keep_accuracy":
+            _log.info("Measuring how many of %d components can go on %d images.", len(path), len(task.search))
         n = _n_pruned(objective, path, amount)
         return _Pruning(objective, document, path, n).write(directory, output, amount, coupled)
 
@@ -283,11 +287,12 @@ class _Pruning:
         # What is trained was repaired before.
         repaired_now = repair if weights is None else NO_REPAIR
         unrepaired = slim(trained, masks)
-        start = time.perf_counter()
+        if repaired_now:
+            _log.info("Repairing the network on %d reference images.", len(repairer.images))
         layers = repairer.layers(masks, repaired_now)
-        seconds = time.perf_counter() - start
         slim_network = slim(with_layers(trained, layers), masks)
         input_shape = network.input_shape
+        _log.info("Writing the network without %d of %d components.", self.n_pruned, len(self.path))
         write_program(_on_cpu(slim_network), input_shape, directory / "slim.pt2")
         strength = repairer.strength(repair)
         used = RepairSpec(repair.method, None if isinstance(strength, dict) else strength)
@@ -295,6 +300,7 @@ class _Pruning:
         write_weights(
             slim_network, masks, self.document, objective.kept_outputs, directory / "slim.safetensors", used, biased
         )
+        _log.info("Measuring accuracy and latency on %d %s images.", len(self._images()), self._image_set())
         own = on_device(objective.model.network, objective.device)
         original = self._restricted(own)
         if weights is None:
@@ -325,14 +331,15 @@ class _Pruning:
             n_components=len(self.path),
             n_pruned=self.n_pruned,
             images={"set": self._image_set(), "n_images": len(self._images())},
+            preprocessing=objective.task.preprocessing.to_json(),
             unpruned=self._figures(original, network.module),
             masked_accuracy=masked_accuracy,
             exact=self._figures(slim_network, slim_network),
             repair=RepairFigures(
                 method=repair.method,
                 strength=strength,
-                n_references=len(repairer.images),
-                seconds=seconds if is_measured else None,
+                n_references=len(repairer.images) if repair else 0,
+                seconds=repairer.seconds(masks, repaired_now) if repaired_now else None,
                 accuracy_without=self._accuracy(unrepaired) if is_measured else None,
                 agreement=self._agreement(slim_network),
                 agreement_without=self._agreement(unrepaired) if is_measured else None,

@@ -58,14 +58,10 @@ def check_output(target: Path) -> None:
     """Refuse what `new_directory` would refuse at once, before anything is computed for it.
 
     Raises:
-        SlimFileError: `target` exists and isn't empty, or can't be looked at.
+        SlimFileError: `target` exists and isn't empty, or there is no room or permission for a directory.
     """
-    try:
-        is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    if is_taken:
-        raise SlimFileError(f"The output {str(target)!r} already exists; choose another directory or remove it.")
+    with _temporary(target):
+        pass
 
 
 @contextlib.contextmanager
@@ -75,17 +71,25 @@ def new_directory(target: Path) -> Iterator[Path]:
     Raises:
         SlimFileError: `target` exists and isn't empty, or there is no room or permission.
     """
-    check_output(target)
+    with _temporary(target) as temporary:
+        content = temporary / "content"
+        content.mkdir()
+        yield content
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rmdir()
+        os.replace(content, target)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A directory beside `target`, or as near to it as there are any, for as long as the block lasts."""
     try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise SlimFileError(f"The output {str(target)!r} already exists; choose another directory or remove it.")
         existing = next(parent for parent in target.absolute().parents if parent.exists())
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=existing) as temporary:
-            content = Path(temporary) / "content"
-            content.mkdir()
-            yield content
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                target.rmdir()
-            os.replace(content, target)
+            yield Path(temporary)
     except SlimFileError:
         raise
     except OSError as error:

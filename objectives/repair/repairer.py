@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +50,12 @@ _SEED = 0
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Repaired:
+    layers: dict[str, Linear]
+    seconds: float
+
+
 class Repairer:
     """Repairs pruned versions of one network.
 
@@ -65,7 +72,7 @@ class Repairer:
         self.batches = batches
         self._references = references
         self._strength: float | dict[str, float] | None = None
-        self._repaired: OrderedDict[str, dict[str, Linear]] = OrderedDict()
+        self._repaired: OrderedDict[str, _Repaired] = OrderedDict()
 
     @cached_property
     def images(self) -> Tensor:
@@ -115,18 +122,28 @@ class Repairer:
             RepairError: a layer can't be repaired.
             OutOfMemoryError: the device has no room for a single image.
         """
+        return self._repair(masks, repair).layers
+
+    def seconds(self, masks: Masks, repair: RepairSpec) -> float:
+        """What `layers` takes when it is first asked, once the strength is chosen; raises as it does."""
+        return self._repair(masks, repair).seconds
+
+    def _repair(self, masks: Masks, repair: RepairSpec) -> _Repaired:
         strength = self.strength(repair)
         if strength is None or all(bool(mask.all()) for mask in masks.values()):
-            return {}
+            return _Repaired({}, 0.0)
         key = f"{repair.method} {strength!r} {[mask.tolist() for mask in masks.values()]}"
         if key not in self._repaired:
-            method = METHODS[repair.method]
+            # What the original computes is observed before the clock starts.
+            method, targets = METHODS[repair.method], self._targets
 
             def repaired(batch_size: int) -> dict[str, Linear]:
                 images = Chunks.of(self.images, batch_size)
-                return method(self._ordered, self._targets, masks, images, strength).repair()
+                return method(self._ordered, targets, masks, images, strength).repair()
 
-            self._repaired[key] = self.batches.run(repaired, self._at_most)
+            start = time.perf_counter()
+            layers = self.batches.run(repaired, self._at_most)
+            self._repaired[key] = _Repaired(layers, time.perf_counter() - start)
             self._forget()
         self._repaired.move_to_end(key)
         return self._repaired[key]
@@ -151,8 +168,8 @@ class Repairer:
     def _forget(self) -> None:
         """What is kept serves races, which come back to the same masks for more images."""
 
-        def size(layers: dict[str, Linear]) -> int:
-            return sum(tensor.nbytes for layer in layers.values() for tensor in layer.parameters())
+        def size(repaired: _Repaired) -> int:
+            return sum(tensor.nbytes for layer in repaired.layers.values() for tensor in layer.parameters())
 
         while len(self._repaired) > 1 and sum(map(size, self._repaired.values())) > _BYTES_REPAIRED:
             self._repaired.popitem(last=False)

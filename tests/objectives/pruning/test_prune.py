@@ -88,6 +88,7 @@ def test_a_rate_removes_that_share_and_everything_is_measured(
     written = sorted((tmp_path / "slim").iterdir())
     assert [path.name for path in written] == ["report.json", "slim.pt2", "slim.safetensors"]
     assert sorted(report.files) == [str(path) for path in written]
+    assert report.preprocessing == digits_task.preprocessing.to_json()
     assert json.loads((tmp_path / "slim" / "report.json").read_text()) == json.loads(json.dumps(report.to_json()))
     program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
     for network in (program, load_slim(tmp_path / "slim" / "slim.safetensors")):
@@ -114,6 +115,8 @@ def test_a_network_is_repaired_by_default(run, digits_model, digits_task, docume
     assert report.repair.agreement > report.repair.agreement_without + 0.1
     assert report.masked_accuracy == pytest.approx(report.exact.accuracy, abs=1.5 / report.images["n_images"])
     assert (unrepaired.repair.method, unrepaired.repair.strength) == ("none", None)
+    assert (unrepaired.repair.n_references, unrepaired.repair.seconds) == (0, None)
+    assert report.repair.seconds > 0
     assert (report.n_pruned, report.exact.flops) == (unrepaired.n_pruned, unrepaired.exact.flops)
     # What is on disk is what was measured.
     images = digits_task.confirmation

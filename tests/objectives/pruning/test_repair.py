@@ -374,6 +374,9 @@ def test_what_is_repaired_is_kept_for_the_next_look(prunable):
     assert repairer.layers(masks, REFIT) is repairer.layers(masks, REFIT)
     assert repairer.layers(masks, REFIT) is not repairer.layers(masks, BN)
     assert repairer.layers(masks, REFIT) is not repairer.layers(subject.ranking().masks(301), REFIT)
+    # What it took isn't what the second look takes.
+    assert repairer.seconds(masks, REFIT) == repairer.seconds(masks, REFIT) > 0
+    assert repairer.seconds(subject.ranking().masks(0), REFIT) == 0
 
 
 @pytest.mark.parametrize("repair", [REFIT, BN], ids=str)

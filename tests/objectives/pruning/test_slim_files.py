@@ -17,6 +17,7 @@ from objectives.errors import CheckpointMismatchError, ModelError, SlimFileError
 from objectives.memory import Batches
 from objectives.pruning.masking import masked
 from objectives.pruning.slim_files import (
+    check_output,
     load_coupled,
     load_slim,
     new_directory,
@@ -299,11 +300,13 @@ def test_nothing_is_left_of_a_block_that_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_exists_is_never_overwritten(tmp_path):
-    def enter(target):
-        with new_directory(target):
-            raise AssertionError
+def _enter(target):
+    with new_directory(target):
+        raise AssertionError
 
+
+@pytest.mark.parametrize("enter", [_enter, check_output])
+def test_what_exists_is_never_overwritten(tmp_path, enter):
     (tmp_path / "slim").mkdir()
     (tmp_path / "slim" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
