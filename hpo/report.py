@@ -185,11 +185,9 @@ class StudyReport:
         # A grid asks its failed points again, and these count here.
         beyond = wanted is None or self.n_finished > wanted
         counted = f"{self.n_finished}" if beyond else f"{self.n_finished} of {wanted}"
-        others = [
-            f"{self.n_trials[state]} {state}"
-            for state in ("pruned", "fail", "running", "waiting")
-            if self.n_trials[state]
-        ]
+        # Pruned, as Optuna says of trials, would be read as networks here.
+        words = {"pruned": "given up", "fail": "failed", "running": "running", "waiting": "waiting"}
+        others = [f"{self.n_trials[state]} {word}" for state, word in words.items() if self.n_trials[state]]
         remark = f" ({', '.join(others)})" if others else ""
         procedure = self.configuration.procedure_spec()
         how = self.metric if procedure == OneShot() else f"{self.metric}, procedure {procedure}"

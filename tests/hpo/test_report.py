@@ -44,7 +44,7 @@ def test_the_headline_names_what_is_not_complete(report):
     assert (
         dataclasses.replace(report, n_trials=states)
         .headline()
-        .startswith("Study s: 3 of 4 trials (1 fail, 1 waiting),")
+        .startswith("Study s: 3 of 4 trials (1 failed, 1 waiting),")
     )
 
 
