@@ -29,14 +29,28 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "repair.json"
 PICTURE = HERE / "results" / "repair.png"
 REPAIRS = ("none", "bn", "refit")
-SEARCHED = {
+_ON_RESNET20 = {
     # The best of the grid of cifar10_resnet20.py, which searched without repair.
-    "searched": ("LLR=Epsilon,MLL=Epsilon,HLL=Epsilon,FCL=AlphaBeta", "mean"),
+    "searched": {"text": "LLR=Epsilon,MLL=Epsilon,HLL=Epsilon,FCL=AlphaBeta"},
     # The best of the grid of repair_study.py, which searched with refit.
-    "searched-refit": ("LLR=AlphaBeta,MLL=Epsilon,HLL=Epsilon,FCL=ZPlus", "rms"),
-    # The best with refit of nine composites that were compared on 500 search images.
-    "epsilon-rms": ("LLR=Epsilon,MLL=Epsilon,HLL=Epsilon,FCL=Epsilon", "rms"),
+    "searched-refit": {"text": "LLR=AlphaBeta,MLL=Epsilon,HLL=Epsilon,FCL=ZPlus", "aggregate": "rms"},
 }
+SEARCHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "cifar_resnet20": {
+        **_ON_RESNET20,
+        # The best with refit of nine composites that were compared on 500 search images.
+        "epsilon-rms": {"text": "LLR=Epsilon,MLL=Epsilon,HLL=Epsilon,FCL=Epsilon", "aggregate": "rms"},
+    },
+    # Those of ResNet-20.
+    "cifar_resnet56": _ON_RESNET20,
+    # The best of cifar10_vit.py and imagenette.py, which searched without repair.
+    "cifar_vit": {
+        "searched": {"text": "LLR=Epsilon,MLL=Epsilon,HLL=Gamma,FCL=ZPlus", "attention": "ZPlus"},
+    },
+    "mobilenetv2_100": {"searched": {"text": "LLR=Epsilon,MLL=Epsilon,HLL=Epsilon,FCL=AlphaBeta"}},
+    "deit_tiny": {"searched": {"text": "LLR=Epsilon,MLL=Gamma,HLL=ZPlus,FCL=ZPlus", "attention": "ZPlus"}},
+}
+"""Composites that a study has found, by network; all rank by absolute relevance."""
 N_IMAGES = 1000
 
 
@@ -117,9 +131,8 @@ def cases(networks: Sequence[str], references: Sequence[int]) -> list[Case]:
         if n != 10:
             planned: dict[int, Iterable[str]] = {2: usual, 4: BASELINES}
         else:
-            searched = SEARCHED if name == "cifar_resnet20" else ()
             heuristics = TRANSFORMER_HEURISTICS if is_transformer else HEURISTICS
-            planned = {0: (*usual, *searched), 1: BASELINES, 3: heuristics}
+            planned = {0: (*usual, *SEARCHED[name]), 1: BASELINES, 3: heuristics}
         for stage, criteria in planned.items():
             stages[stage] += [Case(name, criterion, n) for criterion in criteria]
     return list(dict.fromkeys(itertools.chain(*stages)))
@@ -152,9 +165,8 @@ def make_ranking(case: Case, objective: Any) -> Any:
     from objectives.pruning.ranking import rank
     from search_spaces import CompositeSpec, heuristic
 
-    if case.criterion in SEARCHED:
-        rules, aggregate = SEARCHED[case.criterion]
-        return rank(objective.scores(CompositeSpec.parse_rules(rules, abs=True, aggregate=aggregate)))
+    if case.criterion in SEARCHED[case.network]:
+        return rank(objective.scores(CompositeSpec.parse_rules(abs=True, **SEARCHED[case.network][case.criterion])))
     return rank(objective.scores(heuristic(case.criterion)))
 
 
