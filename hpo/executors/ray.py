@@ -490,33 +490,63 @@ def _connected(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         raise ExecutorError("This process is connected to Ray already; call `ray.shutdown()` first.")
     with ExitStack() as stack:
+        if (masked := [mask_password(argument) for argument in sys.argv]) != sys.argv:
+            # A cluster shows its users the command line of every driver.
+            ray._raylet.setproctitle(shlex.join(masked))  # type: ignore[attr-defined]  # compiled
         if address is None:
+            stack.enter_context(_own_cluster(ray))
+        else:
+            with _environment():
+                _take_notice_of_token()
+                _check_reachable(address)
+                stack.callback(ray.shutdown)
+                _initialize(ray, f"There is no usable Ray cluster at {address!r}", address=address)
+        yield ray
+
+
+@contextmanager
+def _own_cluster(ray: Any) -> Iterator[None]:
+    """A cluster that ends with the context, and with this process.
+
+    On a busy machine its servers may not come up in the half minute that Ray gives them: then they are started anew.
+
+    Raises:
+        ExecutorError: It cannot be started.
+    """
+    for is_last in (False, True):
+        with ExitStack() as stack:
             # A directory of its own: Ray leaves its logs behind, and `auto` must not find this cluster.
             folder = tempfile.mkdtemp(prefix="hpo-ray-")
             announce = stack.enter_context(_reaped(folder))
             stack.enter_context(_own_token())
-            arguments: dict[str, Any] = {"address": "local", "_temp_dir": folder}
-        else:
-            arguments = {"address": address}
-        if (masked := [mask_password(argument) for argument in sys.argv]) != sys.argv:
-            # A cluster shows its users the command line of every driver.
-            ray._raylet.setproctitle(shlex.join(masked))  # type: ignore[attr-defined]  # compiled
-        with _environment():
-            _take_notice_of_token()
-            if address is not None:
-                _check_reachable(address)
-            stack.callback(ray.shutdown)
             try:
-                with _sigterm_kept():
-                    ray.init(**_INIT, **arguments)
-            except SystemExit as error:  # Ray's answer to SIGTERM
-                raise Interrupted from error
-            except Exception as error:
-                what = "Ray cannot start here" if address is None else f"There is no usable Ray cluster at {address!r}"
-                raise ExecutorError(f"{what}: {_reason(error)}") from error
-        if address is None:
+                with _environment():
+                    _take_notice_of_token()
+                    stack.callback(ray.shutdown)
+                    _initialize(ray, "Ray cannot start here", address="local", _temp_dir=folder)
+            except ExecutorError as error:
+                if is_last:
+                    raise
+                _log.warning("%s Trying once more.", error)
+                continue
             announce()
-        yield ray
+            yield
+            return
+
+
+def _initialize(ray: Any, failure: str, **arguments: str) -> None:
+    """Connect this process.
+
+    Raises:
+        ExecutorError: It fails; begins with what that means.
+    """
+    try:
+        with _sigterm_kept():
+            ray.init(**_INIT, **arguments)
+    except SystemExit as error:  # Ray's answer to SIGTERM
+        raise Interrupted from error
+    except Exception as error:
+        raise ExecutorError(f"{failure}: {_reason(error)}") from error
 
 
 @contextmanager

@@ -133,6 +133,38 @@ def executor():
         bystander.wait()
 
 
+def test_a_cluster_that_comes_up_too_late_for_ray_is_started_once_more(monkeypatch, caplog):
+    folders, start = [], ray.init
+
+    def init(**arguments):
+        folders.append(Path(arguments["_temp_dir"]))
+        start(**arguments)
+        if len(folders) == 1:
+            raise TimeoutError("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with RayExecutor(configure(), Stub) as executor:
+        executor.submit(jobs(QUICK))
+        assert outcomes(executor, 1)[0].failure is None
+        assert [folder.exists() for folder in folders] == [False, True]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Ray cannot start here: TimeoutError: The current node timed out during startup. Trying once more."
+    ]
+
+
+def test_a_cluster_that_does_not_come_up_twice_is_an_error(monkeypatch):
+    folders = []
+
+    def init(**arguments):
+        folders.append(Path(arguments["_temp_dir"]))
+        raise TimeoutError("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ExecutorError, match=r"Ray cannot start here: .* timed out"), RayExecutor(configure(), Stub):
+        pass
+    assert [folder.exists() for folder in folders] == [False, False]
+
+
 def test_workers_compute_at_once(executor):
     assert executor.n_workers == N_WORKERS
     for number in range(2 * N_WORKERS):
