@@ -503,7 +503,9 @@ def _settings(
     images: ImageSet,
 ) -> dict[str, Any]:
     """What all rows of a folder share; more criteria, subsets and seeds may be added to them."""
-    procedure = configuration.procedure_spec()
+    from objectives.repair.repairer import FORM
+
+    procedure, repair = configuration.procedure_spec(), configuration.repair_spec()
     subsets: dict[str, Any] = {"classes": list(classes), "classes_per_subset": runs.size}
     settings = {
         **(subsets if configuration.splits is None else {"split": configuration.splits.to_json()}),
@@ -513,7 +515,8 @@ def _settings(
         "layer_groups": layer_groups,
         "images": images,
         "procedure": {"name": procedure.name, **procedure.options},
-        "repair": str(configuration.repair_spec()),
+        "repair": str(repair),
+        **({"repair_form": FORM} if repair else {}),
         **{name: getattr(configuration, name) for name in _SETTINGS},
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))

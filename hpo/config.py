@@ -340,7 +340,8 @@ class LaunchConfiguration:
 
     space: str | None = _option(
         "search",
-        "What may be searched: a registered space (see `hpo spaces`), a TOML file, or package.module:object.",
+        "What may be searched: a registered space (see `hpo spaces`), with +repair or +repair-strength behind it how "
+        "pruned networks are repaired, too; a TOML file, or package.module:object.",
         read=_text,
         metavar="SPACE",
         shown="vit for vision transformers, else cnn",
@@ -754,7 +755,7 @@ class LaunchConfiguration:
     )
     repair_strength: float | None = _option(
         "objective",
-        "Pull of the repair towards no change.",
+        "Pull of the repair towards the weights that there were; refit scales those of convolutional networks.",
         read=_between(1e-12, 1e12, "must be a number above 0"),
         metavar="X",
         shown="chosen from the reference images",

@@ -13,8 +13,15 @@ __all__ = ["identity", "upgraded"]
 
 def identity(configuration: "LaunchConfiguration", space: "SearchSpace", problem: "Problem") -> dict[str, Any]:
     """Everything that a trial's value or choice depends on; where and by how many it is computed is no part of it."""
+    from objectives.repair.repairer import FORM
+    from search_spaces.spaces import ContinuousSpace, DiscreteSpace
+
+    repair = configuration.repair_spec()
+    # Points of other spaces may have a repair of their own.
+    is_repaired = bool(repair) or not isinstance(space, DiscreteSpace | ContinuousSpace)
     return {
-        "repair": str(configuration.repair_spec()),
+        "repair": str(repair),
+        **({"repair_form": FORM} if is_repaired else {}),
         "sampler": configuration.sampler,
         "metric": configuration.metric,
         "pruner": configuration.pruner or "none",

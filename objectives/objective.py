@@ -495,7 +495,9 @@ class Objective:
         """Directory of one composite's evaluations."""
         if self.options.checkpoints is None or not self.options.procedure.fine_tunes:
             return None
-        content = json.dumps([self.identity(), composite.key, str(self.repair(composite))], sort_keys=True).encode()
+        repair = self.repair(composite)
+        repaired = [str(repair), self.repairer.fingerprint] if repair else [str(repair)]
+        content = json.dumps([self.identity(), composite.key, *repaired], sort_keys=True).encode()
         return self.options.checkpoints / hashlib.blake2b(content, digest_size=16).hexdigest()
 
     @contextmanager

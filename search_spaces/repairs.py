@@ -30,8 +30,8 @@ class RepairSpec:
 
     Attributes:
         method: Of `REPAIRS`.
-        strength: Of the pull towards no change, above 0; None chooses it from the reference images, and is the only
-            one of `none`.
+        strength: Of the pull towards the old weights, above 0; None chooses it from the reference images, and is the
+            only one of `none`.
 
     Raises:
         RepairSpecError: No repair has this name, or the strength is out of range.

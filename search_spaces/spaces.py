@@ -86,7 +86,8 @@ class SearchSpace(Protocol):
 _Factory = TypeVar("_Factory", bound=Callable[[], SearchSpace])
 
 _OF_REPAIR = ("repair", "repair_strength")
-_REPAIR_SUFFIX = "+repair"
+_SUFFIXES: Mapping[str, tuple[float, ...]] = {"+repair": (), "+repair-strength": (0.01, 0.1, 1.0)}
+"""What may stand behind a registered space's name to have the repair searched, and with which strengths."""
 
 SPACES: dict[str, Callable[[], SearchSpace]] = {}
 """Makers of the registered spaces by name; the first line of a maker's docstring describes its space."""
@@ -386,7 +387,7 @@ class RepairedSpace:
     @property
     def name(self) -> str:
         """See `SearchSpace.name`."""
-        return f"{self.base.name}{_REPAIR_SUFFIX}"
+        return f"{self.base.name}+repair{'-strength' if self.repair_strength else ''}"
 
     @property
     def layer_groups(self) -> Mapping[str, tuple[str, ...]] | None:
@@ -488,7 +489,8 @@ def load_space(spec: str, *, allow_imports: bool = True) -> SearchSpace:
 
     Args:
         spec: A registered name, the path of a TOML file (ends in `.toml`), or `package.module:object`; with `+repair`
-            behind a registered name, how pruned networks are repaired is searched too.
+            behind a registered name, how pruned networks are repaired is searched too, with `+repair-strength` how
+            strongly as well.
         allow_imports: False refuses import paths; pass it for names that come from a document or a store.
 
     Raises:
@@ -498,15 +500,16 @@ def load_space(spec: str, *, allow_imports: bool = True) -> SearchSpace:
     """
     if spec in SPACES:
         return SPACES[spec]()
-    if (base := spec.removesuffix(_REPAIR_SUFFIX)) in SPACES:
-        return RepairedSpace(SPACES[base]())
+    for suffix, strengths in _SUFFIXES.items():
+        if (base := spec.removesuffix(suffix)) in SPACES:
+            return RepairedSpace(SPACES[base](), repair_strength=strengths)
     if spec.endswith(".toml"):
         return _read_toml(Path(spec))
     if ":" in spec:
         return _import_space(spec, allowed=allow_imports)
     raise UnknownSpaceError(
         f"Unknown search space {spec!r}.{did_you_mean(spec, SPACES)} "
-        f"With {_REPAIR_SUFFIX} behind it the repair is searched, too. "
+        "With +repair behind it the repair is searched, too, with +repair-strength its strength as well. "
         "A TOML file's name ends in .toml; an import path is package.module:object."
     )
 

@@ -190,9 +190,9 @@ def prune(
         coupled: also remove coupled groups by torch-pruning.
         device: to compute on.
         batch_size: images a pass.
-        repair: of the exact slim network, from the reference images; by default it is refitted. A network that the
-            procedure fine-tunes is repaired before each training, by default as the document has it, so that it is the
-            one that was searched for. The coupled network isn't repaired.
+        repair: of the exact slim network, from the reference images; by default as the document has it, and where that
+            has none refitted. A network that the procedure fine-tunes is repaired before each training, by default only
+            if the document says so: it is the one that was searched for. The coupled network isn't repaired.
 
     Raises:
         RepairError: the pruned network can't be repaired.
@@ -207,9 +207,9 @@ def prune(
             "`--coupled` out."
         )
     if repair is None:
-        procedure = document.procedure_spec
+        procedure, repair = document.procedure_spec, RepairSpec.from_json(document.repair)
         # What is trained was searched for as the document says.
-        repair = RepairSpec.from_json(document.repair) if procedure.fine_tunes else RepairSpec(procedure.usual_repair)
+        repair = repair if repair or procedure.fine_tunes else RepairSpec(procedure.usual_repair)
     options = ObjectiveOptions(
         rates=document.rates,
         procedure=document.procedure_spec,
@@ -267,7 +267,7 @@ def _fewest_that_fit(objective: Objective, path: PruningPath, amount: PruneAmoun
     if n == len(path):
         left = size(n - 1) / size(0)
         raise OptionError(
-            f"{_OPTIONS[amount.kind]} {amount.value} can't be reached: {left:.3f} is left with one component."
+            f"{_OPTIONS[amount.kind]} {amount.value} can't be reached: {left:.3g} is left with one component."
         )
     return n
 

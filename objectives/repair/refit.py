@@ -3,6 +3,7 @@
 The inputs are those of the network that is repaired up to the layer, the targets the original network's outputs of the
 rows that are kept; the last layer of a residual block has the original's sum less the pruned shortcut as its target, so
 that it makes up for errors that came down the stream. The classifier comes last, against the original's logits.
+The penalty pulls towards the old weights, of convolutional networks scaled by output (`objectives.repair.ridge`).
 Related: He et al. 2017 (channel pruning by reconstruction), Frantar and Alistarh 2022 (layer by layer, closed form).
 """
 
@@ -56,6 +57,9 @@ class Refit(RepairPass):
         super().__init__(network, targets, masks, images)
         self.strength = strength
         self.n_rows = n_rows
+        # As of `bn`, as if one image more had shown no change. A transformer's weights aren't scaled: a DeiT-tiny with
+        # one reference a class loses by it.
+        self.shrinkage = None if network.is_transformer else 1 / images.firsts[-1]
 
     def new_layer(self, name: str, inputs: Chunks, live: Tensor, shortcut: Chunks | None) -> Linear:
         """See `RepairPass.new_layer`."""
@@ -64,17 +68,8 @@ class Refit(RepairPass):
         weight, bias = layer.weight().double().clone(), layer.bias().double().clone()
         fitted = self._fitted(name, live)
         groups, outputs, columns = fitted.groups, fitted.outputs, fitted.columns
-        parts = [
-            equations(
-                int(groups.sum()),
-                int(columns.sum()),
-                int(outputs.sum()),
-                len(targets.positions),
-                targets.positions.device,
-            )
-            for _ in range(self.n_parts(name))
-        ]
         old_weight, old_bias = weight[groups][:, outputs][:, :, columns], bias[groups][:, outputs]
+        parts = [equations(old_weight, len(targets.positions), self.shrinkage) for _ in range(self.n_parts(name))]
         # Of a group some outputs may be pruned: there is nothing to explain.
         kept = self.kept(name).view(layer.n_groups, -1)[groups][:, None, outputs]
         sums = torch.zeros_like(bias)
@@ -96,8 +91,8 @@ class Refit(RepairPass):
         if not bool(sums.sum().isfinite()):
             raise RepairError(f"The layer {name!r} can't be repaired: its targets on the references aren't finite.")
         change = total(parts).solve(self.chosen(name, parts))
-        if change.is_least_norm:
-            _log.warning("The equations of layer %r are singular: of their solutions the smallest is taken.", name)
+        if change.is_singular:
+            _log.warning("Layer %r has singular equations: of their solutions that nearest to it is taken.", name)
         where = tuple(each.nonzero().flatten() for each in (groups, outputs, columns))
         weight[torch.meshgrid(*where, indexing="ij")] += change.weight
         bias[torch.meshgrid(*where[:2], indexing="ij")] += change.bias

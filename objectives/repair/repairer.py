@@ -29,7 +29,7 @@ from objectives.repair.rows import Linear, LinearLayer
 from objectives.repair.strength import choose_strength
 from search_spaces.repairs import RepairSpec
 
-__all__ = ["Repairer", "with_biases", "with_layers"]
+__all__ = ["FORM", "Repairer", "with_biases", "with_layers"]
 
 METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, Chunks, Any], RepairPass]] = {
     "bn": MatchMoments,
@@ -37,8 +37,9 @@ METHODS: dict[str, Callable[[OrderedNetwork, Mapping[str, Targets], Masks, Chunk
 }
 """What carries out each repair, with a strength as `Repairer.strength` gives it."""
 
-# Counts changes of what a repair computes: measurements are kept in stores.
-_FORM = 8
+FORM = 9
+"""Counts changes of what a repair computes: studies and stores keep what was measured."""
+
 # Of each layer; twice as many positions change the AUC of ResNet-20 on CIFAR-10 by 0.001.
 _N_POSITIONS = 3000
 # Values of all references that are kept at once; beyond, only some of the references are used.
@@ -91,7 +92,7 @@ class Repairer:
     def fingerprint(self) -> str:
         """Hexadecimal digest of what a repaired network depends on beside the original, the masks and the repair."""
         references = state_fingerprint({"images": self._references})
-        content = [_FORM, references, self.batches.asked, _N_POSITIONS, _BYTES_KEPT, _SEED]
+        content = [FORM, references, self.batches.asked, _N_POSITIONS, _BYTES_KEPT, _SEED]
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
     def strength(self, repair: RepairSpec) -> float | dict[str, float] | None:

@@ -1,12 +1,18 @@
 """Ridge regression in closed form, from rows that are added chunk by chunk.
 
-Of rows x, each with what is left to explain e, the change of the weights D and of the bias b minimise
+Of rows x, each with what the old weights W leave to explain e, the change of the weights D and of the bias b minimise
 
-    sum |e - D x - b|^2 + penalty |D|^2,        penalty = strength * mean of the diagonal of the centred Gram matrix
+    sum |e - D x - b|^2 + penalty |W + D - S W|^2,
+    penalty = strength * mean of the diagonal of the centred Gram matrix
 
-so that the penalty pulls towards the old weights, of which e is the residual. The bias isn't penalised. Where there are
-more rows than columns the normal equations are added up; where there are fewer, as before a dense layer that reads a
-whole image, the rows are kept and the equations have their number (the kernel form of the same solution).
+so that the penalty pulls towards the old weights, scaled by output. An S of 1 leaves them as they are; else
+
+    S^2 = (v + k v) / (u + k v),        v = variance of W x + e,        u = variance of W x,        k = shrinkage
+
+so that an output which has lost inputs varies as what is wanted does, which few rows tell better than what each weight
+should be. The bias isn't penalised. Where there are more rows than columns the normal equations are added up; where
+there are fewer, as before a dense layer that reads a whole image, the rows are kept and the equations have their number
+(the kernel form of the same solution).
 """
 
 from __future__ import annotations
@@ -36,16 +42,48 @@ class Change:
     Attributes:
         weight: (groups, outputs, columns).
         bias: (groups, outputs).
-        is_least_norm: whether the equations were singular, so that of many solutions the smallest was taken.
+        is_singular: whether the equations have many solutions, of which that nearest to S W was taken.
     """
 
     weight: Tensor
     bias: Tensor
-    is_least_norm: bool
+    is_singular: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Centred:
+    """All rows about their means, of inputs that vary.
+
+    Attributes:
+        matrix: (groups, N, N), of x x' by columns, or of x' x by rows.
+        right: (groups, N, outputs), likewise of x (e - (S - 1) W x)', or of e - (S - 1) W x.
+        rows: (groups, N, columns), where a solution is of their shares in the change.
+        mean: (groups, columns), of x.
+        residual: (groups, outputs), the mean of e.
+        growth: (groups, outputs, columns), (S - 1) W.
+    """
+
+    matrix: Tensor
+    right: Tensor
+    rows: Tensor | None
+    mean: Tensor
+    residual: Tensor
+    growth: Tensor
 
 
 class Equations(ABC):
-    """What rows say about a change, for several regressions (groups) at once; float64."""
+    """What rows say about a change, for several regressions (groups) at once; float64.
+
+    All rows are added before anything is asked of them.
+
+    Args:
+        old: weights (groups, outputs, columns).
+        shrinkage: k, not negative, of the scale that the penalty pulls towards; None for the old weights as they are.
+    """
+
+    def __init__(self, old: Tensor, shrinkage: float | None = None) -> None:
+        self.old = old
+        self.shrinkage = shrinkage
 
     @abstractmethod
     def add(self, inputs: Tensor, residuals: Tensor) -> None:
@@ -61,12 +99,29 @@ class Equations(ABC):
         """Sum of all e^2."""
 
     @abstractmethod
-    def solve(self, strength: float) -> Change:
-        """The change that minimises the penalised error; `strength` is at least 0."""
-
-    @abstractmethod
     def error(self, change: Change) -> float:
         """Sum over these rows of |e - D x - b|^2."""
+
+    def solve(self, strength: float) -> Change:
+        """The change that minimises the penalised error; `strength` is at least 0."""
+        about = self._centred
+        penalty = strength * about.matrix.diagonal(dim1=1, dim2=2).sum(dim=1) / self.old.shape[2]
+        solution, is_singular = _solved(about.matrix, penalty, strength, about.right)
+        change = about.growth.mT + (solution if about.rows is None else about.rows.mT @ solution)
+        bias = about.residual - (about.mean[:, None, :] @ change).squeeze(1)
+        return Change(change.mT, bias, is_singular)
+
+    @functools.cached_property
+    @abstractmethod
+    def _centred(self) -> _Centred: ...
+
+    def _growth(self, before: Tensor, wanted: Tensor) -> Tensor:
+        """(S - 1) W, from n u and n v of (groups, outputs)."""
+        if self.shrinkage is None:
+            return torch.zeros_like(self.old)
+        prior = self.shrinkage * wanted
+        square = torch.where(before + prior > 0, (wanted + prior) / (before + prior), 1.0)
+        return self.old * (square.sqrt() - 1)[:, :, None]
 
 
 class NormalEquations(Equations):
@@ -77,29 +132,19 @@ class NormalEquations(Equations):
         cross: (groups, columns, outputs), of x e'.
         inputs: (groups, columns), of x.
         residuals: (groups, outputs), of e.
-        squares: (groups,), of e^2.
+        squares: (groups, outputs), of e^2.
         n_rows: added up.
     """
 
-    def __init__(
-        self, upper: Tensor, cross: Tensor, inputs: Tensor, residuals: Tensor, squares: Tensor, n_rows: int = 0
-    ) -> None:
-        self.upper = upper
-        self.cross = cross
-        self.inputs = inputs
-        self.residuals = residuals
-        self.squares = squares
-        self.n_rows = n_rows
-
-    @classmethod
-    def zeros(cls, n_groups: int, n_columns: int, n_outputs: int, device: torch.device) -> NormalEquations:
-        """Of no rows."""
-
-        def zeros(*sizes: int) -> Tensor:
-            return torch.zeros(n_groups, *sizes, dtype=torch.float64, device=device)
-
-        upper, cross = zeros(n_columns, n_columns), zeros(n_columns, n_outputs)
-        return cls(upper, cross, zeros(n_columns), zeros(n_outputs), zeros())
+    def __init__(self, old: Tensor, shrinkage: float | None = None) -> None:
+        super().__init__(old, shrinkage)
+        n_groups, n_outputs, n_columns = old.shape
+        self.upper = old.new_zeros(n_groups, n_columns, n_columns)
+        self.cross = old.new_zeros(n_groups, n_columns, n_outputs)
+        self.inputs = old.new_zeros(n_groups, n_columns)
+        self.residuals = old.new_zeros(n_groups, n_outputs)
+        self.squares = old.new_zeros(n_groups, n_outputs)
+        self.n_rows = 0
 
     def add(self, inputs: Tensor, residuals: Tensor) -> None:
         """See `Equations.add`."""
@@ -111,19 +156,19 @@ class NormalEquations(Equations):
         self.cross.baddbmm_(inputs.mT, residuals)
         self.inputs += inputs.sum(dim=1)
         self.residuals += residuals.sum(dim=1)
-        self.squares += residuals.square().sum(dim=(1, 2))
+        self.squares += residuals.square().sum(dim=1)
         self.n_rows += inputs.shape[1]
 
     def plus(self, other: NormalEquations) -> NormalEquations:
         """See `Equations.plus`."""
-        return NormalEquations(
-            self.upper + other.upper,
-            self.cross + other.cross,
-            self.inputs + other.inputs,
-            self.residuals + other.residuals,
-            self.squares + other.squares,
-            self.n_rows + other.n_rows,
-        )
+        both = NormalEquations(self.old, self.shrinkage)
+        both.upper = self.upper + other.upper
+        both.cross = self.cross + other.cross
+        both.inputs = self.inputs + other.inputs
+        both.residuals = self.residuals + other.residuals
+        both.squares = self.squares + other.squares
+        both.n_rows = self.n_rows + other.n_rows
+        return both
 
     @property
     def square(self) -> float:
@@ -132,26 +177,22 @@ class NormalEquations(Equations):
 
     @functools.cached_property
     def _gram(self) -> Tensor:
-        """(groups, columns, columns), of x x'; asked for when all rows are there."""
+        """(groups, columns, columns), of x x'."""
         self.upper.copy_(self.upper.triu() + self.upper.triu(1).mT)
         return self.upper
 
     @functools.cached_property
-    def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gram and cross matrices about the means, of inputs that vary, and both means; likewise."""
+    def _centred(self) -> _Centred:
         mean, residual = self.inputs / self.n_rows, self.residuals / self.n_rows
         gram = self._gram - self.n_rows * mean[:, :, None] * mean[:, None, :]
         cross = self.cross - self.n_rows * mean[:, :, None] * residual[:, None, :]
         varies = _varies(gram.diagonal(dim1=1, dim2=2), self._gram.diagonal(dim1=1, dim2=2))
-        return gram * varies[:, :, None] * varies[:, None, :], cross * varies[:, :, None], mean, residual
-
-    def solve(self, strength: float) -> Change:
-        """See `Equations.solve`."""
-        gram, cross, mean, residual = self._centred
-        penalty = strength * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
-        change, is_singular = _solved(gram, penalty, strength, cross)
-        bias = residual - (mean[:, None, :] @ change).squeeze(1)
-        return Change(change.mT, bias, is_singular)
+        gram, cross = gram * varies[:, :, None] * varies[:, None, :], cross * varies[:, :, None]
+        before = ((self.old @ gram) * self.old).sum(dim=2)
+        unexplained = self.squares - self.n_rows * residual.square()
+        wanted = (before + 2 * (self.old * cross.mT).sum(dim=2) + unexplained).clamp(min=0)
+        growth = self._growth(before, wanted) * varies[:, None, :]
+        return _Centred(gram, cross - gram @ growth.mT, None, mean, residual, growth)
 
     def error(self, change: Change) -> float:
         """See `Equations.error`."""
@@ -170,7 +211,14 @@ class KernelEquations(Equations):
         residuals: (groups, P, outputs), in chunks.
     """
 
-    def __init__(self, inputs: Sequence[Tensor] = (), residuals: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        old: Tensor,
+        shrinkage: float | None = None,
+        inputs: Sequence[Tensor] = (),
+        residuals: Sequence[Tensor] = (),
+    ) -> None:
+        super().__init__(old, shrinkage)
         self.inputs = list(inputs)
         self.residuals = list(residuals)
 
@@ -181,7 +229,8 @@ class KernelEquations(Equations):
 
     def plus(self, other: KernelEquations) -> KernelEquations:
         """See `Equations.plus`."""
-        return KernelEquations([*self.inputs, *other.inputs], [*self.residuals, *other.residuals])
+        inputs, residuals = [*self.inputs, *other.inputs], [*self.residuals, *other.residuals]
+        return KernelEquations(self.old, self.shrinkage, inputs, residuals)
 
     @property
     def square(self) -> float:
@@ -189,22 +238,16 @@ class KernelEquations(Equations):
         return sum(float(chunk.square().sum()) for chunk in self.residuals)
 
     @functools.cached_property
-    def _kernel(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Centred rows, their products, centred residuals and both means; asked for when all rows are there."""
+    def _centred(self) -> _Centred:
         inputs, residuals = torch.cat(self.inputs, dim=1), torch.cat(self.residuals, dim=1)
-        mean, residual = inputs.mean(dim=1, keepdim=True), residuals.mean(dim=1, keepdim=True)
-        centred = inputs - mean
-        centred = centred * _varies(centred.square().sum(dim=1), inputs.square().sum(dim=1))[:, None, :]
-        return centred, centred @ centred.mT, residuals - residual, mean, residual
-
-    def solve(self, strength: float) -> Change:
-        """See `Equations.solve`."""
-        centred, kernel, residuals, mean, residual = self._kernel
-        penalty = strength * kernel.diagonal(dim1=1, dim2=2).sum(dim=1) / centred.shape[2]
-        shares, is_singular = _solved(kernel, penalty, strength, residuals)
-        change = centred.mT @ shares
-        bias = (residual - mean @ change).squeeze(1)
-        return Change(change.mT, bias, is_singular)
+        mean, residual = inputs.mean(dim=1), residuals.mean(dim=1)
+        rows = inputs - mean[:, None, :]
+        varies = _varies(rows.square().sum(dim=1), inputs.square().sum(dim=1))[:, None, :]
+        rows = rows * varies
+        before, unexplained = rows @ self.old.mT, residuals - residual[:, None, :]
+        wanted = (before + unexplained).square().sum(dim=1)
+        growth = self._growth(before.square().sum(dim=1), wanted) * varies
+        return _Centred(rows @ rows.mT, unexplained - rows @ growth.mT, rows, mean, residual, growth)
 
     def error(self, change: Change) -> float:
         """See `Equations.error`."""
@@ -214,15 +257,14 @@ class KernelEquations(Equations):
         )
 
 
-def equations(n_groups: int, n_columns: int, n_outputs: int, n_rows: int, device: torch.device) -> Equations:
+def equations(old: Tensor, n_rows: int, shrinkage: float | None = None) -> Equations:
     """Of no rows yet, in the form that is smaller for as many as will come in all."""
-    if n_rows < n_columns:
-        return KernelEquations()
-    return NormalEquations.zeros(n_groups, n_columns, n_outputs, device)
+    kind = KernelEquations if n_rows < old.shape[2] else NormalEquations
+    return kind(old, shrinkage)
 
 
 def _solved(matrix: Tensor, penalty: Tensor, strength: float, right: Tensor) -> tuple[Tensor, bool]:
-    """Solution of (matrix + penalty) x = right, and whether that is singular so that the smallest is taken.
+    """Solution of (matrix + penalty) x = right, and whether there are many so that the smallest is taken.
 
     A group whose inputs never vary has nothing to fit; any penalty leaves it as it is.
     """

@@ -17,6 +17,7 @@ from objectives.errors import RelevanceError
 from search_spaces.composites import CompositeSpec
 from search_spaces.errors import RepairSpecError
 from search_spaces.heuristics import BASELINES, HEURISTICS
+from search_spaces.spaces import RepairedSpace
 from storage.errors import StudyIdentityError, TrialAlreadyFinishedError
 from storage.store import StudyStore
 from storage.urls import sqlite_path
@@ -288,6 +289,20 @@ def test_another_repair_is_another_search(drive, load, make_problem, narrow):
     assert not drive(make_problem(), space=narrow, n_trials=2, repair="refit", repair_strength=0.1)
     with pytest.raises(StudyIdentityError, match=r"repair: .*refit\(0\.1\).* -> .*refit"):
         drive(make_problem(), space=narrow, n_trials=2, repair="refit")
+
+
+@pytest.mark.parametrize("is_searched", [False, True])
+def test_a_study_whose_repair_was_computed_otherwise_is_not_gone_on_with(
+    drive, load, make_problem, url, narrow, is_searched
+):
+    space, settings = (RepairedSpace(narrow), {}) if is_searched else (narrow, {"repair": "refit"})
+    drive(make_problem(), space=space, n_trials=2, **settings)
+    with StudyStore.open(url) as store:
+        study = store.load("s")
+        identity = study.user_attrs["identity"]
+        study.set_user_attr("identity", identity | {"repair_form": identity["repair_form"] - 1})
+    with pytest.raises(StudyIdentityError, match=r"repair_form: \d+ -> \d+"):
+        drive(make_problem(), space=space, n_trials=2, **settings)
 
 
 def test_a_strength_without_a_repair_is_refused(drive, make_problem, narrow):

@@ -67,6 +67,10 @@ class TestRepairedSpace:
         assert space.name == "cnn-extended+repair"
         assert space.to_json()["parameters"]["repair"] == ["none", "bn", "refit"]
         assert load_space("cnn-continuous+repair").size() is None
+        with_strength = load_space("cnn+repair-strength")
+        assert with_strength == RepairedSpace(load_space("cnn"), ("none", "bn", "refit"), (0.01, 0.1, 1.0))
+        assert with_strength.name == "cnn+repair-strength"
+        assert with_strength.size() == 1212 * (1 + 2 * 3)
         with pytest.raises(UnknownSpaceError, match="cnm"):
             load_space("cnm+repair")
 

@@ -118,6 +118,10 @@ def test_a_network_is_repaired_by_default(run, digits_model, digits_task, docume
     assert (unrepaired.repair.n_references, unrepaired.repair.seconds) == (0, None)
     assert report.repair.seconds > 0
     assert (report.n_pruned, report.exact.flops) == (unrepaired.n_pruned, unrepaired.exact.flops)
+    # A document's own repair is what was searched for.
+    document = replace(document, repair={"method": "bn", "strength": 0.3})
+    own = prune(digits_model, digits_task, document, amount=amount, output=tmp_path / "own", device="cpu").repair
+    assert (own.method, own.strength) == ("bn", 0.3)
     # What is on disk is what was measured.
     images = digits_task.confirmation
     masks = ranking.masks(report.n_pruned)

@@ -104,6 +104,16 @@ def test_refitting_brings_the_logits_nearer(transformer):
     assert refitted < 0.8 * plain
 
 
+def test_the_penalty_pulls_towards_the_weights_as_they_are(build_transformer):
+    canonical = canonize(build_transformer("class-token"), (3, 16, 16)).choosing("all")
+    layers = Repairer(canonical, images(6), BATCHES).layers(
+        random_ranking(canonical).masks(60), RepairSpec("refit", 1e12)
+    )
+    assert len(layers) > 4
+    for name, layer in layers.items():
+        close(layer.weight, canonical.module.get_submodule(name).weight)
+
+
 def test_layers_before_what_is_pruned_and_pruned_writers_stay_as_they_are(build_transformer):
     canonical = canonize(build_transformer("class-token"), (3, 16, 16)).choosing("all")
     masks = nothing_pruned(canonical)
