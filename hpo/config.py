@@ -502,6 +502,7 @@ class LaunchConfiguration:
         "Share of the resized edge that the centre crop keeps, instead of the network's own.",
         read=_between(0.01, 1.0000001, "must be a share above 0 and at most 1"),
         metavar="SHARE",
+        shown="the network's own; of one that says nothing 0.875, with --size 1",
     )
     interpolation: str | None = _option(
         "model",

@@ -121,7 +121,7 @@ def load_model(
     )
     if configuration is None and (size is None or mean is None or std is None):
         _logger.warning(
-            "%s has no `pretrained_cfg`: images are prepared as %s; override it with --size, --mean and --std",
+            "%s has no `pretrained_cfg`: images are prepared as %s; override it with --size, --mean, --std and --crop",
             name,
             preprocessing,
         )

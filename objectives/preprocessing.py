@@ -96,7 +96,8 @@ class Preprocessing:
         """The preprocessing of a network with the user's overrides.
 
         Args:
-            configuration: A network's `pretrained_cfg`; None stands for timm's defaults (ImageNet's at 224 x 224).
+            configuration: A network's `pretrained_cfg`; None stands for timm's defaults (ImageNet's at 224 x 224), but
+                crops nothing where there is a `size`.
             channels: Channels of the network's input.
             size: Height and width, or one number for both.
             mean: One value for each channel, or one for all.
@@ -109,11 +110,13 @@ class Preprocessing:
         """
         default = _data_config(pretrained_cfg=dict(configuration or {"input_size": (3, 224, 224)}))
         height, width = (size, size) if isinstance(size, int) else size or default["input_size"][-2:]
+        if crop is None:
+            crop = default["crop_pct"] if configuration or size is None else 1.0
         return cls(
             size=(int(height), int(width)),
             mean=_per_channel(default["mean"] if mean is None else mean, channels, "--mean"),
             std=_per_channel(default["std"] if std is None else std, channels, "--std"),
-            crop=float(default["crop_pct"] if crop is None else crop),
+            crop=float(crop),
             interpolation=str(interpolation or default["interpolation"]),
             crop_mode=str(default["crop_mode"]),
         )

@@ -67,6 +67,10 @@ def test_without_a_configuration_it_is_timms_default():
     preprocessing = Preprocessing.resolve(None, 3)
     assert preprocessing.size == (224, 224)
     assert preprocessing.mean == (0.485, 0.456, 0.406)
+    assert preprocessing.crop == 0.875
+    # Whoever says the size means the whole image.
+    assert Preprocessing.resolve(None, 3, size=32).crop == 1.0
+    assert Preprocessing.resolve(None, 3, size=32, crop=0.9).crop == 0.9
 
 
 def test_json_returns_the_same_value():
