@@ -176,7 +176,7 @@ class StudyDriver:
         if left:
             self._phase("Heuristics", len(wanted), len(done))
         given = self._store.load(self._configuration.study, RandomSampler(seed=0))
-        self._run_trials(HeuristicSource(self._store, given, self._space, left))
+        self._run_trials(HeuristicSource(self._store, given, self._space, self._configuration.repair_spec(), left))
 
     def _search(self) -> None:
         stored = self._trials()

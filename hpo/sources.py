@@ -6,15 +6,17 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.in_flight import Asked
 from hpo.samplers import sampler_failure
-from search_spaces.criteria import CriterionSpec
+from search_spaces.criteria import CriterionSpec, Ranker
 from search_spaces.errors import OutsideSpaceError, PruningHPOError
 from search_spaces.heuristics import heuristic
+from search_spaces.repairs import RepairSpec
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -61,13 +63,17 @@ class HeuristicSource:
         store: Where the study is.
         study: The study with a sampler that is not the search's: heuristics are given, not sampled.
         space: The search space; heuristics outside of it, as all criteria are, have no parameters.
+        repair: How the study repairs what heuristics prune.
         names: The heuristics to ask.
     """
 
-    def __init__(self, store: "StudyStore", study: "Study", space: "SearchSpace", names: Iterable[str]) -> None:
+    def __init__(
+        self, store: "StudyStore", study: "Study", space: "SearchSpace", repair: RepairSpec, names: Iterable[str]
+    ) -> None:
         self._store = store
         self._study = study
         self._space = space
+        self._repair = repair
         self._names = deque(names)
 
     @property
@@ -84,7 +90,7 @@ class HeuristicSource:
             return None
         name = self._names.popleft()
         waiting = self._waiting(name) or self._store.add_waiting(self._study, self._trial(name))
-        return Asked(self._store.claim(self._study, waiting), heuristic(name), name)
+        return Asked(self._store.claim(self._study, waiting), self._ranker(name), name)
 
     def told(self, asked: Asked) -> None:
         """See `TrialSource.told`."""
@@ -98,8 +104,20 @@ class HeuristicSource:
         waiting = self._store.trials(self._study, states=(TrialState.WAITING,))
         return next((trial for trial in waiting if trial.user_attrs.get("heuristic") == name), None)
 
-    def _trial(self, name: str) -> FrozenTrial:
+    def _ranker(self, name: str) -> Ranker:
+        """What a name stands for: of a space that searches the repair the point with the study's own, if it has it."""
         ranker = heuristic(name)
+        if isinstance(ranker, CriterionSpec) or "repair" not in self._space.distributions():
+            return ranker
+        point = replace(ranker, repair=self._repair)
+        try:
+            self._space.parameters(point)
+        except OutsideSpaceError:
+            return ranker
+        return point
+
+    def _trial(self, name: str) -> FrozenTrial:
+        ranker = self._ranker(name)
         # Optuna holds a parameter to one set of values in all trials of a study.
         parameters: dict[str, Any] = {}
         distributions: dict[str, BaseDistribution] = {}

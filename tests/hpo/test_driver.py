@@ -291,6 +291,16 @@ def test_another_repair_is_another_search(drive, load, make_problem, narrow):
         drive(make_problem(), space=narrow, n_trials=2, repair="refit")
 
 
+@pytest.mark.parametrize(("repair", "n_inside"), [("none", 2), ("refit", 2), ("bn", 0)])
+def test_heuristics_with_a_repair_that_is_searched_are_candidates(drive, load, make_problem, narrow, repair, n_inside):
+    space = RepairedSpace(narrow, ("none", "refit"))
+    drive(make_problem(), space=space, n_trials=1, repair=repair)
+    asked = [trial for trial in load().get_trials() if role(trial) == "heuristic"]
+    inside = {trial.user_attrs["heuristic"]: trial.params["repair"] for trial in asked if trial.params}
+    assert inside == dict.fromkeys(("epsilon", "epsilon-plus")[:n_inside], repair)
+    assert {composite_of(trial) for trial in asked if trial.params} <= set(space.grid())
+
+
 @pytest.mark.parametrize("is_searched", [False, True])
 def test_a_study_whose_repair_was_computed_otherwise_is_not_gone_on_with(
     drive, load, make_problem, url, narrow, is_searched
