@@ -25,7 +25,7 @@ from hpo.errors import ConfigurationError, Interrupted
 from hpo.terminal import print_json, print_parts, start_logging
 from search_spaces.choices import ImageSet
 from search_spaces.procedures import LEARNING_RATE, OneShot
-from search_spaces.repairs import NO_REPAIR
+from search_spaces.repairs import NO_REPAIR, RepairSpec
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -500,7 +500,9 @@ def export(
         return
     for path, document in zip(paths, documents, strict=True):
         assert document.study is not None, "it is from a study"
-        print_parts(f"Wrote {path}: trial {document.study['trial']}, {document.composite.label}.")
+        repair = RepairSpec.from_json(document.repair)
+        repaired = f", repaired by {repair}" if repair else ""
+        print_parts(f"Wrote {path}: trial {document.study['trial']}, {document.composite.label}{repaired}.")
     print_parts(f"Next:\n  {prune_command(str(paths[0]), configuration_of(loaded))}")
 
 
@@ -619,13 +621,13 @@ def prune(
     with --grow-epochs repaired and trained first, then larger ones are grown around it, which stays as it is.
     `objectives.load_elastic` loads it.
     """
-    amounts: dict[AmountKind, float | None] = {
+    given_amounts: dict[AmountKind, float | None] = {
         "rate": rate,
         "keep_accuracy": keep_accuracy,
         "parameters": params,
         "flops": flops,
     }
-    wanted = {kind: value for kind, value in amounts.items() if value is not None}
+    wanted = {kind: value for kind, value in given_amounts.items() if value is not None}
     if len(wanted) + (elastic is not None) != 1:
         raise click.UsageError("Give one of --rate, --keep-accuracy, --params, --flops and --elastic.")
     _check_elastic(elastic is not None, document, heuristic, grow_epochs, grow_learning_rate, grow_images)
@@ -639,8 +641,10 @@ def prune(
     by_document = [name for name in _RANKED if OPTIONS[name].field in named and (elastic is None or name != "ranking")]
     if content is not None and by_document:
         raise ConfigurationError(f"The document says how pruning proceeds; leave `--{by_document[0]}` out.")
+    from objectives.pruning.prune import PruneAmount
     from objectives.pruning.slim_files import check_output
 
+    amounts = [PruneAmount(kind, value) for kind, value in wanted.items()]
     check_output(o)
     trains = configuration.procedure_spec().fine_tunes
     if elastic is not None and {"repair", "repair_strength"} & named and not (grow_epochs or trains):
@@ -668,12 +672,9 @@ def prune(
         else:
             from hpo.problem import load_model_and_task
             from hpo.report import prune_parts
-            from objectives.pruning.prune import PruneAmount
             from objectives.pruning.prune import prune as run
 
             assert content is not None, "without --elastic there is a document"
-            ((kind, value),) = wanted.items()
-            amount = PruneAmount(kind, value)
             progress.phase("Loading network and images")
             model, task = load_model_and_task(configuration, given)
             progress.phase("Pruning")
@@ -681,7 +682,7 @@ def prune(
                 model,
                 task,
                 content,
-                amount=amount,
+                amount=amounts[0],
                 coupled=coupled,
                 output=o,
                 device=configuration.device,

@@ -377,7 +377,9 @@ def trial_tables(trial: FrozenTrial) -> list["Table"]:
         else:
             for group, rule in composite.rules.items():
                 facts.add_row(group, str(rule))
-            facts.add_row("abs", str(composite.abs).lower())
+            for name, value in composite.to_json().items():
+                if name != "rules":
+                    facts.add_row(name, str(value).lower() if isinstance(value, bool) else str(value))
     if "reused_from" in trial.user_attrs:
         facts.add_row("equals", f"trial {trial.user_attrs['reused_from']}")
     if LOSSES in trial.user_attrs:

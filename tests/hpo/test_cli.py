@@ -385,7 +385,7 @@ def test_repair_and_training_are_studied_exported_and_replayed(tmp_path, monkeyp
     procedure = ["--procedure", "iterative", "--step-share", "0.5", "--repair", "refit", *QUICK]
     hpo("launch", "--study", "repaired", "--exact", "--n-trials", 1, *procedure, *options)
     path = tmp_path / "best.json"
-    hpo("export", "repaired", "-o", path)
+    assert hpo("export", "repaired", "-o", path).stdout.splitlines()[0].endswith(", repaired by refit.")
     content = json.loads(path.read_text())
     assert content["procedure_options"] == {"step_share": 0.5, **training}
     assert content["repair"] == {"method": "refit", "strength": None}

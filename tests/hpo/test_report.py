@@ -1,13 +1,15 @@
 import dataclasses
 
 import pytest
+from optuna.trial import TrialState, create_trial
 from stand_in import RandomOrderExecutor
 
 from hpo.confirmation import Difference
 from hpo.errors import NothingFoundError
-from hpo.report import StudyReport, configuration_of, next_commands, prune_command, trial_json
+from hpo.report import StudyReport, configuration_of, next_commands, prune_command, trial_json, trial_tables
 from objectives.errors import RelevanceError
 from search_spaces.heuristics import HEURISTICS
+from search_spaces.repairs import RepairSpec
 from storage.lease import LeaseHolder
 from storage.store import StudyStore
 
@@ -24,6 +26,19 @@ def test_a_report_counts_and_ranks(report):
     values = [heuristic.value for heuristic in report.heuristics]
     assert values == sorted(values, reverse=True)
     assert report.best.confirmation_auc == report.confirmation.auc
+
+
+def test_a_trial_shows_all_that_its_composite_is():
+    composite = dataclasses.replace(HEURISTICS["epsilon"], aggregate="rms", repair=RepairSpec("bn", 0.3))
+    trial = create_trial(state=TrialState.FAIL, user_attrs={"composite": composite.to_json()})
+    (facts,) = trial_tables(trial)
+    shown = dict(zip(*(column.cells for column in facts.columns), strict=True))
+    assert [shown[name] for name in ("LLR", "abs", "aggregate", "repair")] == [
+        "Epsilon(1e-06)",
+        "true",
+        "rms",
+        "bn(0.3)",
+    ]
 
 
 def test_a_report_says_that_repair_has_a_part_in_the_lead(report):
