@@ -244,7 +244,7 @@ def _n_pruned(objective: Objective, path: PruningPath, amount: PruneAmount) -> i
 def _most_that_keep(objective: Objective, path: PruningPath, share: float) -> int:
     """The largest number, in steps of 1 %, up to which every step keeps a share of the unpruned accuracy."""
     evaluator, repair = objective.evaluator("search"), objective.options.repair
-    kept, start = 0, None
+    kept, least, start = 0, None, None
     for step in range(_ACCURACY_STEPS):
         n = step * len(path) // _ACCURACY_STEPS
         measurement = evaluator.measure(path.masks(n), repair=repair, weights=path.weights(n))
@@ -252,7 +252,8 @@ def _most_that_keep(objective: Objective, path: PruningPath, share: float) -> in
         start = accuracy if start is None else start
         if not keeps(accuracy, share, start):
             break
-        kept = n
+        kept, least = n, accuracy
+    _log.info("Without %d of them accuracy is %.4f there, with all %.4f.", kept, least, start)
     return kept
 
 

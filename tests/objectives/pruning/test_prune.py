@@ -140,7 +140,8 @@ def test_a_network_is_repaired_by_default(run, digits_model, digits_task, docume
 
 
 @pytest.mark.parametrize("share", [0.9, 1.0])
-def test_kept_accuracy_is_kept_up_to_every_percent(run, digits_model, digits_task, objective, ranking, share):
+def test_kept_accuracy_is_kept_up_to_every_percent(run, digits_model, digits_task, objective, ranking, share, caplog):
+    caplog.set_level(logging.INFO)
     report = run("keep_accuracy", share)
     images = digits_task.search
 
@@ -154,6 +155,8 @@ def test_kept_accuracy_is_kept_up_to_every_percent(run, digits_model, digits_tas
     bound = share * accuracy(0) - 1e-9
     assert all(accuracy(n) >= bound for n in steps[: at + 1])
     assert accuracy(steps[at + 1]) < bound
+    kept, whole = f"{accuracy(report.n_pruned):.4f}", f"{accuracy(0):.4f}"
+    assert f"Without {report.n_pruned} of them accuracy is {kept} there, with all {whole}." in caplog.text
     assert report.n_pruned > 0
 
 
