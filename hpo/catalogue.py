@@ -6,7 +6,8 @@ from hpo.report import LEGEND, plain_table
 from hpo.samplers import SAMPLERS
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
-from search_spaces.spaces import SPACES, load_space
+from search_spaces.repairs import REPAIRS
+from search_spaces.spaces import SPACES, SUFFIXES, load_space
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +44,21 @@ def catalogue_tables() -> list["Table | str"]:
     baselines = plain_table("baseline", "criterion")
     for name, ranker in _BASELINES.items():
         baselines.add_row(name, ranker.label)
-    return [spaces, heuristics, baselines, LEGEND, f"Samplers: {', '.join(SAMPLERS)}", f"Metrics: {', '.join(FIGURES)}"]
+    repaired, with_strength = SUFFIXES
+    strengths = ", ".join(str(strength) for strength in SUFFIXES[with_strength])
+    repairs = (
+        f"With {repaired} behind a space's name the repair of pruned networks is searched, too ({', '.join(REPAIRS)}), "
+        f"with {with_strength} its strength as well ({strengths})."
+    )
+    return [
+        spaces,
+        repairs,
+        heuristics,
+        baselines,
+        LEGEND,
+        f"Samplers: {', '.join(SAMPLERS)}",
+        f"Metrics: {', '.join(FIGURES)}",
+    ]
 
 
 def _description(name: str) -> str:

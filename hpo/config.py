@@ -759,7 +759,7 @@ class LaunchConfiguration:
         "Pull of the repair towards the weights that there were; refit scales those of convolutional networks.",
         read=_between(1e-12, 1e12, "must be a number above 0"),
         metavar="X",
-        shown="chosen from the reference images",
+        shown="chosen from the reference images; of bn one by their number",
     )
     device: str = _option(
         "objective", "Device to compute on.", read=_device, metavar="auto|cpu|cuda[:N]", default="auto"
