@@ -7,7 +7,7 @@ from hpo.samplers import SAMPLERS
 from objectives.pruning.curve import FIGURES
 from search_spaces.heuristics import BASELINES, HEURISTICS, TRANSFORMER_BASELINES, TRANSFORMER_HEURISTICS
 from search_spaces.repairs import REPAIRS
-from search_spaces.spaces import SPACES, SUFFIXES, load_space
+from search_spaces.spaces import REPAIR_SUFFIXES, SPACES, load_space
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,8 +44,8 @@ def catalogue_tables() -> list["Table | str"]:
     baselines = plain_table("baseline", "criterion")
     for name, ranker in _BASELINES.items():
         baselines.add_row(name, ranker.label)
-    repaired, with_strength = SUFFIXES
-    strengths = ", ".join(str(strength) for strength in SUFFIXES[with_strength])
+    repaired, with_strength = REPAIR_SUFFIXES
+    strengths = ", ".join(str(strength) for strength in REPAIR_SUFFIXES[with_strength])
     repairs = (
         f"With {repaired} behind a space's name the repair of pruned networks is searched, too ({', '.join(REPAIRS)}), "
         f"with {with_strength} its strength as well ({strengths})."

@@ -59,6 +59,7 @@ from search_spaces.reasons import message_of, reason_of
 from search_spaces.repairs import NO_REPAIR, REPAIRS, RepairSpec
 from search_spaces.rules import GROUPS, RULE_DEFAULTS, RuleSpec
 from search_spaces.spaces import (
+    REPAIR_SUFFIXES,
     SPACES,
     ContinuousSpace,
     DiscreteSpace,
@@ -111,6 +112,7 @@ __all__ = [
     "PruneAndGrow",
     "PruningHPOError",
     "REPAIRS",
+    "REPAIR_SUFFIXES",
     "RULE_DEFAULTS",
     "Ranker",
     "RankingScope",

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 __all__ = [
-    "SPACES",
-    "SUFFIXES",
     "ContinuousSpace",
     "DiscreteSpace",
+    "REPAIR_SUFFIXES",
     "RepairedSpace",
+    "SPACES",
     "SearchSpace",
     "load_space",
     "register",
@@ -95,7 +95,7 @@ class SearchSpace(Protocol):
 _Factory = TypeVar("_Factory", bound=Callable[[], SearchSpace])
 
 _OF_REPAIR = ("repair", "repair_strength")
-SUFFIXES: Mapping[str, tuple[float, ...]] = {"+repair": (), "+repair-strength": (0.01, 0.1, 1.0)}
+REPAIR_SUFFIXES: Mapping[str, tuple[float, ...]] = {"+repair": (), "+repair-strength": (0.01, 0.1, 1.0)}
 """What may stand behind a registered space's name to have the repair searched, and with which strengths."""
 
 SPACES: dict[str, Callable[[], SearchSpace]] = {}
@@ -509,7 +509,7 @@ def load_space(spec: str, *, allow_imports: bool = True) -> SearchSpace:
     """
     if spec in SPACES:
         return SPACES[spec]()
-    for suffix, strengths in SUFFIXES.items():
+    for suffix, strengths in REPAIR_SUFFIXES.items():
         if (base := spec.removesuffix(suffix)) in SPACES:
             return RepairedSpace(SPACES[base](), repair_strength=strengths)
     if spec.endswith(".toml"):
