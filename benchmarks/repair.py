@@ -17,7 +17,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,23 +117,21 @@ class Case:
 
 
 def cases(networks: Sequence[str], references: Sequence[int]) -> list[Case]:
-    """Every heuristic with 10 references a class; the usual one and the baselines with other numbers, too.
+    """Every ranking with every number of references a class.
 
-    Those that tell most come first: of every network the usual ranking, then the baselines, the usual one with other
-    numbers of references, the other heuristics, and what is left.
+    Those that tell most come first: of every network the usual and the searched rankings, then the baselines, the first
+    ones with other numbers of references, the other heuristics, and what is left.
     """
     from search_spaces import HEURISTICS, TRANSFORMER_HEURISTICS
 
-    stages: list[list[Case]] = [[], [], [], [], []]
+    stages: list[list[Case]] = [[] for _ in range(6)]
     for n, name in itertools.product(references, networks):
         is_transformer = NETWORKS[name].is_transformer
-        usual = ("epsilon-cp-abs" if is_transformer else "epsilon-abs",)
-        if n != 10:
-            planned: dict[int, Iterable[str]] = {2: usual, 4: BASELINES}
-        else:
-            heuristics = TRANSFORMER_HEURISTICS if is_transformer else HEURISTICS
-            planned = {0: (*usual, *SEARCHED[name]), 1: BASELINES, 3: heuristics}
-        for stage, criteria in planned.items():
+        usual = "epsilon-cp-abs" if is_transformer else "epsilon-abs"
+        heuristics = TRANSFORMER_HEURISTICS if is_transformer else HEURISTICS
+        for stage, criteria in zip(
+            (0, 1, 3) if n == 10 else (2, 4, 5), ((usual, *SEARCHED[name]), BASELINES, heuristics), strict=True
+        ):
             stages[stage] += [Case(name, criterion, n) for criterion in criteria]
     return list(dict.fromkeys(itertools.chain(*stages)))
 
@@ -245,7 +243,7 @@ def draw(results: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     shown = {
-        "searched-refit": "AlphaBeta/Epsilon/Epsilon/ZPlus rms (searched)",
+        "searched-refit": "AlphaBeta/Epsilon/Epsilon/Gamma rms (searched)",
         "epsilon-abs": "epsilon-abs (best heuristic)",
     }
     keys = {name: f"cifar_resnet20 {name} 10" for name in shown}
