@@ -247,7 +247,9 @@ def load_problem(
 
     Raises:
         ObjectiveError: The network, the images or their combination cannot be used.
+        RepairSpecError: There is a strength and nothing is to be repaired.
     """
+    repair = configuration.repair_spec()  # loading takes a while
     from objectives.cache import cache_directory, clear_directories
     from objectives.objective import Objective, ObjectiveOptions
 
@@ -266,7 +268,7 @@ def load_problem(
         layer_groups=layer_groups,
         attribution=configuration.attribution,
         attribution_memory=configuration.attribution_memory * 2**20,
-        repair=configuration.repair_spec(),
+        repair=repair,
         procedure=configuration.procedure_spec(),
         checkpoints=checkpoints,
     )

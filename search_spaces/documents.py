@@ -157,7 +157,7 @@ def load_document(source: str | os.PathLike[str] | Mapping[str, Any]) -> Composi
     except OSError as error:
         raise DocumentError(f"{path}: document cannot be read: {error.strerror}; `hpo export` writes one.") from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, numbers of endless digits
-        raise DocumentError(f"{path}: document is not valid JSON: {error}.") from error
+        raise DocumentError(f"{path}: document is not valid JSON: {error}; `hpo export` writes one.") from error
     try:
         return CompositeDocument.from_json(value)
     except DocumentError as error:

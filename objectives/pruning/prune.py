@@ -131,6 +131,7 @@ class PruneReport:
 
     Attributes:
         amount: what was asked for.
+        composite: label of the one that ranked.
         procedure: how pruning proceeded, with its options.
         n_components: of the whole network.
         n_pruned: components removed.
@@ -148,6 +149,7 @@ class PruneReport:
     """
 
     amount: PruneAmount
+    composite: str
     procedure: str
     n_components: int
     n_pruned: int
@@ -328,6 +330,7 @@ class _Pruning:
         is_measured = repair == repaired_now
         report = PruneReport(
             amount=amount,
+            composite=self.document.composite.label,
             procedure=str(objective.options.procedure),
             n_components=len(self.path),
             n_pruned=self.n_pruned,

@@ -300,6 +300,11 @@ def test_evaluate_repairs_and_says_so():
     lines = hpo("evaluate", "--heuristic", "zplus", *QUICK, "--repair", "bn").stdout.splitlines()
     assert lines[0] == "ZPlus/ZPlus/ZPlus/ZPlus on 40 search images, repaired by bn"
     assert "must be one of none, bn, refit" in refused("evaluate", "--heuristic", "zplus", "--repair", "glue", *QUICK)
+    # Before anything is loaded.
+    unloadable = ("--model", "no-such-network", "--data", "digits")
+    assert refused("evaluate", "--heuristic", "zplus", "--repair-strength", 1, *unloadable) == (
+        "Repair none takes no strength, but got 1.0; choose bn or refit."
+    )
 
 
 ITERATIVE = ["--procedure", "iterative", "--step-share", "0.25", *QUICK]

@@ -343,6 +343,7 @@ def test_files_that_are_no_document(tmp_path: Path, raw: bytes, message: str) ->
     with pytest.raises(DocumentError) as caught:
         load_document(path)
     assert str(caught.value).startswith(f"{path}: {message}")
+    assert "valid JSON" not in message or str(caught.value).endswith("; `hpo export` writes one.")
     assert "\n" not in str(caught.value)
 
 

@@ -88,6 +88,7 @@ def test_a_rate_removes_that_share_and_everything_is_measured(
     written = sorted((tmp_path / "slim").iterdir())
     assert [path.name for path in written] == ["report.json", "slim.pt2", "slim.safetensors"]
     assert sorted(report.files) == [str(path) for path in written]
+    assert report.composite == COMPOSITE.label == "Epsilon/Epsilon/Epsilon/Epsilon abs"
     assert report.preprocessing == digits_task.preprocessing.to_json()
     assert json.loads((tmp_path / "slim" / "report.json").read_text()) == json.loads(json.dumps(report.to_json()))
     program = torch.export.load(tmp_path / "slim" / "slim.pt2").module()
