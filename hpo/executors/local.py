@@ -24,6 +24,7 @@ class LocalExecutor:
         self._batches: queue.SimpleQueue[Sequence[Job] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._at_work: Job | None = None
+        self._n_open = 0
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._work, name="trial-worker", daemon=True)
 
@@ -34,14 +35,17 @@ class LocalExecutor:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """See `Executor.submit`."""
+        self._n_open += len(jobs)
         self._batches.put(jobs)
 
     def wait(self, timeout_s: float) -> Outcome | None:
         """See `Executor.wait`."""
         try:
-            return self._outcomes.get(timeout=timeout_s)
+            outcome = self._outcomes.get(timeout=timeout_s)
         except queue.Empty:
             return None
+        self._n_open -= 1
+        return outcome
 
     def stages(self) -> Mapping[int, str]:
         """See `Executor.stages`."""
@@ -57,6 +61,9 @@ class LocalExecutor:
     ) -> None:
         self._left.set()
         self._batches.put(None)
+        if not self._n_open:
+            # A thread that still frees its tensors when the interpreter ends aborts the process.
+            self._thread.join()
 
     def _work(self) -> None:
         while (jobs := self._batches.get()) is not None and not self._left.is_set():

@@ -73,6 +73,21 @@ def test_leaving_does_not_wait_for_a_running_job():
     end.set()
 
 
+def test_who_leaves_when_all_is_done_waits_for_the_thread_to_end():
+    freed = threading.Event()
+
+    class Tensors:
+        def __del__(self):
+            time.sleep(0.5)
+            freed.set()
+
+    with LocalExecutor(Stub(lambda composite: Tensors())) as executor:
+        executor.submit([Job(0, ZPLUS)])
+        assert executor.wait(10) is not None
+    # Else the interpreter may end meanwhile, which aborts the process.
+    assert freed.is_set()
+
+
 def test_an_executor_says_how_far_its_job_is():
     running, end = threading.Event(), threading.Event()
     worker = Stub(lambda composite: running.set() or end.wait(60))
