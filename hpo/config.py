@@ -757,7 +757,7 @@ class LaunchConfiguration:
     repair_strength: float | None = _option(
         "objective",
         "Pull of the repair towards the weights that there were; refit scales those of convolutional networks.",
-        read=_between(1e-12, 1e12, "must be a number above 0"),
+        read=_between(1e-12, 1e12, "must be a number of at least 1e-12 and below 1e12"),
         metavar="X",
         shown="chosen from the reference images; of bn one by their number",
     )

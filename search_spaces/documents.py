@@ -39,6 +39,7 @@ _VERSION = 1
 _SCHEMA = f"composite-v{_VERSION}.schema.json"
 _USUAL: Mapping[str, Any] = {"components": "all", "procedure_options": {}, "ranking": "global"}
 _LONGEST = 120  # characters of a value in a message
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +279,8 @@ def _describe(error: "ValidationError") -> str:
     rule = cast(Any, error.validator_value)
     if error.validator == "required":
         missing = next(key for key in rule if key not in instance)
-        return f"{path} lacks {missing!r}."
+        remedy = "; `hpo export` writes whole ones" if path == "$" else ""
+        return f"{path} lacks {missing!r}{remedy}."
     if error.validator == "additionalProperties":
         known = cast(Any, error.schema)["properties"]
         unknown = next(key for key in instance if key not in known)
@@ -288,6 +290,8 @@ def _describe(error: "ValidationError") -> str:
     value = f"{path} is {_short(instance)}"
     if error.validator == "type":
         return f"{value}, but must be of type {rule if isinstance(rule, str) else ' or '.join(rule)}."
+    if error.validator in _BOUNDS:
+        return f"{value}, but must be {_BOUNDS[error.validator]} {rule:g}."
     return f"{value}, which breaks the schema's {error.validator} {json.dumps(rule)}."
 
 

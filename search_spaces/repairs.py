@@ -46,7 +46,9 @@ class RepairSpec:
         if self.strength is None:
             return
         if self.method == "none":
-            raise RepairSpecError(f"Repair none takes no strength, but got {self.strength!r}; choose bn or refit.")
+            raise RepairSpecError(
+                f"Repair none takes no strength, but got {self.strength!r}; choose bn or refit, or omit it."
+            )
         strength = self.strength
         is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
         if not (is_number and 0 < strength < math.inf):

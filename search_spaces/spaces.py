@@ -389,6 +389,8 @@ class RepairedSpace:
             strengths = tuple(RepairSpec("refit", strength).strength or 0.0 for strength in self.repair_strength)
         except CompositeError as error:
             raise SpaceError(f"Parameter repair has a value out of range: {error}") from error
+        if strengths and set(self.repair) == {"none"}:
+            raise SpaceError("Parameter repair_strength has values, but repair only none; add bn or refit to it.")
         object.__setattr__(self, "repair_strength", strengths)
         _require_distinct("repair", self.repair)
         _require_distinct("repair_strength", self.repair_strength)
@@ -576,9 +578,10 @@ def _space_of_toml(stem: str, content: Mapping[str, Any]) -> SearchSpace:
         layer_groups=None if groups is None else {group: _list(group, values) for group, values in groups.items()},
         **others,
     )
-    if not any(parameter in lists for parameter in _OF_REPAIR):
-        return space
-    return RepairedSpace(space, **{parameter: lists[parameter] for parameter in _OF_REPAIR if parameter in lists})
+    of_repair = {parameter: lists[parameter] for parameter in _OF_REPAIR if parameter in lists}
+    if of_repair and "repair" not in of_repair:
+        raise SpaceError(f"Parameter repair_strength needs repair beside it; list its methods of {', '.join(REPAIRS)}.")
+    return RepairedSpace(space, **of_repair) if of_repair else space
 
 
 def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:

@@ -30,7 +30,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
         values = []
     if not all(value.is_finite() for value in values) or len(values) < 2 or (separator == ":" and len(values) != 3):
         raise PruningRatesError(
-            f"`--rates {text}` isn't START:STOP:STEP or a comma-separated list; try {DEFAULT_RATES}."
+            f"`--rates {text}` isn't START:STOP:STEP or a comma-separated list from 0 on; try {DEFAULT_RATES}."
         )
     return check_rates(tuple(map(float, _steps(text, *values) if separator == ":" else values)))
 

@@ -303,7 +303,7 @@ def test_evaluate_repairs_and_says_so():
     # Before anything is loaded.
     unloadable = ("--model", "no-such-network", "--data", "digits")
     assert refused("evaluate", "--heuristic", "zplus", "--repair-strength", 1, *unloadable) == (
-        "Repair none takes no strength, but got 1.0; choose bn or refit."
+        "Repair none takes no strength, but got 1.0; choose bn or refit, or omit it."
     )
 
 
@@ -411,7 +411,7 @@ def test_repair_and_training_are_studied_exported_and_replayed(tmp_path, monkeyp
     assert untuned["procedure_options"] == {"step_share": 0.5}
     path.write_text(json.dumps(content | {"repair": {"method": "none", "strength": None}}))
     assert refused("prune", path, "--rate", 0.5, "-o", tmp_path / "b", "--repair-strength", 1) == (
-        "Repair none takes no strength, but got 1.0; choose bn or refit."
+        "Repair none takes no strength, but got 1.0; choose bn or refit, or omit it."
     )
     path.write_text(json.dumps(content))
     shown = hpo("prune", path, "--rate", 0.5, "-o", tmp_path / "shown").stdout

@@ -302,7 +302,10 @@ def test_a_repair_that_is_given_has_no_strength_of_a_documents(tmp_path, repair,
 
 
 def test_a_strength_without_a_repair_is_refused_before_anything_is_loaded():
-    with pytest.raises(RepairSpecError, match=r"^Repair none takes no strength, but got 1\.0; choose bn or refit\.$"):
+    with pytest.raises(
+        RepairSpecError,
+        match=r"^Repair none takes no strength, but got 1\.0; choose bn or refit, or omit it\.$",
+    ):
         resolve({"repair": "none", "repair_strength": 1.0})
 
 

@@ -113,7 +113,7 @@ def test_a_procedure_has_its_options() -> None:
     ("repair", "message"),
     [
         ({"method": "rifit"}, "$.repair.method has the unknown value 'rifit'. Did you mean 'refit'?"),
-        ({"method": "refit", "strength": 0}, "$.repair.strength is 0, which breaks"),
+        ({"method": "refit", "strength": 0}, "$.repair.strength is 0, but must be above 0."),
         ({"method": "none", "strength": 0.1}, "$.repair cannot be used: Repair none takes no strength"),
         ({"strength": 0.1}, "$.repair lacks 'method'."),
         ({"method": "bn", "images": 3}, "$.repair has the unknown key 'images'."),
@@ -243,7 +243,7 @@ def test_other_versions(version: object) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), ..., "$ lacks 'version'."),
+        (("version",), ..., "$ lacks 'version'; `hpo export` writes whole ones."),
         (("kind",), "x", "$.kind is 'x', which breaks the schema's const \"pruning-hpo/composite\"."),
         (("modle",), {}, "$ has the unknown key 'modle'. Did you mean 'model'? Known: abs_scope, "),
         (
@@ -257,7 +257,7 @@ def test_other_versions(version: object) -> None:
             "$.composite.rules.LLR has the unknown key 'gamma'. Known: epsilon",
         ),
         (("composite", "rules", "LLR", "epsilon"), ..., "$.composite.rules.LLR lacks 'epsilon'."),
-        (("composite", "rules", "LLR", "epsilon"), 0, "$.composite.rules.LLR.epsilon is 0, which breaks the schema's"),
+        (("composite", "rules", "LLR", "epsilon"), 0, "$.composite.rules.LLR.epsilon is 0, but must be above 0."),
         (("composite", "rules", "LLR", "epsilon"), float("nan"), "$.composite.rules.LLR.epsilon is nan, but must be a"),
         (("composite", "rules", "FCL", "alpha"), 3.0, "$.composite cannot be used: Rule AlphaBeta needs alpha - beta"),
         (("composite", "rules", "FCL"), ..., "$.composite.rules lacks 'FCL'."),
@@ -279,21 +279,25 @@ def test_other_versions(version: object) -> None:
             {"step_share": 0.1},
             "$.procedure_options cannot be used: Procedure one_shot takes no option 'step_share'.",
         ),
-        (("procedure_options",), {"step_share": 0}, "$.procedure_options.step_share is 0, which breaks the schema's"),
+        (
+            ("procedure_options",),
+            {"step_share": 0},
+            "$.procedure_options.step_share is 0, but must be at least 0.0001.",
+        ),
         (("procedure_options",), {"stepshare": 1}, "$.procedure_options has the unknown key 'stepshare'. Did you"),
         (("rates",), [0, 0.5, 0.5], "$.rates is [0, 0.5, 0.5], but must increase strictly from 0."),
         (("rates",), [0.1, 0.5, 0.6], "$.rates is [0.1, 0.5, 0.6], but must increase strictly from 0."),
-        (("rates", 2), 1.0, "$.rates[2] is 1.0, which breaks the schema's exclusiveMaximum 1."),
+        (("rates", 2), 1.0, "$.rates[2] is 1.0, but must be below 1."),
         (("rates",), [0, 0.5], "$.confirmation.accuracies has 3 values for 2 rates."),
         (("curve", "rates"), [0.5, 0.2, 0.1], "$.curve.rates is [0.5, 0.2, 0.1], but must increase strictly from 0."),
         (("curve", "accuracies"), [0.9], "$.curve.accuracies has 1 values for 3 rates."),
         (("curve",), 3, "$.curve is 3, but must be of type object or null."),
-        (("preprocessing", "std"), [0], "$.preprocessing.std[0] is 0, which breaks the schema's exclusiveMinimum 0."),
+        (("preprocessing", "std"), [0], "$.preprocessing.std[0] is 0, but must be above 0."),
         (("references", "sha256"), "abc", "$.references.sha256 is 'abc', which breaks the schema's pattern"),
         (
             ("model", "component_widths", "conv1"),
             0,
-            "$.model.component_widths.conv1 is 0, which breaks the schema's min",
+            "$.model.component_widths.conv1 is 0, but must be at least 1.",
         ),
         (("figures", "auc"), float("inf"), "$.figures.auc is inf, but must be a finite number."),
         (

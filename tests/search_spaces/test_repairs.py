@@ -23,7 +23,10 @@ def test_texts() -> None:
     ("make", "message"),
     [
         (lambda: RepairSpec("rifit"), "Unknown repair 'rifit'. Did you mean 'refit'?"),
-        (lambda: RepairSpec("none", 0.1), "Repair none takes no strength, but got 0.1; choose bn or refit."),
+        (
+            lambda: RepairSpec("none", 0.1),
+            "Repair none takes no strength, but got 0.1; choose bn or refit, or omit it.",
+        ),
         (lambda: RepairSpec("refit", 0.0), "The strength of a repair must be a number above 0, but got 0.0."),
         (lambda: RepairSpec("refit", float("nan")), "The strength of a repair must be a number above 0, but got nan."),
         (lambda: RepairSpec.parse("refit(much)"), "Repair 'refit(much)' has a strength that is no number."),

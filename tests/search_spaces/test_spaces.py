@@ -91,7 +91,8 @@ class TestRepairedSpace:
                 load_space(name).parameters(self.SPACE.grid()[0])
 
     @pytest.mark.parametrize(
-        ("repair", "strength"), [((), ()), (("rifit",), ()), (("bn", "bn"), ()), (("bn",), (0.0,)), (("bn",), (1, 1.0))]
+        ("repair", "strength"),
+        [((), ()), (("rifit",), ()), (("bn", "bn"), ()), (("bn",), (0.0,)), (("bn",), (1, 1.0)), (("none",), (0.1,))],
     )
     def test_lists_that_cannot_be_searched_are_refused(
         self, repair: tuple[str, ...], strength: tuple[float, ...]
@@ -345,6 +346,14 @@ class TestToml:
             (RULES.replace('"ZPlus"', "[1]"), "Unknown rule [1]."),
             (RULES.replace('"ZPlus"', '"Gamma", "Gamma(0.25)"'), "Parameter MLL has Gamma(0.25) twice"),
             (RULES.replace('"ZPlus"', '"Epsilon(0.1)"'), "Parameter MLL has 'Epsilon(0.1)'; write 'Epsilon' and list"),
+            (
+                f"{RULES}repair_strength = [0.1]",
+                "Parameter repair_strength needs repair beside it; list its methods of ",
+            ),
+            (
+                f"{RULES}repair = ['none']\nrepair_strength = [0.1]",
+                "Parameter repair_strength has values, but repair only none; add bn or refit to it.",
+            ),
             (
                 f"{RULES}[groups]\nLLr = ['x']",
                 "Unknown layer group 'LLr'. Did you mean 'LLR'? Known: FCL, HLL, LLR, MLL.",
