@@ -221,13 +221,13 @@ def measure(case: Case) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The AUCs as a Markdown table: a row a ranking, a column a number of references."""
-    rows: dict[str, dict[int, str]] = {}
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
     for key, result in results.items():
-        ranking, _, references = key.rpartition(" ")
+        *ranking, references = key.split()
         aucs = " / ".join(f"{result[method]['auc']:.3f}" for method in REPAIRS)
         gain, low, high = result["refit"]["gain"]
-        rows.setdefault(ranking, {})[int(references)] = f"{aucs}; {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return _by_references(("network", "ranking"), {tuple(ranking.split()): cells for ranking, cells in rows.items()})
+        rows.setdefault(tuple(ranking), {})[int(references)] = f"{aucs}; {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return _by_references(("network", "ranking"), rows)
 
 
 def seconds_table(results: dict[str, Any]) -> str:
@@ -235,9 +235,9 @@ def seconds_table(results: dict[str, Any]) -> str:
     taken: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for key, result in results.items():
         network, _, references = key.split()
-        if "repair_cpu_s" in (refit := result["refit"]):
-            evaluation = refit["evaluation_cpu_s"] * N_IMAGES / result["n_images"]
-            taken.setdefault((network, int(references)), []).append((refit["repair_cpu_s"], evaluation))
+        refit = result["refit"]
+        evaluation = refit["evaluation_cpu_s"] * N_IMAGES / result["n_images"]
+        taken.setdefault((network, int(references)), []).append((refit["repair_cpu_s"], evaluation))
     rows: dict[tuple[str, ...], dict[int, str]] = {}
     for (network, references), pairs in taken.items():
         medians = " / ".join(f"{statistics.median(part):.1f}" for part in zip(*pairs, strict=True))

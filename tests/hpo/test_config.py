@@ -302,10 +302,8 @@ def test_a_repair_that_is_given_has_no_strength_of_a_documents(tmp_path, repair,
 
 
 def test_a_strength_without_a_repair_is_refused_before_anything_is_loaded():
-    with pytest.raises(
-        RepairSpecError,
-        match=r"^Repair none takes no strength, but got 1\.0; choose bn or refit, or omit it\.$",
-    ):
+    message = r"^Repair none takes no strength, but got 1\.0; choose bn or refit, or omit it\.$"
+    with pytest.raises(RepairSpecError, match=message):
         resolve({"repair": "none", "repair_strength": 1.0})
 
 

@@ -316,10 +316,8 @@ def test_a_study_whose_repair_was_computed_otherwise_is_not_gone_on_with(
 
 
 def test_a_strength_without_a_repair_is_refused(drive, make_problem, narrow):
-    with pytest.raises(
-        RepairSpecError,
-        match=r"^Repair none takes no strength, but got 0\.1; choose bn or refit, or omit it\.$",
-    ):
+    message = r"^Repair none takes no strength, but got 0\.1; choose bn or refit, or omit it\.$"
+    with pytest.raises(RepairSpecError, match=message):
         drive(make_problem(), space=narrow, n_trials=2, repair_strength=0.1)
 
 
